@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+Kernels of the cache, and initial file systems for them.
+
+Shared by the tools that boot a virtual machine.  Both are made uncompressed,
+because under TCG to unpack costs more than to copy: a kernel that unpacks
+itself takes 6 s longer to boot, and most of a minute in a machine within a
+machine.  An initial file system holds busybox, kernel modules and what the
+caller adds.
+"""
+
+import hashlib
+import lzma
+import os
+import pathlib
+import re
+import struct
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+BUILD = pathlib.Path(os.environ.get('BUILD') or TOP / 'build')
+CACHE = pathlib.Path(
+    os.environ.get('VHOST_NETFILTER_CACHE')
+    or pathlib.Path(os.environ.get('XDG_CACHE_HOME')
+                    or pathlib.Path.home() / '.cache') / 'vhost-netfilter')
+# Unpacked packages; dev/apt-other-suites makes it.
+ROOT = CACHE / 'root'
+
+DIRECTORIES = ('bin', 'dev', 'lib', 'mnt', 'proc', 'run', 'sys', 'tmp')
+
+
+class Missing(Exception):
+    """Something is not in the cache; the text says what to do."""
+
+
+def find_kernel(version=None):
+    """Return (VERSION, path of its file); the newest kernel if not named."""
+    images = {path.name.partition('-')[2]: path
+              for path in (ROOT / 'boot').glob('vmlinuz-*')}
+    if version is None and images:
+        version = max(images, key=lambda name: [
+            int(number) for number in re.findall(r'\d+', name)])
+    if version not in images:
+        raise Missing(f'no kernel {version or ""} in {ROOT}/boot: '
+                      'run dev/apt-other-suites to fetch one')
+    return version, uncompressed_kernel(version, images[version])
+
+
+def uncompressed_kernel(version, image):
+    """Return the path of the ELF file in the bzImage IMAGE, which QEMU boots
+    by its PVH entry; the image itself if it is not compressed with xz."""
+    target = BUILD / 'vm' / f'vmlinux-{version}'
+    if target.exists() and \
+            target.stat().st_mtime_ns == image.stat().st_mtime_ns:
+        return target
+    contents = image.read_bytes()
+    # See Documentation/arch/x86/boot.rst: setup_sects, payload_offset and
+    # payload_length.
+    start = ((contents[0x1f1] or 4) + 1) * 512
+    offset, length = struct.unpack_from('<II', contents, 0x248)
+    payload = contents[start + offset:start + offset + length]
+    if not payload.startswith(b'\xfd7zXZ'):
+        return image
+    # What follows the xz stream is the size, which is not needed.
+    store(target, lzma.LZMADecompressor().decompress(payload))
+    os.utime(target, ns=(image.stat().st_mtime_ns,) * 2)
+    return target
+
+
+def store(target, contents):
+    """Write TARGET at one go, as other tools may run at once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f'{target.name}.{os.getpid()}')
+    part.write_bytes(contents)
+    part.rename(target)
+
+
+def firmware_options():
+    """QEMU's options to find the firmware of the cache."""
+    return [option for name in ('seabios', 'qemu')
+            for option in ('-L', str(ROOT / 'usr/share' / name))]
+
+
+def busybox():
+    path = ROOT / 'bin/busybox'
+    if not path.exists():
+        raise Missing(f'no busybox in {ROOT}/bin: run dev/apt-other-suites '
+                      'to fetch it')
+    return path.read_bytes()
+
+
+def read_module(path):
+    contents = path.read_bytes()
+    return lzma.decompress(contents) if path.suffix == '.xz' else contents
+
+
+def modules(version, wanted):
+    """
+    Return {name: contents} of the modules WANTED and those that they need,
+    in the order to load them.  One that VERSION lacks is taken as built in.
+    """
+    # The unpacked package has no modules.dep, which depmod makes when it is
+    # installed.  The modules name their dependencies themselves.
+    files = {path.name.partition('.')[0].replace('-', '_'): path
+             for path in (ROOT / 'lib/modules' / version).rglob('*.ko*')}
+    loaded = {}
+
+    def load(name):
+        if name in loaded or name not in files:
+            return
+        contents = read_module(files[name])
+        depends = re.search(rb'\0depends=([^\0]*)\0', contents)
+        for other in (depends.group(1).decode() if depends else '').split(','):
+            load(other.replace('-', '_'))
+        loaded[name] = contents
+
+    for name in wanted:
+        load(name)
+    return loaded
+
+
+def cpio(entries):
+    """
+    Return a cpio archive ("newc") of ENTRIES: {name: contents}, where
+    contents is bytes (a file, executable), str (the target of a symbolic
+    link) or None (a directory).
+    """
+    out = bytearray()
+    inode = 0
+
+    def add(name, mode, contents):
+        nonlocal inode
+        inode += 1
+        fields = (inode, mode, 0, 0, 1, 0, len(contents), 0, 0, 0, 0,
+                  len(name) + 1, 0)
+        out.extend(b'070701' + b''.join(b'%08x' % field for field in fields))
+        out.extend(name.encode() + b'\0')
+        out.extend(bytes(-len(out) % 4))
+        out.extend(contents)
+        out.extend(bytes(-len(out) % 4))
+
+    for name, contents in entries.items():
+        if contents is None:
+            add(name, 0o040755, b'')
+        elif isinstance(contents, str):
+            add(name, 0o120777, contents.encode())
+        else:
+            add(name, 0o100755, contents)
+    add('TRAILER!!!', 0, b'')
+    return bytes(out)
+
+
+def make(version, wanted_modules, init, extra=None):
+    """
+    Return a cpio archive for the kernel VERSION: busybox, the modules with
+    a list of them in load order, INIT (a shell script) as /init, and the
+    entries of EXTRA.
+    """
+    entries = dict.fromkeys(DIRECTORIES)
+    entries['bin/busybox'] = busybox()
+    entries['bin/sh'] = 'busybox'
+    entries['lib/modules'] = None
+    found = modules(version, wanted_modules)
+    for name, contents in found.items():
+        entries[f'lib/modules/{name}.ko'] = contents
+    entries['lib/modules/order'] = '\n'.join([*found, '']).encode()
+    entries['init'] = init.encode()
+    entries.update(extra or {})
+    return cpio(entries)
+
+
+def cached(kind, version, wanted_modules, init, extra=None):
+    """Like make(), but return the path of a file below build/."""
+    # Everything that decides the contents decides the name.
+    key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+    for part in (version, *wanted_modules, init,
+                 *(f'{name}={value!r}' for name, value in
+                   (extra or {}).items()),
+                 str((ROOT / '.list').stat().st_mtime_ns
+                     if (ROOT / '.list').exists() else 0)):
+        key.update(part.encode() + b'\0')
+    target = BUILD / kind / f'initramfs-{version}-{key.hexdigest()[:16]}.cpio'
+    if not target.exists():
+        for old in target.parent.glob(f'initramfs-{version}-*.cpio'):
+            old.unlink(missing_ok=True)
+        store(target, make(version, wanted_modules, init, extra))
+    return target
