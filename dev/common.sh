@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Shared by the project's shell tools: where things are, and how to report.
+# Sourced, not run.
+
+set -euo pipefail
+
+TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+BUILD=${BUILD:-$TOP/build}
+# Downloads and unpacked packages; outside the clone, so that they survive it.
+CACHE=${VHOST_NETFILTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-netfilter}
+
+say() { printf '%s\n' ">>> $*" >&2; }
+die() { printf '%s\n' "error: $1" >&2; shift; printf '  %s\n' "$@" >&2; exit 1; }
+
+# with_lock FILE CMD...: one at a time, also between two clones.
+with_lock() {
+    local lock=$1
+    shift
+    mkdir -p "$(dirname "$lock")"
+    (flock 9; "$@") 9>"$lock"
+}

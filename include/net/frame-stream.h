@@ -1,0 +1,189 @@
+/*
+ * Frames over a character device
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The stream that filter-mirror, filter-redirector and colo-compare speak;
+ * each frame is
+ *
+ *   u32 BE  length of the payload
+ *   u32 BE  length of its virtio-net header (only with vnet_hdr_support)
+ *   bytes   the payload: virtio-net header, if any, and Ethernet frame
+ *
+ * All functions are called with the BQL held; none of them blocks.  A
+ * character device's events are the caller's to handle: it calls the reset
+ * functions when the connection closes.
+ */
+
+#ifndef QEMU_NET_FRAME_STREAM_H
+#define QEMU_NET_FRAME_STREAM_H
+
+#include "chardev/char-fe.h"
+#include "net/net.h"
+
+/* The longest payload in bytes; every reader of the stream takes as much. */
+#define FRAME_STREAM_MAX_PAYLOAD NET_BUFSIZE
+
+/* What a writer holds in bytes before it is full, and what a reader holds. */
+#define FRAME_WRITER_LIMIT (4 * MiB)
+#define FRAME_READER_LIMIT (1 * MiB)
+
+typedef struct FrameWriter FrameWriter;
+typedef struct FrameReader FrameReader;
+
+/* The writer has written something, and so may not be full any more. */
+typedef void FrameWriterProgress(void *opaque);
+
+/**
+ * frame_writer_new:
+ * @chr: where to write; it outlives the writer
+ * @vnet_hdr: whether the stream tells the length of the virtio-net header
+ * @progress: called from the main loop when a peer that had not kept up took
+ *            more
+ * @opaque: for @progress
+ *
+ * Returns: a writer, which frame_writer_free() destroys.
+ */
+FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
+                              FrameWriterProgress *progress, void *opaque);
+
+/**
+ * frame_writer_free:
+ * @fw: the writer, or NULL
+ *
+ * Destroy @fw, with what it still holds.
+ */
+void frame_writer_free(FrameWriter *fw);
+
+/**
+ * frame_writer_reserve:
+ * @fw: the writer
+ * @size: an upper bound of the payload's length in bytes
+ *
+ * Returns: where to put the payload of the next frame.  It stays valid until
+ * the next call of any of these functions.
+ */
+uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size);
+
+/**
+ * frame_writer_commit:
+ * @fw: the writer
+ * @vnet_hdr_len: the length in bytes of the payload's virtio-net header
+ * @size: the length in bytes of the payload at frame_writer_reserve()'s
+ *
+ * Stage the frame.  It is written by frame_writer_flush().
+ */
+void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size);
+
+/**
+ * frame_writer_full:
+ * @fw: the writer
+ *
+ * Returns: whether so much is staged that the caller is to stop taking frames
+ * from its source.  The writer still takes those that it cannot refuse.
+ */
+bool frame_writer_full(const FrameWriter *fw);
+
+/**
+ * frame_writer_flush:
+ * @fw: the writer
+ *
+ * Write what the peer takes now; the rest follows as it takes more.
+ */
+void frame_writer_flush(FrameWriter *fw);
+
+/**
+ * frame_writer_discard:
+ * @fw: the writer
+ *
+ * Throw away the frames of which nothing has been written yet.
+ *
+ * Returns: their number.
+ */
+uint64_t frame_writer_discard(FrameWriter *fw);
+
+/**
+ * frame_writer_rewind:
+ * @fw: the writer
+ *
+ * The connection is gone: write the frame that was cut off from its start
+ * again when the next one comes.
+ */
+void frame_writer_rewind(FrameWriter *fw);
+
+typedef enum FrameReaderResult {
+    FRAME_READER_NEXT,          /* the frame is dealt with */
+    FRAME_READER_WAIT,          /* offer it again at frame_reader_resume() */
+} FrameReaderResult;
+
+/**
+ * FrameReaderHandler:
+ * @opaque: as given to frame_reader_new()
+ * @payload: the payload; the handler may write to it
+ * @size: its length in bytes, not 0
+ * @vnet_hdr_len: the length in bytes of its virtio-net header as the stream
+ *                tells, or 0 if it does not
+ *
+ * Deals with one frame of the stream.
+ */
+typedef FrameReaderResult FrameReaderHandler(void *opaque, uint8_t *payload,
+                                             size_t size,
+                                             uint32_t vnet_hdr_len);
+
+/**
+ * frame_reader_new:
+ * @chr: where the frames come from, for messages and to end the connection;
+ *       it outlives the reader
+ * @vnet_hdr: whether the stream tells the length of the virtio-net header
+ * @handler: called for each frame, in order
+ * @opaque: for @handler
+ *
+ * Returns: a reader, which frame_reader_free() destroys.
+ */
+FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
+                              FrameReaderHandler *handler, void *opaque);
+
+/**
+ * frame_reader_free:
+ * @fr: the reader, or NULL
+ *
+ * Destroy @fr, with what it still holds.
+ */
+void frame_reader_free(FrameReader *fr);
+
+/**
+ * frame_reader_room:
+ * @fr: the reader
+ *
+ * Returns: how many bytes frame_reader_push() takes now.
+ */
+size_t frame_reader_room(const FrameReader *fr);
+
+/**
+ * frame_reader_push:
+ * @fr: the reader
+ * @buf: bytes of the stream
+ * @size: their number, no more than frame_reader_room()
+ *
+ * Take @buf, and hand out the frames that are complete.
+ */
+void frame_reader_push(FrameReader *fr, const uint8_t *buf, size_t size);
+
+/**
+ * frame_reader_resume:
+ * @fr: the reader
+ *
+ * Go on handing out frames after the handler said FRAME_READER_WAIT.
+ */
+void frame_reader_resume(FrameReader *fr);
+
+/**
+ * frame_reader_reset:
+ * @fr: the reader
+ *
+ * The connection is gone: forget the frame that was cut off.  Complete ones
+ * are kept.  The next bytes pushed are the start of a frame.
+ */
+void frame_reader_reset(FrameReader *fr);
+
+#endif /* QEMU_NET_FRAME_STREAM_H */

@@ -1,0 +1,171 @@
+/*
+ * Packet socket on one network interface
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A packet socket (AF_PACKET, see packet(7)) is bound to one interface and
+ * either captures or injects.  Frames cross this interface with a struct
+ * virtio_net_hdr beside them, in the host's byte order, so that offloaded
+ * checksums and segmentation survive.
+ *
+ * All functions are called with the BQL held; none of them blocks.  Linux
+ * only.
+ */
+
+#ifndef QEMU_NET_PACKET_SOCKET_H
+#define QEMU_NET_PACKET_SOCKET_H
+
+#include "standard-headers/linux/virtio_net.h"
+
+typedef struct PacketSocket PacketSocket;
+
+/*
+ * Directions, as the kernel sees them from the interface.  On a TAP what the
+ * host sends (outgoing) is what the reader of the TAP's fd gets.
+ */
+#define PACKET_SOCKET_OUTGOING (1 << 0)
+#define PACKET_SOCKET_INCOMING (1 << 1)
+
+/*
+ * Bytes that packet_socket_recv() needs in its buffer besides the frame, to
+ * put a VLAN tag back.
+ */
+#define PACKET_SOCKET_TAG_ROOM 4
+
+/**
+ * packet_socket_new_capture:
+ * @ifname: the interface's name, for messages
+ * @ifindex: the interface
+ * @directions: PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, or both
+ * @errp: set on failure
+ *
+ * Create a socket that can capture the frames of @ifindex.  It gets none
+ * until packet_socket_hook(), and never one of another interface, nor one
+ * that a socket of packet_socket_new_inject() sent.
+ * Needs CAP_NET_RAW, now and not later.
+ *
+ * Returns: the socket, which packet_socket_free() destroys, or NULL.
+ */
+PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
+                                        unsigned directions, Error **errp);
+
+/**
+ * packet_socket_new_inject:
+ * @ifname: the interface's name, for messages
+ * @ifindex: the interface
+ * @errp: set on failure
+ *
+ * Create a socket that sends frames out of @ifindex and receives nothing.
+ * Needs CAP_NET_RAW (before Linux 5.17 also CAP_NET_ADMIN), now and not
+ * later.
+ *
+ * Returns: the socket, which packet_socket_free() destroys, or NULL.
+ */
+PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
+                                       Error **errp);
+
+/**
+ * packet_socket_free:
+ * @ps: the socket, or NULL
+ *
+ * Close @ps.  The caller has removed its handlers from the fd.
+ */
+void packet_socket_free(PacketSocket *ps);
+
+/**
+ * packet_socket_fd:
+ * @ps: the socket
+ *
+ * Returns: the fd, to poll it.  It stays @ps's.
+ */
+int packet_socket_fd(const PacketSocket *ps);
+
+/**
+ * packet_socket_hook:
+ * @ps: a capturing socket
+ * @errp: set on failure
+ *
+ * Begin to capture: from now on each frame is queued in the kernel.
+ *
+ * Returns: true on success.  On failure @ps stays unhooked.
+ */
+bool packet_socket_hook(PacketSocket *ps, Error **errp);
+
+/**
+ * packet_socket_unhook:
+ * @ps: a capturing socket
+ *
+ * End capturing: the interface's traffic no longer pays for @ps.  What is
+ * queued stays and can be read.
+ */
+void packet_socket_unhook(PacketSocket *ps);
+
+/**
+ * packet_socket_discard:
+ * @ps: a capturing socket
+ *
+ * Throw away what is queued.
+ *
+ * Returns: the number of frames thrown away.
+ */
+uint64_t packet_socket_discard(PacketSocket *ps);
+
+/**
+ * packet_socket_recv:
+ * @ps: a capturing socket
+ * @hdr: filled with the frame's header
+ * @frame: filled with the frame, any VLAN tag in its place
+ * @size: bytes at @frame, PACKET_SOCKET_TAG_ROOM among them
+ *
+ * Take the next frame from the queue.
+ *
+ * Returns: the frame's length in bytes, or a negative errno: -EAGAIN when the
+ * queue is empty, -EMSGSIZE when the frame was longer than @size allows and
+ * is gone, -ENETDOWN once when the interface went down or away.
+ */
+ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
+                           uint8_t *frame, size_t size);
+
+/**
+ * packet_socket_send:
+ * @ps: an injecting socket
+ * @hdr: the frame's header
+ * @frame: the frame
+ * @len: its length in bytes
+ *
+ * Send one frame out of the interface, past its queueing discipline unless
+ * the kernel has to segment it.
+ *
+ * Returns: 0, or a negative errno with nothing sent: -EAGAIN when the
+ * interface cannot take it now (a TAP's queue is full) and it is worth to
+ * try again later; -EINVAL for a bad header; -EMSGSIZE for a frame longer
+ * than the MTU allows; -ENETDOWN, -ENXIO or -ENODEV when the interface is
+ * down or gone.
+ */
+int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
+                       const uint8_t *frame, size_t len);
+
+/**
+ * packet_socket_drops:
+ * @ps: a capturing socket
+ *
+ * Returns: how many frames the kernel has dropped since @ps was made because
+ * its queue was full.
+ */
+uint64_t packet_socket_drops(PacketSocket *ps);
+
+/**
+ * packet_socket_finish_checksum:
+ * @hdr: a frame's header; its VIRTIO_NET_HDR_F_NEEDS_CSUM is cleared
+ * @frame: the frame
+ * @len: its length in bytes
+ *
+ * Compute the checksum that was left to the hardware, for a receiver that
+ * gets no header.
+ *
+ * Returns: false if @hdr points outside of the frame.
+ */
+bool packet_socket_finish_checksum(struct virtio_net_hdr *hdr,
+                                   uint8_t *frame, size_t len);
+
+#endif /* QEMU_NET_PACKET_SOCKET_H */

@@ -1,0 +1,1120 @@
+/*
+ * Packets of a TAP with vhost, for netfilters
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Theory of operation
+ *
+ * Captured packets come from one source at a time:
+ *
+ *   NONE           the filter is off, or its properties say: not now
+ *   PACKET_SOCKET  a copy of each packet, made by the kernel.  The guest, or
+ *                  the network, gets the packet as well.  What the chain
+ *                  offers is let pass: it is the same packets again.
+ *   CHAIN          the packets themselves, read from the TAP's fd.  Only for
+ *                  a filter that captures while the VM is stopped and not
+ *                  while it runs.
+ *
+ *                      runs                       stopped
+ *   when_running only  PACKET_SOCKET              NONE
+ *   both               PACKET_SOCKET              PACKET_SOCKET
+ *   when_stopped only  NONE                       CHAIN
+ *
+ * Why the packet socket will not do for the last row: when the VM stops,
+ * packets are waiting in the TAP's queue that the guest has not got.  They
+ * went past the packet socket earlier.  And why the chain will not do for the
+ * middle row: the same packets have been captured already.
+ *
+ * CHAIN is exact: each packet that the guest did not take is captured, once.
+ * There are two places where such a packet can be when the VM stops.  In the
+ * TAP, where QEMU reads it, now that vhost has stopped.  Or in the queue of
+ * the NIC, where one that was read waits if the guest had no buffer for it;
+ * net.c drops that queue's content at a stop, so it is emptied here before.
+ * (The order of the handlers matters: at a stop virtio's come first, then
+ * ours, then net.c's; at a start it is the other way round.)  And what is
+ * taken must not get lost either: as long as it could not be handed on, the
+ * TAP is not read, and its packets wait for the next peer or for the guest.
+ *
+ * Injected packets are put into the TAP by a packet socket (queue=tx), from
+ * where vhost or QEMU brings them to the guest, or passed along the chain to
+ * the network (queue=rx).  When the TAP is full they wait.
+ */
+
+#include "qemu/osdep.h"
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <sys/ioctl.h>
+#include <linux/ethtool.h>
+#include <linux/if_link.h>
+#include <linux/if_packet.h>
+#include <linux/sockios.h>
+#include "net/filter-tap.h"
+#include "net/frame-stream.h"
+#include "net/packet-socket.h"
+#include "net/queue.h"
+#include "net/tap.h"
+#include "net/vhost_net.h"
+#include "qapi/error.h"
+#include "qapi/visitor.h"
+#include "qemu/error-report.h"
+#include "qemu/iov.h"
+#include "qemu/main-loop.h"
+#include "qemu/timer.h"
+#include "system/runstate.h"
+#include "standard-headers/linux/virtio_net.h"
+#include "tap-linux.h"
+#include "trace.h"
+
+#ifndef TUNGETDEVNETNS
+#define TUNGETDEVNETNS _IO('T', 227)    /* Linux 5.2 */
+#endif
+
+/* Frames that are captured before others get their turn. */
+#define CAPTURE_BATCH 128
+
+/* Between two looks at a TAP that was full. */
+#define INJECT_RETRY_MIN_MS 1
+#define INJECT_RETRY_MAX_MS 64
+
+typedef enum FilterTapSource {
+    FILTER_TAP_NONE,
+    FILTER_TAP_PACKET_SOCKET,
+    FILTER_TAP_CHAIN,
+} FilterTapSource;
+
+static const char *const filter_tap_source_names[] = {
+    [FILTER_TAP_NONE] = "none",
+    [FILTER_TAP_PACKET_SOCKET] = "packet-socket",
+    [FILTER_TAP_CHAIN] = "chain",
+};
+
+typedef struct FilterTapStats {
+    uint64_t capture_packets;
+    uint64_t capture_bytes;
+    uint64_t capture_peer_drops;
+    uint64_t capture_skipped_gso;
+    uint64_t capture_skipped_oversize;
+    uint64_t inject_packets;
+    uint64_t inject_bytes;
+    uint64_t inject_skipped_runt;
+    uint64_t inject_skipped_oversize;
+    uint64_t inject_skipped_header;
+    uint64_t inject_interface_drops;
+} FilterTapStats;
+
+struct FilterTapEndpoints {
+    NetFilterState *nf;
+    char ifname[IFNAMSIZ];
+    bool when_running;
+    bool when_stopped;
+    bool running;
+    VMChangeStateEntry *vm_state;
+    FilterTapStats stats;
+
+    /* capture */
+    CharFrontend *chr_out;
+    FrameWriter *writer;
+    PacketSocket *capture;      /* NULL if only the chain is ever the source */
+    FilterTapSource source;
+    QEMUBH *flush_bh;
+    bool capture_polled;
+    bool tap_paused;
+    bool interface_lost;
+    uint64_t tx_dropped_before;
+
+    /* inject */
+    CharFrontend *chr_in;
+    bool vnet_hdr;
+    FrameReader *reader;
+    PacketSocket *inject;       /* NULL if nothing goes to the guest */
+    QEMUTimer *inject_retry;
+    int inject_retry_ms;
+};
+
+static bool filter_tap_wants(NetFilterState *nf, NetFilterDirection direction)
+{
+    return nf->direction == direction ||
+           nf->direction == NET_FILTER_DIRECTION_ALL;
+}
+
+/* Capture: source */
+
+/* All queues of the netdev; a filter is attached to the first one. */
+static int filter_tap_queues(FilterTapEndpoints *ep, NetClientState **ncs)
+{
+    return qemu_find_net_clients_except(ep->nf->netdev->name, ncs,
+                                        NET_CLIENT_DRIVER_NIC, MAX_QUEUE_NUM);
+}
+
+/*
+ * Whether QEMU reads the TAP.  Only while CHAIN is the source: vhost switches
+ * it off when it starts, and on when it stops.
+ */
+static void filter_tap_pause_tap(FilterTapEndpoints *ep, bool pause)
+{
+    g_autofree NetClientState **ncs = NULL;
+    int queues;
+
+    if (ep->tap_paused == pause) {
+        return;
+    }
+    ep->tap_paused = pause;
+    trace_filter_tap_pause_tap(ep->ifname, pause);
+    ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
+    queues = filter_tap_queues(ep, ncs);
+    for (int i = 0; i < queues; i++) {
+        ncs[i]->info->poll(ncs[i], !pause);
+    }
+}
+
+static bool filter_tap_can_stage(FilterTapEndpoints *ep)
+{
+    return qemu_chr_fe_backend_open(ep->chr_out) &&
+           !frame_writer_full(ep->writer);
+}
+
+static void filter_tap_capture_readable(void *opaque);
+
+/* Read from the source only what can be staged. */
+static void filter_tap_update_polling(FilterTapEndpoints *ep)
+{
+    bool poll = ep->source == FILTER_TAP_PACKET_SOCKET &&
+                filter_tap_can_stage(ep);
+
+    if (poll != ep->capture_polled) {
+        ep->capture_polled = poll;
+        qemu_set_fd_handler(packet_socket_fd(ep->capture),
+                            poll ? filter_tap_capture_readable : NULL,
+                            NULL, ep);
+    }
+    if (ep->source == FILTER_TAP_CHAIN) {
+        filter_tap_pause_tap(ep, !filter_tap_can_stage(ep));
+    }
+}
+
+static void filter_tap_stage(FilterTapEndpoints *ep, size_t size)
+{
+    frame_writer_commit(ep->writer, ep->nf->netdev->vnet_hdr_len, size);
+    ep->stats.capture_packets++;
+    ep->stats.capture_bytes += size - ep->nf->netdev->vnet_hdr_len;
+}
+
+/*
+ * Write the kernel's header of a frame to @header in the size that the
+ * guest's driver negotiated.  Returns false if that cannot be.
+ */
+static bool filter_tap_put_header(FilterTapEndpoints *ep, uint8_t *header,
+                                  struct virtio_net_hdr *hdr,
+                                  uint8_t *frame, size_t len)
+{
+    size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
+
+    if (hdr_len) {
+        memset(header, 0, hdr_len);
+        memcpy(header, hdr, sizeof(*hdr));
+        return true;
+    }
+    return hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE &&
+           packet_socket_finish_checksum(hdr, frame, len);
+}
+
+/* Returns false when the queue is empty. */
+static bool filter_tap_capture_one(FilterTapEndpoints *ep)
+{
+    size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
+    size_t room = FRAME_STREAM_MAX_PAYLOAD;
+    uint8_t *payload = frame_writer_reserve(ep->writer, room);
+    struct virtio_net_hdr hdr;
+    ssize_t len;
+
+    len = packet_socket_recv(ep->capture, &hdr, payload + hdr_len,
+                             room - hdr_len);
+    if (len == -EMSGSIZE) {
+        ep->stats.capture_skipped_oversize++;
+    } else if (len == -EAGAIN) {
+        return false;
+    } else if (len < 0) {
+        /* The interface went down, or away: said once, like a link that is */
+        trace_filter_tap_capture_error(ep->ifname, -len);
+        if (!if_nametoindex(ep->ifname) && !ep->interface_lost) {
+            ep->interface_lost = true;
+            warn_report("netdev '%s': interface '%s' is gone, and nothing "
+                        "can be captured from it any more",
+                        ep->nf->netdev_id, ep->ifname);
+        }
+        return len == -ENETDOWN;
+    } else if (filter_tap_put_header(ep, payload, &hdr,
+                                     payload + hdr_len, len)) {
+        filter_tap_stage(ep, hdr_len + len);
+    } else {
+        ep->stats.capture_skipped_gso++;
+    }
+    return true;
+}
+
+static void filter_tap_capture_readable(void *opaque)
+{
+    FilterTapEndpoints *ep = opaque;
+    int frames = 0;
+
+    while (frames < CAPTURE_BATCH && !frame_writer_full(ep->writer) &&
+           filter_tap_capture_one(ep)) {
+        frames++;
+    }
+    frame_writer_flush(ep->writer);
+    filter_tap_update_polling(ep);
+}
+
+/*
+ * The filter ceases to capture by packet socket.  Whoever listens still gets
+ * what came before, as far as it keeps up; nothing is left for later.
+ */
+static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
+{
+    packet_socket_unhook(ep->capture);
+    if (qemu_chr_fe_backend_open(ep->chr_out)) {
+        while (!frame_writer_full(ep->writer) && filter_tap_capture_one(ep)) {
+            /* until the queue is empty */
+        }
+        frame_writer_flush(ep->writer);
+    }
+    ep->stats.capture_peer_drops += packet_socket_discard(ep->capture);
+    ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+}
+
+static bool filter_tap_enter_packet_socket(FilterTapEndpoints *ep)
+{
+    Error *err = NULL;
+
+    if (!packet_socket_hook(ep->capture, &err)) {
+        error_prepend(&err, "netdev '%s': nothing is captured: ",
+                      ep->nf->netdev_id);
+        warn_report_err(err);
+        return false;
+    }
+    return true;
+}
+
+static void filter_tap_take_iov(FilterTapEndpoints *ep,
+                                const struct iovec *iov, int iovcnt)
+{
+    size_t size = iov_size(iov, iovcnt);
+
+    if (size > FRAME_STREAM_MAX_PAYLOAD) {
+        ep->stats.capture_skipped_oversize++;
+        return;
+    }
+    iov_to_buf(iov, iovcnt, 0, frame_writer_reserve(ep->writer, size), size);
+    filter_tap_stage(ep, size);
+    qemu_bh_schedule(ep->flush_bh);
+}
+
+static void filter_tap_take_queued(void *opaque, const uint8_t *data,
+                                   size_t size)
+{
+    struct iovec iov = { .iov_base = (void *)data, .iov_len = size };
+
+    filter_tap_take_iov(opaque, &iov, 1);
+}
+
+/* Take the packets that the guest's NIC had no buffer for. */
+static void filter_tap_take_nic_queues(FilterTapEndpoints *ep)
+{
+    g_autofree NetClientState **ncs = NULL;
+    int queues;
+
+    if (!filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_TX)) {
+        return;
+    }
+    ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
+    queues = filter_tap_queues(ep, ncs);
+    for (int i = 0; i < queues; i++) {
+        if (ncs[i]->peer) {
+            qemu_net_queue_take(ncs[i]->peer->incoming_queue, ncs[i],
+                                filter_tap_take_queued, ep);
+        }
+    }
+}
+
+static FilterTapSource filter_tap_wanted_source(FilterTapEndpoints *ep)
+{
+    if (!ep->chr_out || !ep->nf->on) {
+        return FILTER_TAP_NONE;
+    }
+    if (!ep->when_running) {
+        return ep->running ? FILTER_TAP_NONE : FILTER_TAP_CHAIN;
+    }
+    if (!ep->running && !ep->when_stopped) {
+        return FILTER_TAP_NONE;
+    }
+    /* With nobody there to listen, the traffic shall not pay for it. */
+    return qemu_chr_fe_backend_open(ep->chr_out) ? FILTER_TAP_PACKET_SOCKET :
+                                                   FILTER_TAP_NONE;
+}
+
+static void filter_tap_update_source(FilterTapEndpoints *ep)
+{
+    FilterTapSource old = ep->source;
+    FilterTapSource new = filter_tap_wanted_source(ep);
+
+    if (!ep->chr_out) {
+        return;
+    }
+    if (old != new) {
+        trace_filter_tap_source(ep->ifname, filter_tap_source_names[old],
+                                filter_tap_source_names[new]);
+        ep->source = FILTER_TAP_NONE;
+        filter_tap_update_polling(ep);
+        if (old == FILTER_TAP_PACKET_SOCKET) {
+            filter_tap_leave_packet_socket(ep);
+        } else if (old == FILTER_TAP_CHAIN) {
+            filter_tap_pause_tap(ep, false);
+        }
+        if (new == FILTER_TAP_PACKET_SOCKET &&
+            !filter_tap_enter_packet_socket(ep)) {
+            return;
+        } else if (new == FILTER_TAP_CHAIN) {
+            filter_tap_take_nic_queues(ep);
+        }
+        ep->source = new;
+    }
+    filter_tap_update_polling(ep);
+}
+
+ssize_t filter_tap_receive_iov(FilterTap *ft, NetClientState *sender,
+                               const struct iovec *iov, int iovcnt)
+{
+    FilterTapEndpoints *ep = ft->endpoints;
+
+    if (ep->source != FILTER_TAP_CHAIN ||
+        !qemu_chr_fe_backend_open(ep->chr_out)) {
+        return 0;
+    }
+    filter_tap_take_iov(ep, iov, iovcnt);
+    filter_tap_update_polling(ep);
+    return iov_size(iov, iovcnt);
+}
+
+/* Capture: stream */
+
+static void filter_tap_flush_bh(void *opaque)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    frame_writer_flush(ep->writer);
+    filter_tap_update_polling(ep);
+}
+
+static void filter_tap_writer_progress(void *opaque)
+{
+    filter_tap_update_polling(opaque);
+}
+
+static void filter_tap_out_event(void *opaque, QEMUChrEvent event)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    if (event == CHR_EVENT_CLOSED) {
+        frame_writer_rewind(ep->writer);
+        if (ep->when_running) {
+            /* What was a copy is stale for the next peer. */
+            ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+        }
+    }
+    if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
+        filter_tap_update_source(ep);
+        if (event == CHR_EVENT_OPENED) {
+            frame_writer_flush(ep->writer);
+        }
+    }
+}
+
+/* The peer has nothing to say; but without reading we do not see it leave. */
+static int filter_tap_out_can_read(void *opaque)
+{
+    return CHR_READ_BUF_LEN;
+}
+
+static void filter_tap_out_read(void *opaque, const uint8_t *buf, int size)
+{
+}
+
+/* Inject */
+
+static bool filter_tap_injects(FilterTapEndpoints *ep)
+{
+    return ep->nf->on && (ep->running ? ep->when_running : ep->when_stopped);
+}
+
+/* Count why a frame was not sent. */
+static void filter_tap_inject_failed(FilterTapEndpoints *ep, int err)
+{
+    trace_filter_tap_inject_error(ep->ifname, err);
+    switch (err) {
+    case EINVAL:
+        ep->stats.inject_skipped_header++;
+        break;
+    case EMSGSIZE:
+        ep->stats.inject_skipped_oversize++;
+        break;
+    default:
+        ep->stats.inject_interface_drops++;
+        break;
+    }
+}
+
+static FrameReaderResult filter_tap_inject_to_guest(FilterTapEndpoints *ep,
+                                                    const uint8_t *payload,
+                                                    size_t size,
+                                                    size_t hdr_len)
+{
+    struct virtio_net_hdr hdr = { };
+    int ret;
+
+    if (hdr_len) {
+        memcpy(&hdr, payload, sizeof(hdr));
+    }
+    ret = packet_socket_send(ep->inject, &hdr, payload + hdr_len,
+                             size - hdr_len);
+    if (ret == -EAGAIN) {
+        timer_mod(ep->inject_retry, ep->inject_retry_ms +
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME));
+        ep->inject_retry_ms = MIN(2 * ep->inject_retry_ms,
+                                  INJECT_RETRY_MAX_MS);
+        return FRAME_READER_WAIT;
+    }
+    ep->inject_retry_ms = INJECT_RETRY_MIN_MS;
+    if (ret < 0) {
+        filter_tap_inject_failed(ep, -ret);
+    } else {
+        ep->stats.inject_packets++;
+        ep->stats.inject_bytes += size - hdr_len;
+    }
+    return FRAME_READER_NEXT;
+}
+
+/* The chain wants the header in the size that the guest negotiated. */
+static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
+                                         uint8_t *payload, size_t size,
+                                         size_t hdr_len)
+{
+    NetFilterState *nf = ep->nf;
+    uint8_t header[sizeof(struct virtio_net_hdr_v1_hash_tunnel)] = { };
+    struct virtio_net_hdr hdr = { };
+    struct iovec iov[] = {
+        { .iov_base = header, .iov_len = nf->netdev->vnet_hdr_len },
+        { .iov_base = payload + hdr_len, .iov_len = size - hdr_len },
+    };
+
+    if (hdr_len) {
+        memcpy(&hdr, payload, sizeof(hdr));
+    }
+    if (iov[0].iov_len == hdr_len) {
+        memcpy(header, payload, hdr_len);
+    } else if (!filter_tap_put_header(ep, header, &hdr, iov[1].iov_base,
+                                      iov[1].iov_len)) {
+        ep->stats.inject_skipped_header++;
+        return;
+    }
+    qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov, ARRAY_SIZE(iov), nf);
+    if (!ep->inject) {
+        ep->stats.inject_packets++;
+        ep->stats.inject_bytes += size - hdr_len;
+    }
+}
+
+static FrameReaderResult filter_tap_inject_frame(void *opaque,
+                                                 uint8_t *payload, size_t size,
+                                                 uint32_t vnet_hdr_len)
+{
+    FilterTapEndpoints *ep = opaque;
+    size_t hdr_len = ep->vnet_hdr ? vnet_hdr_len :
+                                    ep->nf->netdev->vnet_hdr_len;
+
+    if (!filter_tap_injects(ep)) {
+        return FRAME_READER_WAIT;
+    }
+    if (hdr_len > sizeof(struct virtio_net_hdr_v1_hash_tunnel) ||
+        (hdr_len && hdr_len < sizeof(struct virtio_net_hdr))) {
+        ep->stats.inject_skipped_header++;
+        return FRAME_READER_NEXT;
+    }
+    if (size < hdr_len + ETH_HLEN) {
+        ep->stats.inject_skipped_runt++;
+        return FRAME_READER_NEXT;
+    }
+    if (ep->inject &&
+        filter_tap_inject_to_guest(ep, payload, size, hdr_len) ==
+        FRAME_READER_WAIT) {
+        return FRAME_READER_WAIT;
+    }
+    if (filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_RX)) {
+        filter_tap_inject_to_network(ep, payload, size, hdr_len);
+    }
+    return FRAME_READER_NEXT;
+}
+
+static void filter_tap_inject_retry(void *opaque)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    frame_reader_resume(ep->reader);
+}
+
+/*
+ * While the filter is on but must wait, the stream is read ahead as far as
+ * the reader has room: when a peer has gone (the source of a migration that
+ * is done) its character device throws away what was not read.
+ */
+static int filter_tap_in_can_read(void *opaque)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    return ep->nf->on ? frame_reader_room(ep->reader) : 0;
+}
+
+static void filter_tap_in_read(void *opaque, const uint8_t *buf, int size)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    frame_reader_push(ep->reader, buf, size);
+}
+
+static void filter_tap_in_event(void *opaque, QEMUChrEvent event)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
+        frame_reader_reset(ep->reader);
+    }
+}
+
+/* Both */
+
+static void filter_tap_update(FilterTapEndpoints *ep)
+{
+    filter_tap_update_source(ep);
+    if (ep->chr_in) {
+        if (filter_tap_injects(ep)) {
+            frame_reader_resume(ep->reader);
+        }
+        qemu_chr_fe_accept_input(ep->chr_in);
+    }
+}
+
+void filter_tap_status_changed(FilterTap *ft)
+{
+    filter_tap_update(ft->endpoints);
+}
+
+static void filter_tap_vm_state(void *opaque, bool running, RunState state)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    ep->running = running;
+    filter_tap_update(ep);
+}
+
+/* Setup: which interface */
+
+static bool filter_tap_same_netns(int fd)
+{
+    struct stat tap, own;
+    int ns = ioctl(fd, TUNGETDEVNETNS);         /* Linux 5.2 */
+    bool same;
+
+    if (ns < 0) {
+        return true;    /* not for us to know; the address has to do */
+    }
+    same = fstat(ns, &tap) < 0 || stat("/proc/self/ns/net", &own) < 0 ||
+           (tap.st_dev == own.st_dev && tap.st_ino == own.st_ino);
+    close(ns);
+    return same;
+}
+
+/* Whether the interface of that name is the one that @tap_fd belongs to. */
+static bool filter_tap_same_interface(int tap_fd, const char *ifname,
+                                      int socket_fd)
+{
+    struct ifreq tap = { }, named = { };
+
+    pstrcpy(named.ifr_name, sizeof(named.ifr_name), ifname);
+    if (ioctl(tap_fd, SIOCGIFHWADDR, &tap) < 0 ||
+        ioctl(socket_fd, SIOCGIFHWADDR, &named) < 0) {
+        return false;
+    }
+    return !memcmp(tap.ifr_hwaddr.sa_data, named.ifr_hwaddr.sa_data,
+                   ETH_ALEN) && filter_tap_same_netns(tap_fd);
+}
+
+static bool filter_tap_is_tun_driver(int socket_fd, const char *ifname)
+{
+    struct ethtool_drvinfo info = { .cmd = ETHTOOL_GDRVINFO };
+    struct ifreq ifr = { .ifr_data = (void *)&info };
+
+    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), ifname);
+    return ioctl(socket_fd, SIOCETHTOOL, &ifr) == 0 &&
+           !strcmp(info.driver, "tun");
+}
+
+/*
+ * The name is all that a TAP's fd tells of its interface, and it counts in
+ * the network namespace that the TAP lives in.  In QEMU's own, where the
+ * packet socket is opened, it may be another interface's.
+ *
+ * Returns the interface's index, or 0.
+ */
+static unsigned filter_tap_resolve(NetFilterState *nf, char *ifname,
+                                   Error **errp)
+{
+    int fd = tap_get_fd(nf->netdev);
+    struct ifreq ifr = { };
+    unsigned ifindex = 0;
+    int socket_fd;
+
+    if (ioctl(fd, TUNGETIFF, &ifr) < 0) {
+        error_setg_errno(errp, errno, "could not get the TAP's interface");
+        return 0;
+    }
+    pstrcpy(ifname, IFNAMSIZ, ifr.ifr_name);
+
+    socket_fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (socket_fd < 0) {
+        error_setg_errno(errp, errno, "could not look up interface '%s'",
+                         ifname);
+        return 0;
+    }
+    if (!if_nametoindex(ifname)) {
+        error_setg_errno(errp, errno, "could not find interface '%s'",
+                         ifname);
+        error_append_hint(errp, "The TAP may be in another network namespace "
+                          "than QEMU, or be gone.\n");
+    } else if (!filter_tap_same_interface(fd, ifname, socket_fd)) {
+        error_setg(errp, "interface '%s' in QEMU's network namespace is not "
+                   "the TAP", ifname);
+        error_append_hint(errp, "The TAP is in another network namespace. "
+                          "Run QEMU in that one.\n");
+    } else if (!filter_tap_is_tun_driver(socket_fd, ifname)) {
+        error_setg(errp, "interface '%s' is not a TAP", ifname);
+        error_append_hint(errp, "On other interfaces, such as macvtap, the "
+                          "directions have another meaning.\n");
+    } else {
+        ifindex = if_nametoindex(ifname);
+    }
+    close(socket_fd);
+    return ifindex;
+}
+
+/* Setup: endpoints */
+
+bool filter_tap_reaches(const FilterTap *ft, NetClientState *netdev)
+{
+    return netdev->info->type == NET_CLIENT_DRIVER_TAP &&
+           (ft->packet_socket == ON_OFF_AUTO_ON ||
+            (ft->packet_socket == ON_OFF_AUTO_AUTO && get_vhost_net(netdev)));
+}
+
+static bool filter_tap_check_chain(FilterTap *ft, NetFilterState *nf,
+                                   Error **errp)
+{
+    if (ft->packet_socket == ON_OFF_AUTO_ON) {
+        error_setg(errp, "'packet-socket=on' needs a netdev of type 'tap', "
+                   "and netdev '%s' is of type '%s'", nf->netdev_id,
+                   NetClientDriver_str(nf->netdev->info->type));
+        return false;
+    }
+    if (ft->when_running != ON_OFF_AUTO_AUTO ||
+        ft->when_stopped != ON_OFF_AUTO_AUTO) {
+        error_setg(errp, "'enable_when_running' and 'enable_when_stopped' "
+                   "need a packet socket, which is not used on netdev '%s'",
+                   nf->netdev_id);
+        error_append_hint(errp, "Add 'packet-socket=on', on a TAP.\n");
+        return false;
+    }
+    return true;
+}
+
+static uint64_t filter_tap_interface_tx_dropped(const char *ifname)
+{
+    struct ifaddrs *list, *ifa;
+    uint64_t dropped = 0;
+
+    if (getifaddrs(&list) < 0) {
+        return 0;
+    }
+    for (ifa = list; ifa; ifa = ifa->ifa_next) {
+        if (ifa->ifa_addr && ifa->ifa_addr->sa_family == AF_PACKET &&
+            ifa->ifa_data && !strcmp(ifa->ifa_name, ifname)) {
+            struct rtnl_link_stats *stats = ifa->ifa_data;
+
+            dropped = stats->tx_dropped;
+        }
+    }
+    freeifaddrs(list);
+    return dropped;
+}
+
+static bool filter_tap_open_capture(FilterTapEndpoints *ep, unsigned ifindex,
+                                    Error **errp)
+{
+    unsigned directions =
+        (filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_TX) ?
+         PACKET_SOCKET_OUTGOING : 0) |
+        (filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_RX) ?
+         PACKET_SOCKET_INCOMING : 0);
+
+    if (!ep->when_running) {
+        return true;
+    }
+    ep->capture = packet_socket_new_capture(ep->ifname, ifindex, directions,
+                                            errp);
+    return ep->capture;
+}
+
+static bool filter_tap_open_inject(FilterTapEndpoints *ep, unsigned ifindex,
+                                   Error **errp)
+{
+    if (!filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_TX)) {
+        return true;
+    }
+    ep->inject = packet_socket_new_inject(ep->ifname, ifindex, errp);
+    return ep->inject;
+}
+
+/* Nothing can fail any more: begin. */
+static void filter_tap_start(FilterTapEndpoints *ep)
+{
+    if (ep->chr_out) {
+        ep->writer = frame_writer_new(ep->chr_out, ep->vnet_hdr,
+                                      filter_tap_writer_progress, ep);
+        ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
+        ep->tx_dropped_before = filter_tap_interface_tx_dropped(ep->ifname);
+        qemu_chr_fe_set_handlers(ep->chr_out, filter_tap_out_can_read,
+                                 filter_tap_out_read, filter_tap_out_event,
+                                 NULL, ep, NULL, true);
+    }
+    if (ep->chr_in) {
+        ep->reader = frame_reader_new(ep->chr_in, ep->vnet_hdr,
+                                      filter_tap_inject_frame, ep);
+        ep->inject_retry_ms = INJECT_RETRY_MIN_MS;
+        ep->inject_retry = timer_new_ms(QEMU_CLOCK_REALTIME,
+                                        filter_tap_inject_retry, ep);
+        qemu_chr_fe_set_handlers(ep->chr_in, filter_tap_in_can_read,
+                                 filter_tap_in_read, filter_tap_in_event,
+                                 NULL, ep, NULL, true);
+    }
+    ep->vm_state = qemu_add_vm_change_state_handler(filter_tap_vm_state, ep);
+    filter_tap_update(ep);
+}
+
+bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
+                      CharFrontend *chr_out, bool vnet_hdr, Error **errp)
+{
+    FilterTapEndpoints *ep;
+    unsigned ifindex;
+
+    if (!filter_tap_reaches(ft, nf->netdev)) {
+        return filter_tap_check_chain(ft, nf, errp);
+    }
+
+    ep = g_new0(FilterTapEndpoints, 1);
+    ep->nf = nf;
+    ep->when_running = ft->when_running != ON_OFF_AUTO_OFF;
+    ep->when_stopped = ft->when_stopped == ON_OFF_AUTO_ON;
+    ep->running = runstate_is_running();
+    ep->chr_in = chr_in;
+    ep->chr_out = chr_out;
+    ep->vnet_hdr = vnet_hdr;
+
+    if (!ep->when_running && !ep->when_stopped) {
+        error_setg(errp, "'enable_when_running=off' without "
+                   "'enable_when_stopped=on' leaves nothing to do");
+        goto fail;
+    }
+    ifindex = filter_tap_resolve(nf, ep->ifname, errp);
+    if (!ifindex ||
+        (chr_out && !filter_tap_open_capture(ep, ifindex, errp)) ||
+        (chr_in && !filter_tap_open_inject(ep, ifindex, errp))) {
+        goto fail;
+    }
+    ft->endpoints = ep;
+    filter_tap_start(ep);
+    return true;
+
+fail:
+    error_prepend(errp, "netdev '%s': ", nf->netdev_id);
+    packet_socket_free(ep->capture);
+    packet_socket_free(ep->inject);
+    g_free(ep);
+    return false;
+}
+
+/* What was taken and not handed on yet is offered a last time. */
+static void filter_tap_stop_capture(FilterTapEndpoints *ep)
+{
+    uint64_t lost;
+
+    ep->nf->on = false;
+    filter_tap_update_source(ep);
+    frame_writer_flush(ep->writer);
+    lost = frame_writer_discard(ep->writer);
+    if (lost && !ep->when_running) {
+        warn_report("netdev '%s': %" PRIu64 " packets that the guest did not "
+                    "get are lost with the filter", ep->nf->netdev_id, lost);
+    }
+    qemu_chr_fe_set_handlers(ep->chr_out, NULL, NULL, NULL, NULL, NULL, NULL,
+                             true);
+    qemu_bh_delete(ep->flush_bh);
+    frame_writer_free(ep->writer);
+}
+
+void filter_tap_cleanup(FilterTap *ft)
+{
+    FilterTapEndpoints *ep = g_steal_pointer(&ft->endpoints);
+
+    if (!ep) {
+        return;
+    }
+    qemu_del_vm_change_state_handler(ep->vm_state);
+    if (ep->chr_in) {
+        qemu_chr_fe_set_handlers(ep->chr_in, NULL, NULL, NULL, NULL, NULL,
+                                 NULL, true);
+        timer_free(ep->inject_retry);
+        frame_reader_free(ep->reader);
+    }
+    if (ep->chr_out) {
+        filter_tap_stop_capture(ep);
+    }
+    packet_socket_free(ep->capture);
+    packet_socket_free(ep->inject);
+    g_free(ep);
+}
+
+/* Properties */
+
+static FilterTap *filter_tap_of(Object *obj, void *opaque)
+{
+    return (FilterTap *)((uint8_t *)obj + GPOINTER_TO_SIZE(opaque));
+}
+
+static bool filter_tap_settable(Object *obj, const char *name, Error **errp)
+{
+    if (NETFILTER(obj)->netdev) {
+        error_setg(errp, "'%s' cannot be changed once the filter is set up",
+                   name);
+        return false;
+    }
+    return true;
+}
+
+static void filter_tap_get_packet_socket(Object *obj, Visitor *v,
+                                         const char *name, void *opaque,
+                                         Error **errp)
+{
+    visit_type_OnOffAuto(v, name, &filter_tap_of(obj, opaque)->packet_socket,
+                         errp);
+}
+
+static void filter_tap_set_packet_socket(Object *obj, Visitor *v,
+                                         const char *name, void *opaque,
+                                         Error **errp)
+{
+    OnOffAuto value;
+
+    if (filter_tap_settable(obj, name, errp) &&
+        visit_type_OnOffAuto(v, name, &value, errp)) {
+        filter_tap_of(obj, opaque)->packet_socket = value;
+    }
+}
+
+/* On the chain alone both are true, as ever. */
+static void filter_tap_get_when_running(Object *obj, Visitor *v,
+                                        const char *name, void *opaque,
+                                        Error **errp)
+{
+    FilterTap *ft = filter_tap_of(obj, opaque);
+    bool value = ft->when_running != ON_OFF_AUTO_OFF;
+
+    visit_type_bool(v, name, &value, errp);
+}
+
+static void filter_tap_get_when_stopped(Object *obj, Visitor *v,
+                                        const char *name, void *opaque,
+                                        Error **errp)
+{
+    FilterTap *ft = filter_tap_of(obj, opaque);
+    bool value = !ft->endpoints || ft->endpoints->when_stopped;
+
+    visit_type_bool(v, name, &value, errp);
+}
+
+static void filter_tap_set_when(Object *obj, Visitor *v, const char *name,
+                                OnOffAuto *when, Error **errp)
+{
+    bool value;
+
+    if (filter_tap_settable(obj, name, errp) &&
+        visit_type_bool(v, name, &value, errp)) {
+        *when = value ? ON_OFF_AUTO_ON : ON_OFF_AUTO_OFF;
+    }
+}
+
+static void filter_tap_set_when_running(Object *obj, Visitor *v,
+                                        const char *name, void *opaque,
+                                        Error **errp)
+{
+    filter_tap_set_when(obj, v, name,
+                        &filter_tap_of(obj, opaque)->when_running, errp);
+}
+
+static void filter_tap_set_when_stopped(Object *obj, Visitor *v,
+                                        const char *name, void *opaque,
+                                        Error **errp)
+{
+    filter_tap_set_when(obj, v, name,
+                        &filter_tap_of(obj, opaque)->when_stopped, errp);
+}
+
+static void filter_tap_get_interface(Object *obj, Visitor *v,
+                                     const char *name, void *opaque,
+                                     Error **errp)
+{
+    FilterTap *ft = filter_tap_of(obj, opaque);
+    char *value = ft->endpoints ? ft->endpoints->ifname : (char *)"";
+
+    visit_type_str(v, name, &value, errp);
+}
+
+static void filter_tap_get_source(Object *obj, Visitor *v,
+                                  const char *name, void *opaque,
+                                  Error **errp)
+{
+    FilterTap *ft = filter_tap_of(obj, opaque);
+    FilterTapSource source = ft->endpoints ? ft->endpoints->source :
+                                             FILTER_TAP_CHAIN;
+    char *value = (char *)filter_tap_source_names[source];
+
+    visit_type_str(v, name, &value, errp);
+}
+
+static void filter_tap_get_kernel_drops(Object *obj, Visitor *v,
+                                        const char *name, void *opaque,
+                                        Error **errp)
+{
+    FilterTapEndpoints *ep = filter_tap_of(obj, opaque)->endpoints;
+    uint64_t value = ep && ep->capture ? packet_socket_drops(ep->capture) : 0;
+
+    visit_type_uint64(v, name, &value, errp);
+}
+
+static void filter_tap_get_tx_dropped(Object *obj, Visitor *v,
+                                      const char *name, void *opaque,
+                                      Error **errp)
+{
+    FilterTapEndpoints *ep = filter_tap_of(obj, opaque)->endpoints;
+    uint64_t value = 0;
+
+    if (ep && ep->chr_out) {
+        /* The kernel tells 32 bits of it here. */
+        value = (uint32_t)(filter_tap_interface_tx_dropped(ep->ifname) -
+                           ep->tx_dropped_before);
+    }
+    visit_type_uint64(v, name, &value, errp);
+}
+
+static const struct {
+    const char *name;
+    size_t offset;
+    void (*get)(Object *obj, Visitor *v, const char *name, void *opaque,
+                Error **errp);
+    const char *description;
+} filter_tap_counters[] = {
+#define COUNTER(name, field, description) \
+    { name, offsetof(FilterTapStats, field), NULL, description }
+    COUNTER("capture-packets", capture_packets,
+            "Packets that were captured"),
+    COUNTER("capture-bytes", capture_bytes,
+            "Bytes of their frames"),
+    { "capture-kernel-drops", 0, filter_tap_get_kernel_drops,
+      "Packets that the kernel dropped because the packet socket's queue "
+      "was full" },
+    COUNTER("capture-peer-drops", capture_peer_drops,
+            "Packets that were thrown away because the peer had not taken "
+            "them when it went away or the filter went off"),
+    COUNTER("capture-skipped-gso", capture_skipped_gso,
+            "Packets left out because without a virtio-net header they "
+            "cannot be expressed"),
+    COUNTER("capture-skipped-oversize", capture_skipped_oversize,
+            "Packets left out because they are longer than a frame of the "
+            "stream may be"),
+    { "capture-interface-drops", 0, filter_tap_get_tx_dropped,
+      "Packets toward the guest that the interface dropped since the filter "
+      "was set up, because the TAP's queue (txqueuelen) was full" },
+    COUNTER("inject-packets", inject_packets,
+            "Packets that were injected"),
+    COUNTER("inject-bytes", inject_bytes,
+            "Bytes of their frames"),
+    COUNTER("inject-skipped-runt", inject_skipped_runt,
+            "Frames skipped because they are shorter than a header"),
+    COUNTER("inject-skipped-oversize", inject_skipped_oversize,
+            "Frames skipped because they are longer than the MTU allows"),
+    COUNTER("inject-skipped-header", inject_skipped_header,
+            "Frames skipped because of a bad virtio-net header"),
+    COUNTER("inject-interface-drops", inject_interface_drops,
+            "Frames thrown away because the interface was down or gone"),
+#undef COUNTER
+};
+
+static void filter_tap_get_counter(Object *obj, Visitor *v, const char *name,
+                                   void *opaque, Error **errp)
+{
+    FilterTapEndpoints *ep = filter_tap_of(obj, opaque)->endpoints;
+    uint64_t value = 0;
+
+    for (int i = 0; ep && i < ARRAY_SIZE(filter_tap_counters); i++) {
+        if (!strcmp(filter_tap_counters[i].name, name)) {
+            value = *(uint64_t *)((uint8_t *)&ep->stats +
+                                  filter_tap_counters[i].offset);
+        }
+    }
+    visit_type_uint64(v, name, &value, errp);
+}
+
+void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset)
+{
+    void *opaque = GSIZE_TO_POINTER(offset);
+
+    object_class_property_add(oc, "packet-socket", "OnOffAuto",
+                              filter_tap_get_packet_socket,
+                              filter_tap_set_packet_socket, NULL, opaque);
+    object_class_property_set_description(oc, "packet-socket",
+        "Reach the packets through a packet socket (auto: on a TAP with "
+        "vhost)");
+    object_class_property_add(oc, "enable_when_running", "bool",
+                              filter_tap_get_when_running,
+                              filter_tap_set_when_running, NULL, opaque);
+    object_class_property_set_description(oc, "enable_when_running",
+        "Work while the VM runs");
+    object_class_property_add(oc, "enable_when_stopped", "bool",
+                              filter_tap_get_when_stopped,
+                              filter_tap_set_when_stopped, NULL, opaque);
+    object_class_property_set_description(oc, "enable_when_stopped",
+        "Work while the VM is stopped");
+
+    object_class_property_add(oc, "interface", "str",
+                              filter_tap_get_interface, NULL, NULL, opaque);
+    object_class_property_set_description(oc, "interface",
+        "The TAP's interface, if the filter reaches it by itself");
+    object_class_property_add(oc, "source", "str",
+                              filter_tap_get_source, NULL, NULL, opaque);
+    object_class_property_set_description(oc, "source",
+        "Where captured packets come from now: packet-socket, chain or none");
+
+    for (int i = 0; i < ARRAY_SIZE(filter_tap_counters); i++) {
+        object_class_property_add(oc, filter_tap_counters[i].name, "uint64",
+                                  filter_tap_counters[i].get ?:
+                                  filter_tap_get_counter, NULL, NULL, opaque);
+        object_class_property_set_description(oc, filter_tap_counters[i].name,
+                                       filter_tap_counters[i].description);
+    }
+}

@@ -1,0 +1,372 @@
+/*
+ * Frames over a character device
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Theory of operation
+ *
+ * Both ends stage the bytes of the stream in one contiguous buffer each, in
+ * the format of the stream, so that a batch of frames is one write, and a
+ * frame is handed out where it was read to:
+ *
+ *   writer   | written |cut off| staged          |    free           |
+ *            0         first   head              tail             size
+ *
+ *   reader             | complete frames | part  |    free           |
+ *                      head                      tail         FRAME_READER_LIMIT
+ *
+ * "first" is the start of the first frame that is not written completely: a
+ * new connection goes on there.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/units.h"
+#include "chardev/char.h"
+#include "net/frame-stream.h"
+
+/* How many frames are handed out before others get their turn. */
+#define FRAME_READER_BATCH 128
+
+typedef struct FrameBuffer {
+    uint8_t *data;
+    size_t size;
+    size_t head;
+    size_t tail;
+} FrameBuffer;
+
+struct FrameWriter {
+    CharFrontend *chr;
+    bool vnet_hdr;
+    FrameBuffer buf;
+    size_t first;
+    guint watch;
+    /* Changes when the content does while chr's driver runs. */
+    unsigned generation;
+    FrameWriterProgress *progress;
+    void *opaque;
+};
+
+struct FrameReader {
+    CharFrontend *chr;
+    bool vnet_hdr;
+    /* A bad length: what follows in this connection makes no sense. */
+    bool broken;
+    bool waiting;
+    bool running;
+    FrameBuffer buf;
+    FrameReaderHandler *handler;
+    void *opaque;
+    QEMUBH *bh;
+};
+
+static size_t frame_prefix_len(bool vnet_hdr)
+{
+    return vnet_hdr ? 8 : 4;
+}
+
+FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
+                              FrameWriterProgress *progress, void *opaque)
+{
+    FrameWriter *fw = g_new0(FrameWriter, 1);
+
+    fw->chr = chr;
+    fw->vnet_hdr = vnet_hdr;
+    fw->progress = progress;
+    fw->opaque = opaque;
+    return fw;
+}
+
+static void frame_writer_unwatch(FrameWriter *fw)
+{
+    if (fw->watch) {
+        g_source_remove(fw->watch);
+        fw->watch = 0;
+    }
+}
+
+void frame_writer_free(FrameWriter *fw)
+{
+    if (fw) {
+        frame_writer_unwatch(fw);
+        g_free(fw->buf.data);
+        g_free(fw);
+    }
+}
+
+/* Drop what is before "first", and move the rest down if there is need. */
+static void frame_writer_compact(FrameWriter *fw, size_t room)
+{
+    FrameBuffer *buf = &fw->buf;
+
+    if (fw->first == buf->tail) {
+        fw->first = buf->head = buf->tail = 0;
+    } else if (fw->first && buf->size - buf->tail < room) {
+        memmove(buf->data, buf->data + fw->first, buf->tail - fw->first);
+        buf->head -= fw->first;
+        buf->tail -= fw->first;
+        fw->first = 0;
+    }
+}
+
+uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
+{
+    FrameBuffer *buf = &fw->buf;
+    size_t room = frame_prefix_len(fw->vnet_hdr) + size;
+
+    frame_writer_compact(fw, room);
+    if (buf->size - buf->tail < room) {
+        /* Grow by much, to grow seldom, but not beyond what is promised. */
+        buf->size = MAX(MIN(2 * buf->size, FRAME_WRITER_LIMIT + room),
+                        buf->tail + room);
+        buf->data = g_realloc(buf->data, buf->size);
+    }
+    return buf->data + buf->tail + frame_prefix_len(fw->vnet_hdr);
+}
+
+void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
+{
+    FrameBuffer *buf = &fw->buf;
+
+    assert(size <= FRAME_STREAM_MAX_PAYLOAD);
+    stl_be_p(buf->data + buf->tail, size);
+    if (fw->vnet_hdr) {
+        stl_be_p(buf->data + buf->tail + 4, vnet_hdr_len);
+    }
+    buf->tail += frame_prefix_len(fw->vnet_hdr) + size;
+}
+
+bool frame_writer_full(const FrameWriter *fw)
+{
+    return fw->buf.tail - fw->buf.head >= FRAME_WRITER_LIMIT;
+}
+
+/* The end of the frame that begins at @at. */
+static size_t frame_writer_end(const FrameWriter *fw, size_t at)
+{
+    return at + frame_prefix_len(fw->vnet_hdr) + ldl_be_p(fw->buf.data + at);
+}
+
+static void frame_writer_advance(FrameWriter *fw, size_t written)
+{
+    fw->buf.head += written;
+    while (fw->first < fw->buf.head &&
+           frame_writer_end(fw, fw->first) <= fw->buf.head) {
+        fw->first = frame_writer_end(fw, fw->first);
+    }
+    frame_writer_compact(fw, 0);
+}
+
+static gboolean frame_writer_writable(void *do_not_use, GIOCondition cond,
+                                      void *opaque)
+{
+    FrameWriter *fw = opaque;
+
+    fw->watch = 0;
+    frame_writer_flush(fw);
+    fw->progress(fw->opaque);
+    return G_SOURCE_REMOVE;
+}
+
+void frame_writer_flush(FrameWriter *fw)
+{
+    FrameBuffer *buf = &fw->buf;
+
+    if (fw->watch) {
+        return;
+    }
+    while (buf->head < buf->tail) {
+        unsigned generation = fw->generation;
+        int ret = qemu_chr_fe_write(fw->chr, buf->data + buf->head,
+                                    MIN(buf->tail - buf->head, INT_MAX));
+
+        if (generation != fw->generation) {
+            /* The write ended the connection, and its handler came first. */
+            return;
+        }
+        if (ret <= 0) {
+            /*
+             * Either the peer is slow, or the device reports the end of the
+             * connection by an event.  A device that cannot be watched is
+             * tried again with the next frame.
+             */
+            if (ret < 0 && errno == EAGAIN) {
+                fw->watch = qemu_chr_fe_add_watch(fw->chr,
+                                                  G_IO_OUT | G_IO_HUP,
+                                                  frame_writer_writable, fw);
+            }
+            return;
+        }
+        frame_writer_advance(fw, ret);
+    }
+}
+
+uint64_t frame_writer_discard(FrameWriter *fw)
+{
+    FrameBuffer *buf = &fw->buf;
+    size_t keep = fw->first;
+    uint64_t frames = 0;
+
+    if (fw->first < buf->head) {
+        keep = frame_writer_end(fw, fw->first);
+    }
+    for (size_t at = keep; at < buf->tail; at = frame_writer_end(fw, at)) {
+        frames++;
+    }
+    buf->tail = keep;
+    fw->generation++;
+    return frames;
+}
+
+void frame_writer_rewind(FrameWriter *fw)
+{
+    frame_writer_unwatch(fw);
+    fw->buf.head = fw->first;
+    fw->generation++;
+}
+
+static void frame_reader_bh(void *opaque)
+{
+    frame_reader_resume(opaque);
+}
+
+FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
+                              FrameReaderHandler *handler, void *opaque)
+{
+    FrameReader *fr = g_new0(FrameReader, 1);
+
+    fr->chr = chr;
+    fr->vnet_hdr = vnet_hdr;
+    fr->handler = handler;
+    fr->opaque = opaque;
+    fr->bh = qemu_bh_new(frame_reader_bh, fr);
+    return fr;
+}
+
+void frame_reader_free(FrameReader *fr)
+{
+    if (fr) {
+        qemu_bh_delete(fr->bh);
+        g_free(fr->buf.data);
+        g_free(fr);
+    }
+}
+
+size_t frame_reader_room(const FrameReader *fr)
+{
+    return FRAME_READER_LIMIT - (fr->buf.tail - fr->buf.head);
+}
+
+/*
+ * The length of the frame at the head of the buffer with its prefix, 0 when
+ * it is not complete yet, or a negative errno.
+ */
+static ssize_t frame_reader_peek(const FrameReader *fr)
+{
+    const FrameBuffer *buf = &fr->buf;
+    size_t prefix = frame_prefix_len(fr->vnet_hdr);
+    size_t have = buf->tail - buf->head;
+    uint32_t size;
+
+    if (have < prefix) {
+        return 0;
+    }
+    size = ldl_be_p(buf->data + buf->head);
+    if (size > FRAME_STREAM_MAX_PAYLOAD) {
+        return -EMSGSIZE;
+    }
+    return have < prefix + size ? 0 : prefix + size;
+}
+
+static void frame_reader_break(FrameReader *fr)
+{
+    error_report("chardev '%s': a frame of %" PRIu32 " bytes, more than %d, "
+                 "is no frame; the connection is ended",
+                 fr->chr->chr->label,
+                 ldl_be_p(fr->buf.data + fr->buf.head),
+                 FRAME_STREAM_MAX_PAYLOAD);
+    fr->broken = true;
+    fr->buf.head = fr->buf.tail = 0;
+    qemu_chr_fe_disconnect(fr->chr);
+}
+
+void frame_reader_resume(FrameReader *fr)
+{
+    FrameBuffer *buf = &fr->buf;
+    size_t prefix = frame_prefix_len(fr->vnet_hdr);
+    unsigned frames = 0;
+    ssize_t len;
+
+    if (fr->running) {
+        return;
+    }
+    fr->running = true;
+    fr->waiting = false;
+    while ((len = frame_reader_peek(fr)) > 0) {
+        uint8_t *frame = buf->data + buf->head;
+
+        if (frames++ == FRAME_READER_BATCH) {
+            qemu_bh_schedule(fr->bh);
+            fr->waiting = true;
+            break;
+        }
+        if (fr->handler(fr->opaque, frame + prefix, len - prefix,
+                        fr->vnet_hdr ? ldl_be_p(frame + 4) : 0) ==
+            FRAME_READER_WAIT) {
+            fr->waiting = true;
+            break;
+        }
+        buf->head += len;
+    }
+    fr->running = false;
+    if (buf->head == buf->tail) {
+        buf->head = buf->tail = 0;
+    }
+    if (len < 0) {
+        frame_reader_break(fr);
+    }
+}
+
+void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size)
+{
+    FrameBuffer *buf = &fr->buf;
+
+    assert(size <= frame_reader_room(fr));
+    if (fr->broken) {
+        return;
+    }
+    if (!buf->data) {
+        buf->size = FRAME_READER_LIMIT;
+        buf->data = g_malloc(buf->size);
+    }
+    if (buf->size - buf->tail < size) {
+        memmove(buf->data, buf->data + buf->head, buf->tail - buf->head);
+        buf->tail -= buf->head;
+        buf->head = 0;
+    }
+    memcpy(buf->data + buf->tail, data, size);
+    buf->tail += size;
+    if (!fr->waiting) {
+        frame_reader_resume(fr);
+    }
+}
+
+void frame_reader_reset(FrameReader *fr)
+{
+    FrameBuffer *buf = &fr->buf;
+    size_t prefix = frame_prefix_len(fr->vnet_hdr);
+    size_t at = buf->head;
+
+    while (buf->tail - at >= prefix) {
+        uint32_t size = ldl_be_p(buf->data + at);
+
+        if (size > FRAME_STREAM_MAX_PAYLOAD || buf->tail - at < prefix + size) {
+            break;
+        }
+        at += prefix + size;
+    }
+    buf->tail = at;
+    fr->broken = false;
+}

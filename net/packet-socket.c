@@ -1,0 +1,415 @@
+/*
+ * Packet socket on one network interface
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Theory of operation
+ *
+ *              interface (a TAP)
+ *   host stack ------> tx queue ------> reader of the TAP's fd
+ *        |        ^                     (vhost worker, or QEMU)
+ *        |        |
+ *   a copy, by    |  past the qdisc
+ *   BPF filter    |
+ *        v        |
+ *     capture   inject
+ *
+ * A capturing socket is in one of two states:
+ *
+ *   unhooked --- packet_socket_hook() ---> hooked
+ *      ^                                     |
+ *      +------- packet_socket_unhook() ------+
+ *
+ * Only a hooked socket is on the interface's list of taps, so an unhooked one
+ * costs the traffic nothing.  The buffer is the socket's receive queue, whose
+ * size bounds the memory; the kernel drops and counts what does not fit.
+ *
+ * An injecting socket is on no list at all.
+ */
+
+#include "qemu/osdep.h"
+#include <net/if.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <linux/filter.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include "qapi/error.h"
+#include "net/checksum.h"
+#include "net/eth.h"
+#include "net/packet-socket.h"
+#include "qemu/bswap.h"
+#include "qemu/sockets.h"
+
+/*
+ * The receive queue's size in bytes as the kernel counts: with what it needs
+ * to manage a frame, some 800 bytes for a small one.  The kernel doubles the
+ * number.
+ */
+#define RECEIVE_BUFFER (2 * MiB)
+
+/*
+ * The mark (SO_MARK) of frames that are injected, "qemu".  Captures leave
+ * them out: a frame that was just put in must not come out again.
+ */
+#define INJECTED_MARK 0x71656d75
+
+#ifndef PACKET_IGNORE_OUTGOING
+#define PACKET_IGNORE_OUTGOING 23       /* Linux 4.20 */
+#endif
+
+struct PacketSocket {
+    int fd;
+    unsigned ifindex;
+    bool bypasses_qdisc;
+    uint64_t drops;
+    char ifname[IFNAMSIZ];
+};
+
+static bool packet_socket_option(PacketSocket *ps, int level, int option,
+                                 int value, const char *name, Error **errp)
+{
+    if (setsockopt(ps->fd, level, option, &value, sizeof(value)) < 0) {
+        error_setg_errno(errp, errno, "could not set %s on the packet socket "
+                         "of interface '%s'", name, ps->ifname);
+        return false;
+    }
+    return true;
+}
+
+/*
+ * Until it is bound, a packet socket made for ETH_P_ALL gets the frames of
+ * every interface.  Made with protocol 0 it gets none, so nothing foreign is
+ * in the queue when packet_socket_hook() binds it.
+ */
+static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
+                                       Error **errp)
+{
+    PacketSocket *ps = g_new0(PacketSocket, 1);
+
+    pstrcpy(ps->ifname, sizeof(ps->ifname), ifname);
+    ps->ifindex = ifindex;
+    ps->fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (ps->fd < 0) {
+        error_setg_errno(errp, errno, "could not open a packet socket for "
+                         "interface '%s'", ifname);
+        if (errno == EPERM || errno == EACCES) {
+            error_append_hint(errp, "Packet sockets need CAP_NET_RAW in the "
+                              "network namespace that QEMU runs in.\n");
+        }
+        g_free(ps);
+        return NULL;
+    }
+    if (!packet_socket_option(ps, SOL_PACKET, PACKET_VNET_HDR, 1,
+                              "PACKET_VNET_HDR", errp)) {
+        packet_socket_free(ps);
+        return NULL;
+    }
+    return ps;
+}
+
+void packet_socket_free(PacketSocket *ps)
+{
+    if (ps) {
+        close(ps->fd);
+        g_free(ps);
+    }
+}
+
+int packet_socket_fd(const PacketSocket *ps)
+{
+    return ps->fd;
+}
+
+/* Bind to the interface; with protocol 0 that takes the socket off the list. */
+static int packet_socket_bind(PacketSocket *ps, uint16_t protocol)
+{
+    struct sockaddr_ll addr = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons(protocol),
+        .sll_ifindex = ps->ifindex,
+    };
+
+    return bind(ps->fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ?
+           -errno : 0;
+}
+
+/*
+ * The kernel runs the filter before it clones or queues a frame, so that the
+ * wrong direction costs next to nothing.  Frames of our own injecting sockets
+ * that took the plain path (see packet_socket_send()) are told by their mark.
+ */
+static bool packet_socket_set_filter(PacketSocket *ps, unsigned directions,
+                                     Error **errp)
+{
+    uint32_t outgoing = directions & PACKET_SOCKET_OUTGOING ? UINT32_MAX : 0;
+    uint32_t incoming = directions & PACKET_SOCKET_INCOMING ? UINT32_MAX : 0;
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_PKTTYPE),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PACKET_OUTGOING, 1, 0),
+        BPF_STMT(BPF_RET | BPF_K, incoming),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_MARK),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, INJECTED_MARK, 1, 0),
+        BPF_STMT(BPF_RET | BPF_K, outgoing),
+        BPF_STMT(BPF_RET | BPF_K, 0),
+    };
+    struct sock_fprog prog = { .len = ARRAY_SIZE(code), .filter = code };
+
+    if (setsockopt(ps->fd, SOL_SOCKET, SO_ATTACH_FILTER,
+                   &prog, sizeof(prog)) < 0) {
+        error_setg_errno(errp, errno, "could not set the filter of the packet "
+                         "socket of interface '%s'", ps->ifname);
+        return false;
+    }
+    return packet_socket_option(ps, SOL_SOCKET, SO_LOCK_FILTER, 1,
+                                "SO_LOCK_FILTER", errp);
+}
+
+static void packet_socket_set_receive_buffer(PacketSocket *ps)
+{
+    int size = RECEIVE_BUFFER;
+
+    /* Only CAP_NET_ADMIN may go over net.core.rmem_max: take what we get. */
+    if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
+                   &size, sizeof(size)) < 0) {
+        setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+    }
+}
+
+PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
+                                        unsigned directions, Error **errp)
+{
+    PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
+
+    if (!ps) {
+        return NULL;
+    }
+    if (!packet_socket_option(ps, SOL_PACKET, PACKET_AUXDATA, 1,
+                              "PACKET_AUXDATA", errp) ||
+        !packet_socket_set_filter(ps, directions, errp)) {
+        packet_socket_free(ps);
+        return NULL;
+    }
+    if (!(directions & PACKET_SOCKET_OUTGOING)) {
+        /* The filter does it too; this spares the sender the filter. */
+        packet_socket_option(ps, SOL_PACKET, PACKET_IGNORE_OUTGOING, 1,
+                             "PACKET_IGNORE_OUTGOING", NULL);
+    }
+    packet_socket_set_receive_buffer(ps);
+    return ps;
+}
+
+/*
+ * The bypass of the queueing discipline is set for two reasons: no packet
+ * socket sees the frame, and when the TAP's queue is full we are told
+ * (ENOBUFS), where a discipline would drop it and report success.
+ */
+static bool packet_socket_set_bypass(PacketSocket *ps, bool bypass,
+                                     Error **errp)
+{
+    if (bypass != ps->bypasses_qdisc) {
+        if (!packet_socket_option(ps, SOL_PACKET, PACKET_QDISC_BYPASS, bypass,
+                                  "PACKET_QDISC_BYPASS", errp)) {
+            return false;
+        }
+        ps->bypasses_qdisc = bypass;
+    }
+    return true;
+}
+
+PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
+                                       Error **errp)
+{
+    PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
+    int ret;
+
+    if (!ps) {
+        return NULL;
+    }
+    if (!packet_socket_option(ps, SOL_SOCKET, SO_MARK, INJECTED_MARK,
+                              "SO_MARK", errp)) {
+        error_append_hint(errp, "Before Linux 5.17 this needs "
+                          "CAP_NET_ADMIN.\n");
+        goto fail;
+    }
+    if (!packet_socket_set_bypass(ps, true, errp)) {
+        goto fail;
+    }
+    /* Bound to ETH_P_ALL it would get, and pay for, a copy of each frame. */
+    ret = packet_socket_bind(ps, 0);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "could not bind a packet socket to "
+                         "interface '%s'", ifname);
+        goto fail;
+    }
+    return ps;
+
+fail:
+    packet_socket_free(ps);
+    return NULL;
+}
+
+bool packet_socket_hook(PacketSocket *ps, Error **errp)
+{
+    int ret = packet_socket_bind(ps, ETH_P_ALL);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "could not bind a packet socket to "
+                         "interface '%s'", ps->ifname);
+        return false;
+    }
+    return true;
+}
+
+void packet_socket_unhook(PacketSocket *ps)
+{
+    /* This fails only when the interface is gone, and the hook with it. */
+    packet_socket_bind(ps, 0);
+}
+
+uint64_t packet_socket_discard(PacketSocket *ps)
+{
+    uint64_t frames = 0;
+    struct virtio_net_hdr hdr;
+
+    for (;;) {
+        /* A read of the header takes the whole frame. */
+        if (RETRY_ON_EINTR(recv(ps->fd, &hdr, sizeof(hdr), 0)) >= 0) {
+            frames++;
+        } else if (errno != ENETDOWN) { /* which is reported only once */
+            break;
+        }
+    }
+    return frames;
+}
+
+/*
+ * Take the tag that the kernel stripped from the frame out of the control
+ * message, and put it back.  Since Linux 3.14 the kernel also says which TPID
+ * it had.
+ */
+static size_t packet_socket_restore_tag(struct msghdr *msg,
+                                        struct virtio_net_hdr *hdr,
+                                        uint8_t *frame, size_t len)
+{
+    const size_t at = 2 * ETH_ALEN;
+    struct tpacket_auxdata aux;
+    struct cmsghdr *cmsg;
+
+    for (cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
+        if (cmsg->cmsg_level != SOL_PACKET ||
+            cmsg->cmsg_type != PACKET_AUXDATA ||
+            cmsg->cmsg_len < CMSG_LEN(sizeof(aux))) {
+            continue;
+        }
+        memcpy(&aux, CMSG_DATA(cmsg), sizeof(aux));
+        if (!(aux.tp_status & TP_STATUS_VLAN_VALID) || len < at) {
+            break;
+        }
+        memmove(frame + at + PACKET_SOCKET_TAG_ROOM, frame + at, len - at);
+        stw_be_p(frame + at, aux.tp_status & TP_STATUS_VLAN_TPID_VALID ?
+                             aux.tp_vlan_tpid : ETH_P_VLAN);
+        stw_be_p(frame + at + 2, aux.tp_vlan_tci);
+        if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
+            hdr->csum_start += PACKET_SOCKET_TAG_ROOM;
+        }
+        return len + PACKET_SOCKET_TAG_ROOM;
+    }
+    return len;
+}
+
+ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
+                           uint8_t *frame, size_t size)
+{
+    union {
+        struct cmsghdr align;
+        uint8_t buf[CMSG_SPACE(sizeof(struct tpacket_auxdata))];
+    } control;
+    struct iovec iov[] = {
+        { .iov_base = hdr, .iov_len = sizeof(*hdr) },
+        { .iov_base = frame, .iov_len = size - PACKET_SOCKET_TAG_ROOM },
+    };
+    struct msghdr msg = {
+        .msg_iov = iov,
+        .msg_iovlen = ARRAY_SIZE(iov),
+        .msg_control = &control,
+        .msg_controllen = sizeof(control),
+    };
+    ssize_t len;
+
+    /* With MSG_TRUNC the length is the frame's even if it does not fit. */
+    len = RETRY_ON_EINTR(recvmsg(ps->fd, &msg, MSG_TRUNC));
+    if (len < 0) {
+        return -errno;
+    }
+    len -= sizeof(*hdr);
+    if (len < 0 || len > iov[1].iov_len) {
+        return -EMSGSIZE;
+    }
+    return packet_socket_restore_tag(&msg, hdr, frame, len);
+}
+
+static int packet_socket_sendmsg(PacketSocket *ps,
+                                 const struct virtio_net_hdr *hdr,
+                                 const uint8_t *frame, size_t len)
+{
+    struct iovec iov[] = {
+        { .iov_base = (void *)hdr, .iov_len = sizeof(*hdr) },
+        { .iov_base = (void *)frame, .iov_len = len },
+    };
+    struct msghdr msg = { .msg_iov = iov, .msg_iovlen = ARRAY_SIZE(iov) };
+
+    return RETRY_ON_EINTR(sendmsg(ps->fd, &msg, 0)) < 0 ? -errno : 0;
+}
+
+int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
+                       const uint8_t *frame, size_t len)
+{
+    int ret = packet_socket_sendmsg(ps, hdr, frame, len);
+
+    if (ret == -ENOBUFS && hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
+        /*
+         * The bypass does not segment, so a GSO frame that the TAP's reader
+         * did not ask for fails just as on a full queue.  The plain path
+         * segments it.
+         */
+        if (packet_socket_set_bypass(ps, false, NULL)) {
+            ret = packet_socket_sendmsg(ps, hdr, frame, len);
+            packet_socket_set_bypass(ps, true, NULL);
+        }
+    }
+    return ret == -ENOBUFS ? -EAGAIN : ret;
+}
+
+uint64_t packet_socket_drops(PacketSocket *ps)
+{
+    struct tpacket_stats stats;
+    socklen_t size = sizeof(stats);
+
+    /* Reading them sets the kernel's counters to 0. */
+    if (getsockopt(ps->fd, SOL_PACKET, PACKET_STATISTICS,
+                   &stats, &size) == 0) {
+        ps->drops += stats.tp_drops;
+    }
+    return ps->drops;
+}
+
+bool packet_socket_finish_checksum(struct virtio_net_hdr *hdr,
+                                   uint8_t *frame, size_t len)
+{
+    size_t at = hdr->csum_start + hdr->csum_offset;
+
+    if (!(hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)) {
+        return true;
+    }
+    if (hdr->csum_start >= len || at + 2 > len) {
+        return false;
+    }
+    /* The field holds the sum of the pseudo header and is summed up too. */
+    stw_be_p(frame + at,
+             net_checksum_finish_nozero(
+                 net_checksum_add(len - hdr->csum_start,
+                                  frame + hdr->csum_start)));
+    hdr->flags &= ~VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    return true;
+}
