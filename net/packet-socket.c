@@ -36,10 +36,11 @@
 #include <linux/if_packet.h>
 #include "qapi/error.h"
 #include "net/checksum.h"
-#include "net/eth.h"
 #include "net/packet-socket.h"
 #include "qemu/bswap.h"
+#include "qemu/cutils.h"
 #include "qemu/sockets.h"
+#include "qemu/units.h"
 
 /*
  * The receive queue's size in bytes as the kernel counts: with what it needs
@@ -308,7 +309,7 @@ static size_t packet_socket_restore_tag(struct msghdr *msg,
         }
         memmove(frame + at + PACKET_SOCKET_TAG_ROOM, frame + at, len - at);
         stw_be_p(frame + at, aux.tp_status & TP_STATUS_VLAN_TPID_VALID ?
-                             aux.tp_vlan_tpid : ETH_P_VLAN);
+                             aux.tp_vlan_tpid : ETH_P_8021Q);
         stw_be_p(frame + at + 2, aux.tp_vlan_tci);
         if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
             hdr->csum_start += PACKET_SOCKET_TAG_ROOM;
