@@ -55,6 +55,12 @@
  */
 #define INJECTED_MARK 0x71656d75
 
+/*
+ * A protocol that no frame of an Ethernet device has: eth_type_trans() in the
+ * kernel makes numbers below 0x600 only of a few, and AX.25 is none of them.
+ */
+#define NO_PROTOCOL ETH_P_AX25
+
 #ifndef PACKET_IGNORE_OUTGOING
 #define PACKET_IGNORE_OUTGOING 23       /* Linux 4.20 */
 #endif
@@ -122,7 +128,6 @@ int packet_socket_fd(const PacketSocket *ps)
     return ps->fd;
 }
 
-/* Bind to the interface; with protocol 0 that takes the socket off the list. */
 static int packet_socket_bind(PacketSocket *ps, uint16_t protocol)
 {
     struct sockaddr_ll addr = {
@@ -264,8 +269,20 @@ bool packet_socket_hook(PacketSocket *ps, Error **errp)
 
 void packet_socket_unhook(PacketSocket *ps)
 {
-    /* This fails only when the interface is gone, and the hook with it. */
+    struct sockaddr_ll addr = { };
+    socklen_t len = sizeof(addr);
+
+    /* These fail only when the interface is gone, and the hook with it. */
     packet_socket_bind(ps, 0);
+    if (getsockname(ps->fd, (struct sockaddr *)&addr, &len) == 0 &&
+        addr.sll_protocol) {
+        /*
+         * Linux 6.1 takes protocol 0 as: leave it.  (6.18 unhooks.)  With
+         * one that never occurs the socket is not among those that are
+         * offered each frame.
+         */
+        packet_socket_bind(ps, NO_PROTOCOL);
+    }
 }
 
 uint64_t packet_socket_discard(PacketSocket *ps)
