@@ -1,0 +1,2118 @@
+/*
+ * Packet socket on one network interface: unit tests
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Everything runs on real TAPs, in a network namespace of its own.  The
+ * frames are of the EtherType for local experiments, so that nobody answers,
+ * and carry a number that tells one from the other.  What is captured of the
+ * traffic to a TAP is compared with what the reader of the TAP gets.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/sockets.h"
+#include "qemu/thread.h"
+#include "qemu/units.h"
+#include "net/packet-socket.h"
+#include "qapi/error.h"
+#include <net/if.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <linux/capability.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/if_tun.h>
+#include <linux/if_vlan.h>
+#include <linux/sockios.h>
+
+#define LIMIT_MS 20000
+
+#define ETH_P_TEST 0x88b5
+
+#define BOTH (PACKET_SOCKET_OUTGOING | PACKET_SOCKET_INCOMING)
+
+/* The longest IP packet, with an Ethernet header and two tags */
+#define FRAME_MAX (65535 + ETH_HLEN + 8)
+#define FRAME_ROOM (FRAME_MAX + PACKET_SOCKET_TAG_ROOM)
+
+#define MSS 1000
+
+typedef struct Tap {
+    int fd;
+    char name[IFNAMSIZ];
+    unsigned index;
+    int sender;                 /* a packet socket, in place of the host */
+} Tap;
+
+typedef struct Frame {
+    struct virtio_net_hdr hdr;
+    uint8_t data[FRAME_ROOM];
+    size_t len;
+} Frame;
+
+/* Why no test can run here, or NULL */
+static const char *no_namespace;
+
+static bool can_run(void)
+{
+    if (no_namespace) {
+        g_test_skip(no_namespace);
+    }
+    return !no_namespace;
+}
+
+/*
+ * The interface, and the two ends of what goes through it
+ */
+
+static int control_socket(void)
+{
+    static int fd = -1;
+
+    if (fd < 0) {
+        fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        g_assert_cmpint(fd, >=, 0);
+    }
+    return fd;
+}
+
+static void set_up(const char *name, bool up)
+{
+    struct ifreq ifr = {};
+
+    g_strlcpy(ifr.ifr_name, name, IFNAMSIZ);
+    ifr.ifr_flags = IFF_NOARP | (up ? IFF_UP : 0);
+    g_assert_cmpint(ioctl(control_socket(), SIOCSIFFLAGS, &ifr), ==, 0);
+}
+
+static void set_queue_len(Tap *tap, int len)
+{
+    struct ifreq ifr = {};
+
+    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
+    ifr.ifr_qlen = len;
+    g_assert_cmpint(ioctl(control_socket(), SIOCSIFTXQLEN, &ifr), ==, 0);
+}
+
+static void set_mtu(Tap *tap, int mtu)
+{
+    struct ifreq ifr = {};
+
+    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
+    ifr.ifr_mtu = mtu;
+    g_assert_cmpint(ioctl(control_socket(), SIOCSIFMTU, &ifr), ==, 0);
+}
+
+static void set_address(const char *name, const char *address)
+{
+    struct ifreq ifr = {};
+    struct sockaddr_in *sin = (struct sockaddr_in *)&ifr.ifr_addr;
+
+    g_strlcpy(ifr.ifr_name, name, IFNAMSIZ);
+    sin->sin_family = AF_INET;
+    g_assert_cmpint(inet_pton(AF_INET, address, &sin->sin_addr), ==, 1);
+    g_assert_cmpint(ioctl(control_socket(), SIOCSIFADDR, &ifr), ==, 0);
+}
+
+/* A packet socket that gets nothing */
+static int sender_new(unsigned index)
+{
+    struct sockaddr_ll sll = {
+        .sll_family = AF_PACKET,
+        .sll_ifindex = index,
+    };
+    int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&sll, sizeof(sll)), ==, 0);
+    return fd;
+}
+
+static void tap_new(Tap *tap)
+{
+    static unsigned number;
+    struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR };
+
+    g_snprintf(ifr.ifr_name, IFNAMSIZ, "test%u", number++);
+    tap->fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC | O_NONBLOCK);
+    g_assert_cmpint(tap->fd, >=, 0);
+    g_assert_cmpint(ioctl(tap->fd, TUNSETIFF, &ifr), ==, 0);
+    g_strlcpy(tap->name, ifr.ifr_name, IFNAMSIZ);
+    tap->index = if_nametoindex(tap->name);
+    g_assert_cmpuint(tap->index, >, 0);
+    set_up(tap->name, true);
+    tap->sender = sender_new(tap->index);
+}
+
+static void tap_delete(Tap *tap)
+{
+    if (tap->fd >= 0) {
+        close(tap->sender);
+        close(tap->fd);
+    }
+    tap->fd = -1;
+}
+
+/* What the guest can take; the host does the rest. */
+static void tap_set_offload(Tap *tap, unsigned offload)
+{
+    g_assert_cmpint(ioctl(tap->fd, TUNSETOFFLOAD, offload), ==, 0);
+}
+
+static bool readable(int fd, int timeout)
+{
+    struct pollfd pfd = { .fd = fd, .events = POLLIN };
+
+    g_assert_cmpint(poll(&pfd, 1, timeout), >=, 0);
+    return pfd.revents;
+}
+
+static bool tap_try_read(Tap *tap, Frame *frame)
+{
+    struct iovec iov[] = {
+        { &frame->hdr, sizeof(frame->hdr) },
+        { frame->data, sizeof(frame->data) },
+    };
+    ssize_t ret = readv(tap->fd, iov, 2);
+
+    if (ret < 0) {
+        g_assert_cmpint(errno, ==, EAGAIN);
+        return false;
+    }
+    g_assert_cmpint(ret, >=, sizeof(frame->hdr));
+    frame->len = ret - sizeof(frame->hdr);
+    return true;
+}
+
+static void tap_read(Tap *tap, Frame *frame)
+{
+    g_assert_true(readable(tap->fd, LIMIT_MS));
+    g_assert_true(tap_try_read(tap, frame));
+}
+
+static void tap_drain(Tap *tap)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+
+    while (tap_try_read(tap, frame)) {
+        /* Nobody wants it */
+    }
+}
+
+/* The guest sends. */
+static void tap_write(Tap *tap, const Frame *frame)
+{
+    struct iovec iov[] = {
+        { (void *)&frame->hdr, sizeof(frame->hdr) },
+        { (void *)frame->data, frame->len },
+    };
+
+    g_assert_cmpint(writev(tap->fd, iov, 2), ==,
+                    sizeof(frame->hdr) + frame->len);
+}
+
+/* The host sends. */
+static void host_send(int sender, const Frame *frame)
+{
+    ssize_t ret = send(sender, frame->data, frame->len, 0);
+
+    /* A full queue of the TAP is nothing to a capture, which comes before. */
+    g_assert(ret == frame->len || (ret < 0 && errno == ENOBUFS));
+}
+
+/*
+ * Frames
+ */
+
+static void frame_make(Frame *frame, uint32_t number, size_t len)
+{
+    static const uint8_t header[] = {
+        0x52, 0x54, 0x00, 0x00, 0x00, 0x01, 0x52, 0x54, 0x00, 0x00, 0x00, 0x02,
+        ETH_P_TEST >> 8, ETH_P_TEST & 0xff,
+    };
+
+    g_assert_cmpuint(len, >=, sizeof(header) + 4);
+    g_assert_cmpuint(len, <=, FRAME_MAX);
+    memset(&frame->hdr, 0, sizeof(frame->hdr));
+    memcpy(frame->data, header, sizeof(header));
+    stl_be_p(frame->data + sizeof(header), number);
+    for (size_t i = sizeof(header) + 4; i < len; i++) {
+        frame->data[i] = number + i * 7;
+    }
+    frame->len = len;
+}
+
+static uint32_t frame_number(const Frame *frame)
+{
+    g_assert_cmphex(lduw_be_p(frame->data + 12), ==, ETH_P_TEST);
+    return ldl_be_p(frame->data + 14);
+}
+
+static void frame_add_tag(Frame *frame, uint16_t tpid, uint16_t tci)
+{
+    memmove(frame->data + 16, frame->data + 12, frame->len - 12);
+    stw_be_p(frame->data + 12, tpid);
+    stw_be_p(frame->data + 14, tci);
+    frame->len += 4;
+    if (frame->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
+        frame->hdr.csum_start += 4;
+    }
+    if (frame->hdr.gso_type) {
+        frame->hdr.hdr_len += 4;
+    }
+}
+
+static void frame_assert_equal(const Frame *a, const Frame *b)
+{
+    g_assert_cmpuint(a->len, ==, b->len);
+    g_assert(!memcmp(a->data, b->data, a->len));
+}
+
+/* Those fields that mean something; some kernels fill hdr_len always. */
+static void frame_assert_hdr_equal(const Frame *a, const Frame *b)
+{
+    bool csum = a->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
+
+    g_assert_cmphex(a->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM, ==,
+                    b->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM);
+    g_assert_cmphex(a->hdr.gso_type, ==, b->hdr.gso_type);
+    if (csum) {
+        g_assert_cmpuint(a->hdr.csum_start, ==, b->hdr.csum_start);
+        g_assert_cmpuint(a->hdr.csum_offset, ==, b->hdr.csum_offset);
+    }
+    if (a->hdr.gso_type) {
+        g_assert_cmpuint(a->hdr.gso_size, ==, b->hdr.gso_size);
+    }
+}
+
+/* The sum of RFC 1071, one byte after the other */
+static uint32_t sum_bytes(const uint8_t *data, size_t len)
+{
+    uint32_t sum = 0;
+
+    for (size_t i = 0; i < len; i++) {
+        sum += i & 1 ? data[i] : data[i] << 8;
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    return sum;
+}
+
+/* The sum of the pseudo header of the IP packet at @ip */
+static uint32_t sum_pseudo(const uint8_t *ip, uint32_t len, uint8_t protocol)
+{
+    uint32_t sum = ip[0] >> 4 == 4 ? sum_bytes(ip + 12, 8) :
+                                     sum_bytes(ip + 8, 32);
+
+    sum += protocol + (len & 0xffff) + (len >> 16);
+    return (sum & 0xffff) + (sum >> 16);
+}
+
+static size_t ip_header_len(const uint8_t *ip)
+{
+    return ip[0] >> 4 == 4 ? (ip[0] & 15) * 4 : 40;
+}
+
+/* Whether the checksum of the TCP or UDP packet in an untagged frame holds */
+static bool checksum_holds(const Frame *frame)
+{
+    const uint8_t *ip = frame->data + ETH_HLEN;
+    size_t ip_len = ip_header_len(ip);
+    size_t total = ip[0] >> 4 == 4 ? lduw_be_p(ip + 2) :
+                                     40 + lduw_be_p(ip + 4);
+    uint8_t protocol = ip[0] >> 4 == 4 ? ip[9] : ip[6];
+    uint32_t sum = sum_bytes(ip + ip_len, total - ip_len);
+
+    sum += sum_pseudo(ip, total - ip_len, protocol);
+    return ((sum & 0xffff) + (sum >> 16)) == 0xffff;
+}
+
+/*
+ * A TCP or UDP packet of IPv4 or IPv6 with @payload bytes of data, whose
+ * checksum is left to do: the field has the sum of the pseudo header.
+ */
+static void frame_make_ip(Frame *frame, int version, uint8_t protocol,
+                          size_t payload)
+{
+    size_t ip_len = version == 4 ? 20 : 40;
+    size_t l4_len = protocol == IPPROTO_TCP ? 20 : 8;
+    size_t total = ip_len + l4_len + payload;
+    uint8_t *ip = frame->data + ETH_HLEN, *l4 = ip + ip_len;
+
+    frame_make(frame, 0, ETH_HLEN + MAX(total, 4));
+    frame->len = ETH_HLEN + total;
+    memset(ip, 0, ip_len + l4_len);
+    stw_be_p(frame->data + 12, version == 4 ? ETH_P_IP : ETH_P_IPV6);
+    if (version == 4) {
+        ip[0] = 0x45;
+        stw_be_p(ip + 2, total);
+        stw_be_p(ip + 6, 0x4000);
+        ip[8] = 64;
+        ip[9] = protocol;
+        stl_be_p(ip + 12, 0xc0000201);
+        stl_be_p(ip + 16, 0xc0000202);
+        stw_be_p(ip + 10, ~sum_bytes(ip, 20));
+    } else {
+        ip[0] = 0x60;
+        stw_be_p(ip + 4, total - 40);
+        ip[6] = protocol;
+        ip[7] = 64;
+        stl_be_p(ip + 8, 0x20010db8);
+        ip[23] = 1;
+        stl_be_p(ip + 24, 0x20010db8);
+        ip[39] = 2;
+    }
+    stw_be_p(l4, 1234);
+    stw_be_p(l4 + 2, 4321);
+    if (protocol == IPPROTO_TCP) {
+        stl_be_p(l4 + 4, 0x01020304);
+        l4[12] = 0x50;
+        l4[13] = 0x10;
+        stw_be_p(l4 + 14, 1000);
+    } else {
+        stw_be_p(l4 + 4, l4_len + payload);
+    }
+    frame->hdr.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    frame->hdr.csum_start = ETH_HLEN + ip_len;
+    frame->hdr.csum_offset = protocol == IPPROTO_TCP ? 16 : 6;
+    stw_be_p(l4 + frame->hdr.csum_offset,
+             sum_pseudo(ip, l4_len + payload, protocol));
+}
+
+static void frame_make_gso(Frame *frame, int version, size_t payload)
+{
+    frame_make_ip(frame, version, IPPROTO_TCP, payload);
+    frame->hdr.gso_type = version == 4 ? VIRTIO_NET_HDR_GSO_TCPV4 :
+                                         VIRTIO_NET_HDR_GSO_TCPV6;
+    frame->hdr.gso_size = MSS;
+    frame->hdr.hdr_len = frame->hdr.csum_start + 20;
+}
+
+/*
+ * Capturing
+ */
+
+static PacketSocket *capture_new(const Tap *tap, unsigned directions)
+{
+    PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index,
+                                                 directions, &error_abort);
+
+    g_assert_nonnull(ps);
+    return ps;
+}
+
+static PacketSocket *capture_new_hooked(const Tap *tap, unsigned directions)
+{
+    PacketSocket *ps = capture_new(tap, directions);
+
+    g_assert_true(packet_socket_hook(ps, &error_abort));
+    return ps;
+}
+
+static ssize_t capture_try(PacketSocket *ps, Frame *frame)
+{
+    ssize_t ret;
+
+    memset(&frame->hdr, 0x5a, sizeof(frame->hdr));
+    ret = packet_socket_recv(ps, &frame->hdr, frame->data,
+                             sizeof(frame->data));
+    frame->len = ret < 0 ? 0 : ret;
+    return ret;
+}
+
+/* The next frame, which there is: the fd tells when. */
+static void capture_next(PacketSocket *ps, Frame *frame)
+{
+    g_assert_true(readable(packet_socket_fd(ps), LIMIT_MS));
+    g_assert_cmpint(capture_try(ps, frame), >, 0);
+}
+
+static void capture_expect_number(PacketSocket *ps, uint32_t number)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+
+    capture_next(ps, frame);
+    g_assert_cmpuint(frame_number(frame), ==, number);
+}
+
+/* Nothing is there, and the fd does not call for a read either. */
+static void capture_expect_none(PacketSocket *ps)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+
+    g_assert_cmpint(capture_try(ps, frame), ==, -EAGAIN);
+    g_assert_false(readable(packet_socket_fd(ps), 0));
+}
+
+static void test_capture_outgoing(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_OUTGOING);
+    capture_expect_none(ps);
+    for (int i = 0; i < 100; i++) {
+        frame_make(sent, i, 60 + i * 14);
+        host_send(tap.sender, sent);
+        capture_next(ps, got);
+        frame_assert_equal(got, sent);
+        frame_assert_hdr_equal(got, sent);
+        /* The copy is one: the guest gets its own. */
+        tap_read(&tap, got);
+        frame_assert_equal(got, sent);
+        capture_expect_none(ps);
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* By the host's own stack, which leaves the checksum to the guest */
+static void test_capture_host_stack(void)
+{
+    struct sockaddr_in sin = {
+        .sin_family = AF_INET,
+        .sin_port = htons(9),
+        .sin_addr.s_addr = htonl(INADDR_BROADCAST),
+    };
+    g_autofree Frame *guest = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    int fd, on = 1;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_set_offload(&tap, TUN_F_CSUM);
+    set_address(tap.name, "192.0.2.1");
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_OUTGOING);
+    fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &on, sizeof(on)),
+                    ==, 0);
+    g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, tap.name,
+                               strlen(tap.name)), ==, 0);
+    g_assert_cmpint(sendto(fd, "netfilter", 9, 0, (struct sockaddr *)&sin,
+                           sizeof(sin)), ==, 9);
+    capture_next(ps, got);
+    tap_read(&tap, guest);
+    frame_assert_equal(got, guest);
+    frame_assert_hdr_equal(got, guest);
+    g_assert_cmpuint(got->len, ==, ETH_HLEN + 20 + 8 + 9);
+    g_assert_true(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM);
+    g_assert_false(checksum_holds(got));
+    g_assert_true(packet_socket_finish_checksum(&got->hdr, got->data,
+                                                got->len));
+    g_assert_true(checksum_holds(got));
+    capture_expect_none(ps);
+    packet_socket_free(ps);
+    close(fd);
+    tap_delete(&tap);
+}
+
+/* To whomever the guest sends */
+static void test_capture_incoming(void)
+{
+    static const uint8_t to[][6] = {
+        { 0x52, 0x54, 0x00, 0x99, 0x99, 0x99 },
+        { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff },
+        { 0x01, 0x00, 0x5e, 0x00, 0x00, 0xfb },
+        { 0 },                  /* the TAP's own */
+    };
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    struct ifreq ifr = {};
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    g_strlcpy(ifr.ifr_name, tap.name, IFNAMSIZ);
+    g_assert_cmpint(ioctl(control_socket(), SIOCGIFHWADDR, &ifr), ==, 0);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+    for (int i = 0; i < 100; i++) {
+        frame_make(sent, i, 60 + i * 14);
+        memcpy(sent->data, to[i % 4][0] ? to[i % 4] :
+               (uint8_t *)ifr.ifr_hwaddr.sa_data, 6);
+        tap_write(&tap, sent);
+        capture_next(ps, got);
+        frame_assert_equal(got, sent);
+        frame_assert_hdr_equal(got, sent);
+        capture_expect_none(ps);
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_capture_directions(void)
+{
+    static const unsigned directions[] = {
+        PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, BOTH,
+    };
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps[3];
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    for (int i = 0; i < 3; i++) {
+        ps[i] = capture_new_hooked(&tap, directions[i]);
+    }
+    for (int i = 0; i < 100; i++) {
+        frame_make(frame, 2 * i, 60);
+        host_send(tap.sender, frame);
+        frame_make(frame, 2 * i + 1, 60);
+        tap_write(&tap, frame);
+    }
+    for (int i = 0; i < 100; i++) {
+        capture_expect_number(ps[0], 2 * i);
+        capture_expect_number(ps[1], 2 * i + 1);
+        capture_expect_number(ps[2], 2 * i);
+        capture_expect_number(ps[2], 2 * i + 1);
+    }
+    for (int i = 0; i < 3; i++) {
+        capture_expect_none(ps[i]);
+        packet_socket_free(ps[i]);
+    }
+    tap_delete(&tap);
+}
+
+/* How the kernel lists a packet socket */
+static void proc_packet(int fd, unsigned *protocol, unsigned *running)
+{
+    g_autofree char *text = NULL;
+    g_auto(GStrv) lines = NULL;
+    struct stat st;
+
+    g_assert_cmpint(fstat(fd, &st), ==, 0);
+    g_assert_true(g_file_get_contents("/proc/net/packet", &text, NULL, NULL));
+    lines = g_strsplit(text, "\n", -1);
+    for (int i = 1; lines[i] && *lines[i]; i++) {
+        unsigned long inode;
+
+        g_assert_cmpint(sscanf(lines[i], "%*s %*d %*d %x %*d %u %*u %*u %lu",
+                               protocol, running, &inode), ==, 3);
+        if (inode == st.st_ino) {
+            return;
+        }
+    }
+    g_assert_not_reached();
+}
+
+static void test_capture_unhooked(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    unsigned protocol, running;
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new(&tap, BOTH);
+    for (int round = 0; round < 10; round++) {
+        /* The traffic pays for those that run for every protocol. */
+        proc_packet(packet_socket_fd(ps), &protocol, &running);
+        g_assert_false(running && protocol == ETH_P_ALL);
+        for (int i = 0; i < 10; i++) {
+            frame_make(frame, 1000, 60);
+            host_send(tap.sender, frame);
+            tap_write(&tap, frame);
+            tap_read(&tap, frame);
+        }
+        capture_expect_none(ps);
+        g_assert_true(packet_socket_hook(ps, &error_abort));
+        proc_packet(packet_socket_fd(ps), &protocol, &running);
+        g_assert_cmphex(protocol, ==, ETH_P_ALL);
+        g_assert_cmpuint(running, ==, 1);
+        capture_expect_none(ps);
+        frame_make(frame, round, 60);
+        host_send(tap.sender, frame);
+        tap_read(&tap, frame);
+        capture_expect_number(ps, round);
+        capture_expect_none(ps);
+        packet_socket_unhook(ps);
+    }
+    g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
+    packet_socket_unhook(ps);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+    packet_socket_free(NULL);
+}
+
+static void test_capture_unhook_keeps(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, BOTH);
+    for (int i = 0; i < 300; i++) {
+        frame_make(frame, i, 60 + i);
+        tap_write(&tap, frame);
+        if (i == 199) {
+            packet_socket_unhook(ps);
+        }
+    }
+    for (int i = 0; i < 200; i++) {
+        capture_expect_number(ps, i);
+        if (i == 99) {
+            /* Hooked again, what comes then is behind. */
+            g_assert_true(packet_socket_hook(ps, &error_abort));
+            frame_make(frame, 1000, 60);
+            tap_write(&tap, frame);
+        }
+    }
+    capture_expect_number(ps, 1000);
+    capture_expect_none(ps);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_capture_discard(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new(&tap, BOTH);
+    g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
+    for (int n = 0; n < 700; n += 1 + n / 3) {
+        g_assert_true(packet_socket_hook(ps, &error_abort));
+        for (int i = 0; i < n + 3; i++) {
+            frame_make(frame, i, 60 + i);
+            tap_write(&tap, frame);
+        }
+        capture_expect_number(ps, 0);
+        if (n & 1) {
+            packet_socket_unhook(ps);
+        }
+        capture_expect_number(ps, 1);
+        g_assert_cmpuint(packet_socket_discard(ps), ==, n + 1);
+        capture_expect_none(ps);
+        g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
+        if (!(n & 1)) {
+            frame_make(frame, 1000, 60);
+            tap_write(&tap, frame);
+            capture_expect_number(ps, 1000);
+            packet_socket_unhook(ps);
+        }
+    }
+    g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+typedef struct Flood {
+    Tap tap;
+    QemuThread thread;
+    int count;
+    bool stop;
+} Flood;
+
+static void *flood(void *opaque)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    Flood *f = opaque;
+
+    frame_make(frame, 0xf100d, 60);
+    while (!qatomic_read(&f->stop)) {
+        tap_write(&f->tap, frame);
+        host_send(f->tap.sender, frame);
+        tap_drain(&f->tap);
+        qatomic_inc(&f->count);
+    }
+    return NULL;
+}
+
+static void flood_start(Flood *f)
+{
+    tap_new(&f->tap);
+    f->count = 0;
+    f->stop = false;
+    qemu_thread_create(&f->thread, "flood", flood, f, QEMU_THREAD_JOINABLE);
+}
+
+static void flood_stop(Flood *f)
+{
+    qatomic_set(&f->stop, true);
+    qemu_thread_join(&f->thread);
+    tap_delete(&f->tap);
+}
+
+/* Let it send a few more. */
+static void flood_pass(Flood *f)
+{
+    int64_t limit = g_get_monotonic_time() + LIMIT_MS * 1000;
+    int count = qatomic_read(&f->count);
+
+    while (qatomic_read(&f->count) < count + 2) {
+        g_assert_cmpint(g_get_monotonic_time(), <, limit);
+        sched_yield();
+    }
+}
+
+/* Nothing of another interface, not even before the socket is bound */
+static void test_capture_foreign(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Flood f;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    flood_start(&f);
+    flood_pass(&f);
+    for (int i = 0; i < (g_test_slow() ? 1000 : 100); i++) {
+        ps = capture_new(&tap, BOTH);
+        capture_expect_none(ps);
+        if (i % 4 == 0) {
+            flood_pass(&f);
+        }
+        g_assert_true(packet_socket_hook(ps, &error_abort));
+        capture_expect_none(ps);
+        if (i % 4 == 1) {
+            flood_pass(&f);
+            capture_expect_none(ps);
+        }
+        frame_make(frame, i, 60);
+        tap_write(&tap, frame);
+        capture_expect_number(ps, i);
+        packet_socket_unhook(ps);
+        if (i % 4 == 2) {
+            flood_pass(&f);
+        }
+        capture_expect_none(ps);
+        packet_socket_free(ps);
+    }
+    flood_stop(&f);
+    tap_delete(&tap);
+}
+
+/* Interface number 0 stands for all of them, to the kernel. */
+static void test_capture_no_interface(void)
+{
+    static const unsigned indexes[] = { 0, 0x7ffffff0, UINT_MAX };
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    for (int i = 0; i < ARRAY_SIZE(indexes); i++) {
+        Error *err = NULL;
+        PacketSocket *ps = packet_socket_new_capture("nowhere0", indexes[i],
+                                                     BOTH, &err);
+
+        if (ps) {
+            g_assert_null(err);
+            g_assert_false(packet_socket_hook(ps, &err));
+            frame_make(frame, i, 60);
+            tap_write(&tap, frame);
+            g_assert_cmpint(capture_try(ps, frame), <, 0);
+            packet_socket_free(ps);
+        }
+        g_assert_nonnull(err);
+        g_assert_nonnull(strstr(error_get_pretty(err), "nowhere0"));
+        error_free(err);
+
+        err = NULL;
+        ps = packet_socket_new_inject("nowhere0", indexes[i], &err);
+        g_assert_null(ps);
+        g_assert_nonnull(err);
+        g_assert_nonnull(strstr(error_get_pretty(err), "nowhere0"));
+        error_free(err);
+    }
+    tap_delete(&tap);
+}
+
+typedef struct TagCase {
+    uint16_t outer_tpid, outer;
+    uint16_t inner_tpid, inner;
+} TagCase;
+
+static const TagCase tag_cases[] = {
+    { ETH_P_8021Q, 0x6005 },
+    { ETH_P_8021Q, 0x0fff },
+    { ETH_P_8021Q, 0x1005 },                    /* drop eligible */
+    { ETH_P_8021Q, 0xa000 },                    /* priority tag */
+    { ETH_P_8021Q, 0x0000 },                    /* the same, lowest */
+    { ETH_P_8021AD, 0x4123 },
+    { ETH_P_8021AD, 0x4123, ETH_P_8021Q, 0x2456 },
+    { ETH_P_8021Q, 0x0007, ETH_P_8021Q, 0x0008 },
+};
+
+static void frame_add_tags(Frame *frame, const TagCase *tags)
+{
+    if (tags->inner_tpid) {
+        frame_add_tag(frame, tags->inner_tpid, tags->inner);
+    }
+    frame_add_tag(frame, tags->outer_tpid, tags->outer);
+}
+
+static void test_capture_tags(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    set_mtu(&tap, 9000);
+    ps = capture_new_hooked(&tap, BOTH);
+    for (int i = 0; i < ARRAY_SIZE(tag_cases); i++) {
+        for (int len = 60; len < 9000; len += 1111) {
+            frame_make(sent, i, len);
+            frame_add_tags(sent, &tag_cases[i]);
+
+            tap_write(&tap, sent);
+            capture_next(ps, got);
+            frame_assert_equal(got, sent);
+            frame_assert_hdr_equal(got, sent);
+
+            host_send(tap.sender, sent);
+            capture_next(ps, got);
+            frame_assert_equal(got, sent);
+            frame_assert_hdr_equal(got, sent);
+            tap_read(&tap, got);
+            frame_assert_equal(got, sent);
+            capture_expect_none(ps);
+        }
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* The offsets in the header count from the start of the tagged frame. */
+static void test_capture_tags_checksum(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+    for (int i = 0; i < ARRAY_SIZE(tag_cases); i++) {
+        for (int version = 4; version <= 6; version += 2) {
+            frame_make_ip(sent, version, IPPROTO_UDP, 100);
+            frame_add_tags(sent, &tag_cases[i]);
+            tap_write(&tap, sent);
+            capture_next(ps, got);
+            frame_assert_equal(got, sent);
+            frame_assert_hdr_equal(got, sent);
+            g_assert_true(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM);
+
+            frame_make_gso(sent, version, 30000);
+            frame_add_tags(sent, &tag_cases[i]);
+            tap_write(&tap, sent);
+            capture_next(ps, got);
+            frame_assert_equal(got, sent);
+            frame_assert_hdr_equal(got, sent);
+            g_assert_cmpuint(got->hdr.gso_type, !=, VIRTIO_NET_HDR_GSO_NONE);
+            g_assert_cmpuint(got->hdr.hdr_len, >=, got->hdr.csum_start + 20);
+            capture_expect_none(ps);
+        }
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static bool vlan_add(const char *on, int id, char name[IFNAMSIZ])
+{
+    struct vlan_ioctl_args args = { .cmd = ADD_VLAN_CMD, .u.VID = id };
+
+    g_strlcpy(args.device1, on, sizeof(args.device1));
+    if (ioctl(control_socket(), SIOCSIFVLAN, &args) < 0) {
+        return false;
+    }
+    /* As the kernel names it unless told otherwise */
+    if (snprintf(name, IFNAMSIZ, "%s.%d", on, id) >= IFNAMSIZ ||
+        !if_nametoindex(name)) {
+        g_snprintf(name, IFNAMSIZ, "vlan%d", id);
+        g_assert_cmpuint(if_nametoindex(name), >, 0);
+    }
+    set_up(name, true);
+    return true;
+}
+
+/*
+ * From an interface on top the tag comes beside the frame.  The guest's copy
+ * tells how it has to look.
+ */
+static void test_capture_tags_vlan(void)
+{
+    struct sockaddr_in sin = {
+        .sin_family = AF_INET,
+        .sin_port = htons(9),
+        .sin_addr.s_addr = htonl(INADDR_BROADCAST),
+    };
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    g_autofree Frame *guest = g_new0(Frame, 1);
+    char vlan[2][IFNAMSIZ];
+    PacketSocket *ps;
+    int sender, fd, on = 1;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_set_offload(&tap, TUN_F_CSUM);
+    if (!vlan_add(tap.name, 5, vlan[0])) {
+        g_test_skip("the kernel has no VLAN interfaces");
+        tap_delete(&tap);
+        return;
+    }
+    g_assert_true(vlan_add(vlan[0], 6, vlan[1]));
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_OUTGOING);
+
+    /* The frame alone, with one tag and with two */
+    for (int i = 0; i < 2; i++) {
+        sender = sender_new(if_nametoindex(vlan[i]));
+        frame_make(sent, i, 200);
+        host_send(sender, sent);
+        close(sender);
+        if (i) {
+            frame_add_tag(sent, ETH_P_8021Q, 6);
+        }
+        frame_add_tag(sent, ETH_P_8021Q, 5);
+        tap_read(&tap, guest);
+        frame_assert_equal(guest, sent);
+        capture_next(ps, got);
+        frame_assert_equal(got, sent);
+        frame_assert_hdr_equal(got, sent);
+    }
+
+    /* By the host's stack, with the checksum left to do */
+    set_address(vlan[0], "192.0.2.1");
+    fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &on, sizeof(on)),
+                    ==, 0);
+    g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, vlan[0],
+                               strlen(vlan[0])), ==, 0);
+    g_assert_cmpint(sendto(fd, "netfilter", 9, 0, (struct sockaddr *)&sin,
+                           sizeof(sin)), ==, 9);
+    close(fd);
+    tap_read(&tap, guest);
+    capture_next(ps, got);
+    frame_assert_equal(got, guest);
+    frame_assert_hdr_equal(got, guest);
+    g_assert_cmphex(lduw_be_p(got->data + 12), ==, ETH_P_8021Q);
+    g_assert_true(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM);
+    g_assert_cmpuint(got->hdr.csum_start, ==, 14 + 4 + 20);
+    capture_expect_none(ps);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_capture_gso(void)
+{
+    static const size_t payloads[] = { MSS + 1, 30000, 65535 - 60 };
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+    for (int i = 0; i < ARRAY_SIZE(payloads); i++) {
+        for (int version = 4; version <= 6; version += 2) {
+            frame_make_gso(sent, version, payloads[i]);
+            tap_write(&tap, sent);
+            capture_next(ps, got);
+            frame_assert_equal(got, sent);
+            frame_assert_hdr_equal(got, sent);
+            g_assert_cmpuint(got->hdr.hdr_len, >=, got->hdr.csum_start + 20);
+            capture_expect_none(ps);
+        }
+    }
+    g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* A frame that does not fit is gone; what is behind the buffer is not. */
+static void test_capture_too_long(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+    for (int tags = 0; tags < 3; tags++) {
+        for (int size = 1; size < 220; size += size < 180 ? 17 : 1) {
+            struct virtio_net_hdr hdr;
+            ssize_t ret;
+
+            frame_make(sent, 1, 200);
+            if (tags == 2) {
+                frame_add_tag(sent, ETH_P_8021Q, 6);
+            }
+            if (tags) {
+                frame_add_tag(sent, ETH_P_8021AD, 5);
+            }
+            tap_write(&tap, sent);
+            frame_make(got, 2, 60);
+            tap_write(&tap, got);
+
+            memset(got->data, 0x5a, sizeof(got->data));
+            g_assert_true(readable(packet_socket_fd(ps), LIMIT_MS));
+            ret = packet_socket_recv(ps, &hdr, got->data, size);
+            if (ret != -EMSGSIZE) {
+                g_assert_cmpint(ret, ==, sent->len);
+                g_assert_cmpint(ret, <=, size);
+                g_assert(!memcmp(got->data, sent->data, sent->len));
+            } else {
+                g_assert_cmpuint(size, <,
+                                 sent->len + PACKET_SOCKET_TAG_ROOM);
+            }
+            for (int i = 0; i < 300; i++) {
+                g_assert_cmphex(got->data[size + i], ==, 0x5a);
+            }
+            capture_expect_number(ps, 2);
+            capture_expect_none(ps);
+        }
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/*
+ * The interface went down or away: the frames that were queued before, and
+ * -ENETDOWN once among them, and nothing that keeps a main loop busy.
+ */
+static void capture_expect_down(PacketSocket *ps, unsigned first,
+                                unsigned frames)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    unsigned got = 0, down = 0;
+
+    while (got < frames || !down) {
+        ssize_t ret;
+
+        g_assert_true(readable(packet_socket_fd(ps), LIMIT_MS));
+        ret = capture_try(ps, frame);
+        if (ret < 0) {
+            g_assert_cmpint(ret, ==, -ENETDOWN);
+            down++;
+        } else {
+            g_assert_cmpuint(frame_number(frame), ==, first + got);
+            got++;
+        }
+    }
+    g_assert_cmpuint(down, ==, 1);
+    for (int i = 0; i < 10; i++) {
+        capture_expect_none(ps);
+    }
+}
+
+static void capture_expect_none_or_down(PacketSocket *ps)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    ssize_t ret = capture_try(ps, frame);
+
+    g_assert(ret == -ENETDOWN || ret == -EAGAIN);
+    capture_expect_none(ps);
+}
+
+static void test_capture_down(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, BOTH);
+    for (int i = 0; i < 5; i++) {
+        for (int j = 0; j < i; j++) {
+            frame_make(frame, j, 60);
+            tap_write(&tap, frame);
+        }
+        set_up(tap.name, false);
+        capture_expect_down(ps, 0, i);
+        set_up(tap.name, true);
+        capture_expect_none(ps);
+        frame_make(frame, 100 + i, 60);
+        tap_write(&tap, frame);
+        capture_expect_number(ps, 100 + i);
+        capture_expect_none(ps);
+    }
+
+    /* Unhooked it may be of no interest. */
+    packet_socket_unhook(ps);
+    set_up(tap.name, false);
+    capture_expect_none_or_down(ps);
+
+    /* Hooked while it is down, it works once it is up. */
+    if (packet_socket_hook(ps, NULL)) {
+        capture_expect_none_or_down(ps);
+        set_up(tap.name, true);
+    } else {
+        set_up(tap.name, true);
+        g_assert_true(packet_socket_hook(ps, &error_abort));
+    }
+    capture_expect_none(ps);
+    frame_make(frame, 1000, 60);
+    tap_write(&tap, frame);
+    capture_expect_number(ps, 1000);
+
+    /* Down and up in between two reads, too: the error is the only one. */
+    set_up(tap.name, false);
+    set_up(tap.name, true);
+    frame_make(frame, 1001, 60);
+    tap_write(&tap, frame);
+    capture_expect_down(ps, 1001, 1);
+
+    /* A discard leaves no frame, and no endless error. */
+    frame_make(frame, 1002, 60);
+    tap_write(&tap, frame);
+    set_up(tap.name, false);
+    g_assert_cmpuint(packet_socket_discard(ps), ==, 1);
+    capture_expect_none_or_down(ps);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_capture_gone(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps, *unhooked;
+    Error *err = NULL;
+    Tap tap, next;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, BOTH);
+    unhooked = capture_new(&tap, BOTH);
+    for (int i = 0; i < 3; i++) {
+        frame_make(frame, i, 60);
+        tap_write(&tap, frame);
+    }
+    tap_delete(&tap);
+    capture_expect_down(ps, 0, 3);
+    capture_expect_none(unhooked);
+
+    /* Another interface, which may even have the name of the old one */
+    tap_new(&next);
+    frame_make(frame, 9, 60);
+    tap_write(&next, frame);
+    capture_expect_none(ps);
+    packet_socket_unhook(ps);
+    g_assert_false(packet_socket_hook(ps, &err));
+    g_assert_nonnull(err);
+    g_assert_nonnull(strstr(error_get_pretty(err), tap.name));
+    error_free(err);
+    err = NULL;
+    g_assert_false(packet_socket_hook(unhooked, &err));
+    g_assert_nonnull(err);
+    error_free(err);
+    tap_write(&next, frame);
+    capture_expect_none(ps);
+    capture_expect_none(unhooked);
+    g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
+    g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
+    packet_socket_free(ps);
+    packet_socket_free(unhooked);
+    tap_delete(&next);
+}
+
+/* Each frame is captured or counted. */
+static void test_capture_drops(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    uint32_t sent = 0, captured = 0, last = 0;
+    uint64_t drops, discarded;
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+
+    /* Without a read, until the queue overflows and well beyond */
+    while (packet_socket_drops(ps) < 500) {
+        for (int i = 0; i < 500; i++) {
+            frame_make(frame, sent, 60 + sent % 1400);
+            tap_write(&tap, frame);
+            sent++;
+        }
+        g_assert_cmpuint(sent, <, 1000000);
+    }
+    drops = packet_socket_drops(ps);
+    g_assert_cmpuint(packet_socket_drops(ps), ==, drops);
+    while (capture_try(ps, got) >= 0) {
+        frame_make(frame, frame_number(got), 60 + frame_number(got) % 1400);
+        frame_assert_equal(got, frame);
+        g_assert(!captured || frame_number(got) > last);
+        last = frame_number(got);
+        captured++;
+    }
+    g_assert_cmpuint(captured + packet_socket_drops(ps), ==, sent);
+    g_assert_cmpuint(packet_socket_drops(ps), ==, drops);
+
+    /* It goes on without a gap as soon as there is room. */
+    for (int i = 0; i < 5000; i++) {
+        frame_make(frame, sent++, 60);
+        tap_write(&tap, frame);
+        capture_expect_number(ps, sent - 1);
+        captured++;
+    }
+    g_assert_cmpuint(packet_socket_drops(ps), ==, drops);
+
+    /* With reads in between, so that the queue is full now and then */
+    for (int round = 0; round < 40; round++) {
+        for (int i = 0; i < 1000; i++) {
+            frame_make(frame, sent, 60 + sent % 1400);
+            tap_write(&tap, frame);
+            sent++;
+        }
+        for (int i = 0; i < 150 * (round % 9); i++) {
+            if (capture_try(ps, got) < 0) {
+                break;
+            }
+            g_assert_cmpuint(frame_number(got), >, last);
+            last = frame_number(got);
+            captured++;
+        }
+    }
+    g_assert_cmpuint(packet_socket_drops(ps), >=, drops);
+    packet_socket_unhook(ps);
+    discarded = packet_socket_discard(ps);
+    g_assert_cmpuint(captured + discarded + packet_socket_drops(ps), ==, sent);
+
+    /* The count is since the socket was made. */
+    drops = packet_socket_drops(ps);
+    g_assert_true(packet_socket_hook(ps, &error_abort));
+    frame_make(frame, sent, 60);
+    tap_write(&tap, frame);
+    capture_expect_number(ps, sent);
+    g_assert_cmpuint(packet_socket_drops(ps), ==, drops);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* However frames and reads interleave, the fd tells of each. */
+static void test_capture_wakeup(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    uint32_t sent = 0, captured = 0;
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+    for (int i = 0; i < 3000; i++) {
+        for (int j = 0; j < i % 7; j++) {
+            frame_make(frame, sent++, 60 + (i * 13) % 1400);
+            tap_write(&tap, frame);
+        }
+        for (int j = 0; j < i % 8 && captured < sent; j++) {
+            capture_expect_number(ps, captured++);
+        }
+    }
+    while (captured < sent) {
+        capture_expect_number(ps, captured++);
+    }
+    capture_expect_none(ps);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/*
+ * Injecting
+ */
+
+static PacketSocket *inject_new(const Tap *tap)
+{
+    PacketSocket *ps = packet_socket_new_inject(tap->name, tap->index,
+                                                &error_abort);
+
+    g_assert_nonnull(ps);
+    return ps;
+}
+
+static int inject(PacketSocket *ps, const Frame *frame)
+{
+    return packet_socket_send(ps, &frame->hdr, frame->data, frame->len);
+}
+
+static void test_inject_plain(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+    for (int len = 60; len <= 1514; len++) {
+        frame_make(sent, len, len);
+        g_assert_cmpint(inject(ps, sent), ==, 0);
+        tap_read(&tap, got);
+        frame_assert_equal(got, sent);
+        frame_assert_hdr_equal(got, sent);
+    }
+    for (int i = 0; i < ARRAY_SIZE(tag_cases); i++) {
+        /* A tag does not count for the MTU. */
+        frame_make(sent, i, tag_cases[i].inner_tpid ? 1510 : 1514);
+        if (tag_cases[i].outer_tpid == ETH_P_8021AD) {
+            sent->len = 1500;
+        }
+        frame_add_tags(sent, &tag_cases[i]);
+        g_assert_cmpint(inject(ps, sent), ==, 0);
+        tap_read(&tap, got);
+        frame_assert_equal(got, sent);
+    }
+    g_assert_false(tap_try_read(&tap, got));
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* A checksum left to do: the guest does it, or else the kernel. */
+static void test_inject_checksum(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+    for (int version = 4; version <= 6; version += 2) {
+        for (int udp = 0; udp < 2; udp++) {
+            frame_make_ip(sent, version, udp ? IPPROTO_UDP : IPPROTO_TCP, 333);
+            tap_set_offload(&tap, TUN_F_CSUM);
+            g_assert_cmpint(inject(ps, sent), ==, 0);
+            tap_read(&tap, got);
+            frame_assert_equal(got, sent);
+            frame_assert_hdr_equal(got, sent);
+
+            tap_set_offload(&tap, 0);
+            g_assert_cmpint(inject(ps, sent), ==, 0);
+            tap_read(&tap, got);
+            g_assert_false(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM);
+            g_assert_true(checksum_holds(got));
+            g_assert_cmpuint(got->len, ==, sent->len);
+        }
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_inject_gso(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(&tap);
+    for (int version = 4; version <= 6; version += 2) {
+        /* With all headers: from 64 KiB on the kernel segments anyway. */
+        frame_make_gso(sent, version, 65535 - 14 - 60);
+        g_assert_cmpint(inject(ps, sent), ==, 0);
+        tap_read(&tap, got);
+        frame_assert_equal(got, sent);
+        frame_assert_hdr_equal(got, sent);
+        g_assert_cmpuint(got->hdr.hdr_len, ==, sent->hdr.hdr_len);
+        g_assert_false(tap_try_read(&tap, got));
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* Read the segments of @sent, each a sound packet, in order and complete. */
+static void expect_segments(Tap *tap, const Frame *sent)
+{
+    g_autofree Frame *got = g_new0(Frame, 1);
+    size_t header = sent->hdr.csum_start + 20, payload = 0;
+    uint32_t seq = ldl_be_p(sent->data + sent->hdr.csum_start + 4);
+
+    while (payload < sent->len - header) {
+        tap_read(tap, got);
+        g_assert_cmpuint(got->hdr.gso_type, ==, VIRTIO_NET_HDR_GSO_NONE);
+        g_assert_cmpuint(got->len, >, header);
+        g_assert_cmpuint(got->len, <=, header + MSS);
+        if (got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
+            packet_socket_finish_checksum(&got->hdr, got->data, got->len);
+        }
+        g_assert_true(checksum_holds(got));
+        g_assert_cmpuint(ldl_be_p(got->data + sent->hdr.csum_start + 4), ==,
+                         seq + payload);
+        g_assert(!memcmp(got->data + header, sent->data + header + payload,
+                         got->len - header));
+        payload += got->len - header;
+    }
+    g_assert_cmpuint(payload, ==, sent->len - header);
+}
+
+static void test_inject_segmented(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps, *capture;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+    capture = capture_new_hooked(&tap, BOTH);
+    for (int version = 4; version <= 6; version += 2) {
+        frame_make_gso(sent, version, 50500);
+        g_assert_cmpint(inject(ps, sent), ==, 0);
+        expect_segments(&tap, sent);
+        g_assert_false(tap_try_read(&tap, got));
+        capture_expect_none(capture);
+    }
+    /* The longest packet is too long for the kernel to leave it whole. */
+    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    frame_make_gso(sent, 6, 65535 - 60);
+    g_assert_cmpint(inject(ps, sent), ==, 0);
+    expect_segments(&tap, sent);
+    g_assert_false(tap_try_read(&tap, got));
+    capture_expect_none(capture);
+    packet_socket_free(capture);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_inject_receives_nothing(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    unsigned protocol, running;
+    PacketSocket *ps;
+    Flood f;
+
+    if (!can_run()) {
+        return;
+    }
+    flood_start(&f);
+    for (int i = 0; i < 20; i++) {
+        ps = inject_new(&f.tap);
+        proc_packet(packet_socket_fd(ps), &protocol, &running);
+        g_assert_cmphex(protocol, ==, 0);
+        g_assert_cmpuint(running, ==, 0);
+        flood_pass(&f);
+        g_assert_false(readable(packet_socket_fd(ps), 0));
+        frame_make(frame, i, 60);
+        g_assert_cmpint(inject(ps, frame), ==, 0);
+        flood_pass(&f);
+        g_assert_false(readable(packet_socket_fd(ps), 0));
+        packet_socket_free(ps);
+    }
+    flood_stop(&f);
+}
+
+/* A capture beside an injector does not feed itself. */
+static void test_inject_not_captured(void)
+{
+    static const unsigned directions[] = {
+        PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, BOTH,
+    };
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+    for (int i = 0; i < 3; i++) {
+        PacketSocket *capture = capture_new_hooked(&tap, directions[i]);
+
+        for (int offload = 0; offload < 2; offload++) {
+            tap_set_offload(&tap, offload ? TUN_F_CSUM | TUN_F_TSO4 |
+                                            TUN_F_TSO6 : 0);
+            frame_make(frame, 1, 60);
+            g_assert_cmpint(inject(ps, frame), ==, 0);
+            frame_make_ip(frame, 4, IPPROTO_UDP, 100);
+            g_assert_cmpint(inject(ps, frame), ==, 0);
+            frame_make_gso(frame, 4, 20000);
+            g_assert_cmpint(inject(ps, frame), ==, 0);
+            frame_make_gso(frame, 6, 20000);
+            g_assert_cmpint(inject(ps, frame), ==, 0);
+            tap_drain(&tap);
+            capture_expect_none(capture);
+            frame_make(frame, 2, 60);
+            host_send(tap.sender, frame);
+            tap_write(&tap, frame);
+            capture_expect_number(capture, 2);
+            if (i == 2) {
+                capture_expect_number(capture, 2);
+            }
+            capture_expect_none(capture);
+            tap_drain(&tap);
+        }
+        packet_socket_free(capture);
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* What was taken arrives, once and in order; what was not is refused. */
+static void test_inject_queue_full(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    uint32_t sent = 0, got = 0;
+    unsigned refused = 0;
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    set_queue_len(&tap, 16);
+    ps = inject_new(&tap);
+    for (int round = 0; round < 500; round++) {
+        for (int i = 0; i < 1 + round % 37; i++) {
+            int ret;
+
+            frame_make(frame, sent, 60 + sent % 1400);
+            ret = inject(ps, frame);
+            if (ret) {
+                g_assert_cmpint(ret, ==, -EAGAIN);
+                refused++;
+                break;
+            }
+            sent++;
+        }
+        for (int i = 0; i < 1 + round % 29; i++) {
+            if (!tap_try_read(&tap, frame)) {
+                g_assert_cmpuint(got, ==, sent);
+                break;
+            }
+            g_assert_cmpuint(frame_number(frame), ==, got);
+            g_assert_cmpuint(frame->len, ==, 60 + got % 1400);
+            got++;
+        }
+    }
+    while (tap_try_read(&tap, frame)) {
+        g_assert_cmpuint(frame_number(frame), ==, got);
+        got++;
+    }
+    g_assert_cmpuint(got, ==, sent);
+    g_assert_cmpuint(refused, >, 50);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* The same with frames that the guest takes whole */
+static void test_inject_queue_full_gso(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    unsigned sent = 0, arrived = 0;
+    PacketSocket *ps;
+    int ret;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4);
+    set_queue_len(&tap, 16);
+    ps = inject_new(&tap);
+    for (int round = 0; round < 20; round++) {
+        /* The id tells one from the other. */
+        frame_make_gso(frame, 4, 5000);
+        while (stl_be_p(frame->data + 38, sent), !(ret = inject(ps, frame))) {
+            sent++;
+            g_assert_cmpuint(sent, <, 10000);
+        }
+        g_assert_cmpint(ret, ==, -EAGAIN);
+        while (tap_try_read(&tap, got)) {
+            g_assert_cmpuint(got->len, ==, frame->len);
+            g_assert_cmpuint(ldl_be_p(got->data + 38), ==, arrived);
+            arrived++;
+        }
+    }
+    g_assert_cmpuint(arrived, ==, sent);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/*
+ * And with those that the kernel has to cut.  On the plain path it tells
+ * nobody of a full queue: incomplete, as long as frames get lost.
+ */
+static void test_inject_queue_full_segmented(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    unsigned lost = 0;
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    set_queue_len(&tap, 64);
+    ps = inject_new(&tap);
+    for (int round = 0; round < 20; round++) {
+        unsigned sent = 0, arrived = 0;
+        int ret;
+
+        frame_make_gso(frame, 4, 10 * MSS);
+        while (!(ret = inject(ps, frame)) && sent < 40) {
+            sent++;
+        }
+        g_assert(!ret || ret == -EAGAIN);
+        g_assert_cmpuint(sent, >, 0);
+        while (tap_try_read(&tap, got)) {
+            arrived++;
+        }
+        lost += 10 * sent - arrived;
+    }
+    if (lost) {
+        g_test_incomplete("segments get lost when the TAP's queue is full");
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void test_inject_errors(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps;
+    int ret;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+
+    /* Bad headers */
+    frame_make_ip(frame, 4, IPPROTO_UDP, 100);
+    frame->hdr.csum_start = frame->len;
+    g_assert_cmpint(inject(ps, frame), ==, -EINVAL);
+    frame_make_ip(frame, 4, IPPROTO_UDP, 100);
+    frame->hdr.csum_start = 0xffff;
+    g_assert_cmpint(inject(ps, frame), ==, -EINVAL);
+    frame_make_ip(frame, 4, IPPROTO_UDP, 100);
+    frame->hdr.csum_offset = frame->len - frame->hdr.csum_start - 1;
+    g_assert_cmpint(inject(ps, frame), ==, -EINVAL);
+    frame_make_gso(frame, 4, 20000);
+    frame->hdr.gso_type = 0x7e;
+    g_assert_cmpint(inject(ps, frame), ==, -EINVAL);
+    frame_make_gso(frame, 4, 20000);
+    frame->hdr.gso_size = 0;
+    g_assert_cmpint(inject(ps, frame), ==, -EINVAL);
+    frame_make_gso(frame, 4, 2000);
+    frame->hdr.hdr_len = frame->len + 1;
+    g_assert_cmpint(inject(ps, frame), ==, -EINVAL);
+
+    /* No frame at all */
+    for (int len = 0; len < ETH_HLEN; len++) {
+        frame_make(frame, 0, 60);
+        frame->len = len;
+        ret = inject(ps, frame);
+        g_assert_cmpint(ret, <, 0);
+        g_assert_cmpint(ret, !=, -EAGAIN);
+    }
+
+    /* Longer than the MTU allows */
+    for (size_t len = 1515; len < 70000; len = len * 2 + 1) {
+        if (len == 1515) {
+            len = 1519;         /* with a tag it could be 1518 */
+        }
+        frame_make(frame, 0, MIN(len, FRAME_MAX));
+        g_assert_cmpint(inject(ps, frame), ==, -EMSGSIZE);
+    }
+    g_assert_false(tap_try_read(&tap, got));
+
+    /* Down, and up again with no error left */
+    for (int i = 0; i < 3; i++) {
+        set_up(tap.name, false);
+        frame_make(frame, i, 60);
+        g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
+        g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
+        frame_make_gso(frame, 4, 20000);
+        g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
+        set_up(tap.name, true);
+        frame_make(frame, i, 60);
+        g_assert_cmpint(inject(ps, frame), ==, 0);
+        tap_read(&tap, got);
+        frame_assert_equal(got, frame);
+    }
+
+    /* Gone */
+    tap_delete(&tap);
+    for (int i = 0; i < 3; i++) {
+        ret = inject(ps, frame);
+        g_assert(ret == -ENETDOWN || ret == -ENXIO || ret == -ENODEV);
+    }
+    packet_socket_free(ps);
+}
+
+/*
+ * Checksums
+ */
+
+static void test_checksum(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *was = g_new0(Frame, 1);
+
+    for (int version = 4; version <= 6; version += 2) {
+        for (int udp = 0; udp < 2; udp++) {
+            for (int payload = 0; payload < 1400; payload += 1 + payload / 9) {
+                uint16_t field;
+
+                frame_make_ip(frame, version,
+                              udp ? IPPROTO_UDP : IPPROTO_TCP, payload);
+                *was = *frame;
+                g_assert_false(checksum_holds(frame));
+                g_assert_true(packet_socket_finish_checksum(&frame->hdr,
+                                                            frame->data,
+                                                            frame->len));
+                g_assert_cmphex(frame->hdr.flags, ==, 0);
+                g_assert_true(checksum_holds(frame));
+
+                /* Nothing else has changed. */
+                field = was->hdr.csum_start + was->hdr.csum_offset;
+                memcpy(was->data + field, frame->data + field, 2);
+                frame_assert_equal(frame, was);
+
+                /* Done is done. */
+                g_assert_true(packet_socket_finish_checksum(&frame->hdr,
+                                                            frame->data,
+                                                            frame->len));
+                frame_assert_equal(frame, was);
+            }
+        }
+    }
+}
+
+/* Behind a tag, and with other flags that stay */
+static void test_checksum_tag(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *plain = g_new0(Frame, 1);
+
+    frame_make_ip(frame, 4, IPPROTO_TCP, 101);
+    frame_make_ip(plain, 4, IPPROTO_TCP, 101);
+    frame_add_tag(frame, ETH_P_8021Q, 5);
+    frame->hdr.flags |= VIRTIO_NET_HDR_F_DATA_VALID;
+    g_assert_true(packet_socket_finish_checksum(&frame->hdr, frame->data,
+                                                frame->len));
+    g_assert_cmphex(frame->hdr.flags, ==, VIRTIO_NET_HDR_F_DATA_VALID);
+    memcpy(plain->data + ETH_HLEN, frame->data + ETH_HLEN + 4,
+           plain->len - ETH_HLEN);
+    g_assert_true(checksum_holds(plain));
+}
+
+/* A sum of 0 would mean none to UDP. */
+static void test_checksum_udp_zero(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+
+    for (int version = 4; version <= 6; version += 2) {
+        uint8_t *l4;
+        uint16_t sum;
+
+        frame_make_ip(frame, version, IPPROTO_UDP, 10);
+        l4 = frame->data + frame->hdr.csum_start;
+        stw_be_p(l4 + 8, 0);
+        sum = sum_bytes(l4, 18);
+        stw_be_p(l4 + 8, 0xffff - sum);
+        g_assert_cmphex(sum_bytes(l4, 18), ==, 0xffff);
+        g_assert_true(packet_socket_finish_checksum(&frame->hdr, frame->data,
+                                                    frame->len));
+        g_assert_cmphex(lduw_be_p(l4 + 6), ==, 0xffff);
+        g_assert_true(checksum_holds(frame));
+    }
+}
+
+static void test_checksum_outside(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+
+    /* At the end of its own memory, so that a write behind it shows */
+    for (int i = 0; i < 2000; i++) {
+        struct virtio_net_hdr hdr = { .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM };
+        size_t len = i % 64;
+        g_autofree uint8_t *data = g_malloc0(len);
+        bool inside;
+
+        hdr.csum_start = (i * 7) % 70;
+        hdr.csum_offset = (i / 64) * 2;
+        if (i % 100 == 99) {
+            hdr.csum_start = 0xffff;
+            hdr.csum_offset = 0xffff - i % 3;
+        }
+        inside = hdr.csum_start + hdr.csum_offset + 2 <= len;
+        g_assert_true(packet_socket_finish_checksum(&hdr, data, len) ==
+                      inside);
+        if (!inside) {
+            for (int j = 0; j < len; j++) {
+                g_assert_cmphex(data[j], ==, 0);
+            }
+        }
+    }
+
+    /* Nothing to do: the frame is not looked at. */
+    frame_make(frame, 0, 60);
+    frame->hdr.csum_start = 0xffff;
+    g_assert_true(packet_socket_finish_checksum(&frame->hdr, frame->data,
+                                                frame->len));
+}
+
+/*
+ * Errors
+ */
+
+static unsigned count_fds(void)
+{
+    g_autoptr(GDir) dir = g_dir_open("/proc/self/fd", 0, NULL);
+    unsigned fds = 0;
+
+    g_assert_nonnull(dir);
+    while (g_dir_read_name(dir)) {
+        fds++;
+    }
+    return fds;
+}
+
+static bool drop_net_raw(void)
+{
+    struct __user_cap_header_struct head = {
+        .version = _LINUX_CAPABILITY_VERSION_3,
+    };
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3];
+
+    if (syscall(SYS_capget, &head, data) < 0) {
+        return false;
+    }
+    data[0].effective &= ~(1u << CAP_NET_RAW);
+    data[0].permitted &= ~(1u << CAP_NET_RAW);
+    return syscall(SYS_capset, &head, data) == 0;
+}
+
+/* Says on stderr what the user would read. */
+static void test_errors_capability_subprocess(void)
+{
+    Error *capture_err = NULL, *inject_err = NULL;
+    unsigned fds;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    g_assert_true(drop_net_raw());
+    fds = count_fds();
+    g_assert_null(packet_socket_new_capture(tap.name, tap.index, BOTH,
+                                            &capture_err));
+    g_assert_null(packet_socket_new_inject(tap.name, tap.index, &inject_err));
+    g_assert_cmpuint(count_fds(), ==, fds);
+    g_assert_nonnull(strstr(error_get_pretty(capture_err), tap.name));
+    g_assert_nonnull(strstr(error_get_pretty(inject_err), tap.name));
+    error_reportf_err(capture_err, "capture: ");
+    error_reportf_err(inject_err, "inject: ");
+    tap_delete(&tap);
+}
+
+static void test_errors_capability(void)
+{
+    if (!can_run()) {
+        return;
+    }
+    g_test_trap_subprocess("/packet-socket/errors/capability/subprocess", 0,
+                           0);
+    g_test_trap_assert_passed();
+    g_test_trap_assert_stderr("*capture: *CAP_NET_RAW*"
+                              "inject: *CAP_NET_RAW*");
+}
+
+static size_t address_space(void)
+{
+    g_autofree char *text = NULL;
+
+    g_assert_true(g_file_get_contents("/proc/self/statm", &text, NULL, NULL));
+    return g_ascii_strtoull(text, NULL, 10) * qemu_real_host_page_size();
+}
+
+static void test_errors_leak(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    unsigned fds;
+    size_t before;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    frame_make(frame, 0, 60);
+    fds = count_fds();
+    before = address_space();
+    /* Each close waits for the kernel's RCU. */
+    for (int i = 0; i < (g_test_slow() ? 1000 : 100); i++) {
+        PacketSocket *ps = capture_new(&tap, BOTH), *injector;
+
+        if (i & 1) {
+            g_assert_true(packet_socket_hook(ps, &error_abort));
+            tap_write(&tap, frame);
+        }
+        if (i & 2) {
+            packet_socket_unhook(ps);
+        }
+        packet_socket_free(ps);
+        injector = inject_new(&tap);
+        packet_socket_free(injector);
+        injector = packet_socket_new_inject(tap.name, tap.index + 100000,
+                                            NULL);
+        g_assert_null(injector);
+    }
+    g_assert_cmpuint(count_fds(), ==, fds);
+    g_assert_cmpuint(address_space(), <, before + 16 * MiB);
+    tap_delete(&tap);
+}
+
+/* No frame may come that the tests did not send: no IPv6 in here. */
+static void disable_ipv6(const char *which)
+{
+    g_autofree char *path = g_strdup_printf(
+        "/proc/sys/net/ipv6/conf/%s/disable_ipv6", which);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+    if (fd >= 0) {
+        if (write(fd, "1", 1) != 1) {
+            no_namespace = "IPv6 cannot be disabled";
+        }
+        close(fd);
+    } else if (errno != ENOENT) {
+        no_namespace = "IPv6 cannot be disabled";
+    }
+}
+
+static void enter_namespace(void)
+{
+    struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR };
+    int fd;
+
+    if (unshare(CLONE_NEWNET) < 0) {
+        no_namespace = "a network namespace is not permitted";
+        return;
+    }
+    fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+    if (fd < 0 || ioctl(fd, TUNSETIFF, &ifr) < 0) {
+        no_namespace = "a TAP is not permitted, or the kernel has none";
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0);
+    if (fd < 0) {
+        no_namespace = "a packet socket is not permitted";
+    } else {
+        close(fd);
+    }
+    disable_ipv6("all");
+    disable_ipv6("default");
+    if (!no_namespace) {
+        set_up("lo", true);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    enter_namespace();
+
+#define TEST(name, function) g_test_add_func("/packet-socket/" name, function)
+    TEST("capture/outgoing", test_capture_outgoing);
+    TEST("capture/host-stack", test_capture_host_stack);
+    TEST("capture/incoming", test_capture_incoming);
+    TEST("capture/directions", test_capture_directions);
+    TEST("capture/unhooked", test_capture_unhooked);
+    TEST("capture/unhook-keeps", test_capture_unhook_keeps);
+    TEST("capture/discard", test_capture_discard);
+    TEST("capture/foreign", test_capture_foreign);
+    TEST("capture/no-interface", test_capture_no_interface);
+    TEST("capture/tags/in-frame", test_capture_tags);
+    TEST("capture/tags/checksum", test_capture_tags_checksum);
+    TEST("capture/tags/vlan-interface", test_capture_tags_vlan);
+    TEST("capture/gso", test_capture_gso);
+    TEST("capture/too-long", test_capture_too_long);
+    TEST("capture/down", test_capture_down);
+    TEST("capture/gone", test_capture_gone);
+    TEST("capture/drops", test_capture_drops);
+    TEST("capture/wakeup", test_capture_wakeup);
+    TEST("inject/plain", test_inject_plain);
+    TEST("inject/checksum", test_inject_checksum);
+    TEST("inject/gso", test_inject_gso);
+    TEST("inject/segmented", test_inject_segmented);
+    TEST("inject/receives-nothing", test_inject_receives_nothing);
+    TEST("inject/not-captured", test_inject_not_captured);
+    TEST("inject/queue-full/plain", test_inject_queue_full);
+    TEST("inject/queue-full/gso", test_inject_queue_full_gso);
+    TEST("inject/queue-full/segmented", test_inject_queue_full_segmented);
+    TEST("inject/errors", test_inject_errors);
+    TEST("checksum/tcp-udp", test_checksum);
+    TEST("checksum/tag", test_checksum_tag);
+    TEST("checksum/udp-zero", test_checksum_udp_zero);
+    TEST("checksum/outside", test_checksum_outside);
+    TEST("errors/capability", test_errors_capability);
+    TEST("errors/capability/subprocess", test_errors_capability_subprocess);
+    TEST("errors/leak", test_errors_leak);
+    return g_test_run();
+}
