@@ -187,7 +187,6 @@ static FrameReaderResult link_frame(void *opaque, uint8_t *payload,
     Link *link = opaque;
     GByteArray *frame;
 
-    g_assert_cmpuint(size, >, 0);
     g_assert_cmpuint(size, <=, FRAME_STREAM_MAX_PAYLOAD);
     g_assert_false(link->waiting);
     if (!link->wait_after) {
@@ -711,9 +710,9 @@ static void test_writer_closed_in_flush(void)
     link_flush(link);
     AWAIT(link->closed);
 
-    /* Nothing was taken, so there was no progress. */
+    /* It may be told once that the peer has gone, not again and again. */
     settle();
-    g_assert_cmpuint(link->progress, ==, 0);
+    g_assert_cmpuint(link->progress, <=, 1);
 
     link_connect(link);
     link_flush(link);
@@ -777,17 +776,12 @@ static void test_writer_discard(void)
     link_free(link);
 }
 
-/*
- * Whether the frame that a closed connection cut off counts as begun is
- * open.  On the new connection the stream has to be sound either way.
- */
+/* What a closed connection cut off counts as not begun. */
 static void test_writer_rewind_discard(void)
 {
     Link *link = link_new_writer(true);
     g_autoptr(GByteArray) got = g_byte_array_new();
     g_autoptr(GByteArray) rest = g_byte_array_new();
-    uint64_t discarded;
-    size_t start;
 
     link_connect(link);
     link_narrow(link);
@@ -796,12 +790,8 @@ static void test_writer_rewind_discard(void)
     }
     cut_off(link, got, 0, NULL);
     link_disconnect(link);
-    discarded = frame_writer_discard(link->fw);
-    g_assert_cmpuint(discarded, >=, 9);
-    g_assert_cmpuint(discarded, <=, 10);
-    start = discarded == 9 ? 0 : 50008;
-    g_byte_array_remove_range(link->expected, 50008, 9 * 50008);
-    g_byte_array_remove_range(link->expected, 0, start);
+    g_assert_cmpuint(frame_writer_discard(link->fw), ==, 10);
+    g_byte_array_set_size(link->expected, 0);
     link_connect(link);
     link_stage_next(link);
     link_flush(link);
@@ -873,14 +863,13 @@ static void test_writer_free(void)
 static void reader_check(Link *link, unsigned number, size_t size,
                          uint32_t vnet_hdr_len, uint32_t seq)
 {
-    g_autofree uint8_t *payload = g_malloc(size);
+    g_autofree uint8_t *payload = g_malloc(size + 1);
     GByteArray *frame;
 
     g_assert_cmpuint(number, <, link->frames->len);
     frame = link->frames->pdata[number];
     fill_payload(payload, size, seq);
-    g_assert_cmpuint(frame->len, ==, size);
-    g_assert(!memcmp(frame->data, payload, size));
+    g_assert_cmpmem(frame->data, frame->len, payload, size);
     g_assert_cmpuint(g_array_index(link->vnet_hdr_lens, uint32_t, number), ==,
                      link->vnet_hdr ? vnet_hdr_len : 0);
 }
@@ -1003,54 +992,60 @@ static void test_reader_prompt(void)
     link_free(link);
 }
 
+/* A frame without any payload is handed out like the others. */
 static void test_reader_empty_frames(gconstpointer vnet_hdr)
 {
     Link *link = link_new_reader(GPOINTER_TO_INT(vnet_hdr));
     g_autoptr(GByteArray) stream = g_byte_array_new();
     size_t room = frame_reader_room(link->fr);
 
-    /* Alone */
+    /* Alone, to the last byte of its prefix */
     append_frame(stream, link->vnet_hdr, 12, 0, 0);
-    reader_push(link, stream->data, stream->len);
-    settle_reader(link);
+    reader_push(link, stream->data, stream->len - 1);
     g_assert_cmpuint(link->frames->len, ==, 0);
+    reader_push(link, stream->data + stream->len - 1, 1);
+    g_assert_cmpuint(link->frames->len, ==, 1);
+    reader_check(link, 0, 0, 12, 0);
     g_assert_cmpuint(frame_reader_room(link->fr), ==, room);
+    reader_forget(link);
 
     /* Many, with others after and between them */
-    for (int i = 0; i < 10000; i++) {
+    g_byte_array_set_size(stream, 0);
+    for (int i = 0; i < 1000; i++) {
         append_frame(stream, link->vnet_hdr, i, 0, 0);
     }
     append_frame(stream, link->vnet_hdr, 1, 60, 1);
     append_frame(stream, link->vnet_hdr, 2, 0, 0);
     append_frame(stream, link->vnet_hdr, 2, 60, 2);
     append_frame(stream, link->vnet_hdr, 3, 0, 0);
-    reader_push(link, stream->data, stream->len);
-    settle_reader(link);
-    g_assert_cmpuint(link->frames->len, ==, 2);
-    reader_check(link, 0, 60, 1, 1);
-    reader_check(link, 1, 60, 2, 2);
-    g_assert_cmpuint(frame_reader_room(link->fr), ==, room);
-    reader_forget(link);
+    for (int one_by_one = 0; one_by_one < 2; one_by_one++) {
+        size_t part = one_by_one ? 1 : stream->len;
 
-    /* One byte at a time */
-    for (int i = 0; i < stream->len; i++) {
-        reader_push(link, stream->data + i, 1);
+        for (size_t i = 0; i < stream->len; i += part) {
+            reader_push(link, stream->data + i, part);
+        }
+        settle_reader(link);
+        g_assert_cmpuint(link->frames->len, ==, 1004);
+        for (int i = 0; i < 1000; i++) {
+            reader_check(link, i, 0, i, 0);
+        }
+        reader_check(link, 1000, 60, 1, 1);
+        reader_check(link, 1001, 0, 2, 0);
+        reader_check(link, 1002, 60, 2, 2);
+        reader_check(link, 1003, 0, 3, 0);
+        g_assert_cmpuint(frame_reader_room(link->fr), ==, room);
+        reader_forget(link);
     }
-    settle_reader(link);
-    g_assert_cmpuint(link->frames->len, ==, 2);
-    reader_forget(link);
 
-    /* Before and behind one that waits */
+    /* One that waits is offered again, and kept by a reset. */
     link->wait_after = 0;
     reader_push(link, stream->data, stream->len);
-    settle_reader(link);
     g_assert_true(link->waiting);
+    frame_reader_reset(link->fr);
     link_resume(link, 1);
-    g_assert_true(link->waiting);
     g_assert_cmpuint(link->frames->len, ==, 1);
     link_resume(link, UINT_MAX);
-    g_assert_cmpuint(link->frames->len, ==, 2);
-    reader_check(link, 1, 60, 2, 2);
+    g_assert_cmpuint(link->frames->len, ==, 1004);
     g_assert_cmpuint(frame_reader_room(link->fr), ==, room);
     link_free(link);
 }
@@ -1421,7 +1416,7 @@ static FrameReaderResult model_frame(void *opaque, uint8_t *payload,
                                      size_t size, uint32_t vnet_hdr_len)
 {
     Model *model = opaque;
-    g_autofree uint8_t *expected = g_malloc(size);
+    g_autofree uint8_t *expected = g_malloc(size + 1);
     ModelFrame *frame = g_queue_peek_head(&model->complete);
 
     g_assert_false(model->waiting);
@@ -1454,11 +1449,7 @@ static void model_push(Model *model, size_t size)
     while ((frame = g_queue_peek_head(&model->on_wire)) &&
            frame->end <= model->pushed) {
         g_queue_pop_head(&model->on_wire);
-        if (frame->size) {
-            g_queue_push_tail(&model->complete, frame);
-        } else {
-            g_free(frame);
-        }
+        g_queue_push_tail(&model->complete, frame);
     }
     frame_reader_push(model->fr, copy, size);
 }
