@@ -717,6 +717,20 @@ static void test_writer_closed_in_flush(void)
     link_connect(link);
     link_flush(link);
     peer_expect(link, rest, link->expected);
+
+    /* The same when nothing was left to write */
+    link->closed = 0;
+    link_close_peer(link);
+    g_byte_array_set_size(link->expected, 0);
+    g_byte_array_set_size(rest, 0);
+    for (int i = 0; i < 3; i++) {
+        link_stage_next(link);
+        link_flush(link);
+    }
+    AWAIT(link->closed);
+    link_connect(link);
+    link_flush(link);
+    peer_expect(link, rest, link->expected);
     link_free(link);
 }
 
