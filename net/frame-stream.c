@@ -23,7 +23,6 @@
 #include "qemu/bswap.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
-#include "qemu/units.h"
 #include "chardev/char.h"
 #include "net/frame-stream.h"
 
@@ -304,6 +303,7 @@ void frame_reader_resume(FrameReader *fr)
     }
     fr->running = true;
     fr->waiting = false;
+    qemu_bh_cancel(fr->bh);
     while ((len = frame_reader_peek(fr)) > 0) {
         uint8_t *frame = buf->data + buf->head;
 

@@ -31,9 +31,11 @@
 #include <net/if.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <linux/ethtool.h>
 #include <linux/filter.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
+#include <linux/sockios.h>
 #include "qapi/error.h"
 #include "net/checksum.h"
 #include "net/packet-socket.h"
@@ -58,8 +60,13 @@
 /*
  * A protocol that no frame of an Ethernet device has: eth_type_trans() in the
  * kernel makes numbers below 0x600 only of a few, and AX.25 is none of them.
+ * A socket that is bound to it is not among those that each frame is offered
+ * to.  (Protocol 0 would not do: to bind() it means to keep the present one.)
  */
 #define NO_PROTOCOL ETH_P_AX25
+
+/* Longer GSO frames are segmented whatever the interface can do. */
+#define GSO_MAX_LEN 65536
 
 #ifndef PACKET_IGNORE_OUTGOING
 #define PACKET_IGNORE_OUTGOING 23       /* Linux 4.20 */
@@ -96,6 +103,13 @@ static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
 
     pstrcpy(ps->ifname, sizeof(ps->ifname), ifname);
     ps->ifindex = ifindex;
+    if (!ifindex) {
+        /* To the kernel it means: all interfaces. */
+        error_setg_errno(errp, ENODEV, "could not find interface '%s'",
+                         ifname);
+        g_free(ps);
+        return NULL;
+    }
     ps->fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (ps->fd < 0) {
         error_setg_errno(errp, errno, "could not open a packet socket for "
@@ -269,20 +283,8 @@ bool packet_socket_hook(PacketSocket *ps, Error **errp)
 
 void packet_socket_unhook(PacketSocket *ps)
 {
-    struct sockaddr_ll addr = { };
-    socklen_t len = sizeof(addr);
-
-    /* These fail only when the interface is gone, and the hook with it. */
-    packet_socket_bind(ps, 0);
-    if (getsockname(ps->fd, (struct sockaddr *)&addr, &len) == 0 &&
-        addr.sll_protocol) {
-        /*
-         * Linux 6.1 takes protocol 0 as: leave it.  (6.18 unhooks.)  With
-         * one that never occurs the socket is not among those that are
-         * offered each frame.
-         */
-        packet_socket_bind(ps, NO_PROTOCOL);
-    }
+    /* This fails only when the interface is gone, and the hook with it. */
+    packet_socket_bind(ps, NO_PROTOCOL);
 }
 
 uint64_t packet_socket_discard(PacketSocket *ps)
@@ -331,6 +333,9 @@ static size_t packet_socket_restore_tag(struct msghdr *msg,
         if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
             hdr->csum_start += PACKET_SOCKET_TAG_ROOM;
         }
+        if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
+            hdr->hdr_len += PACKET_SOCKET_TAG_ROOM;
+        }
         return len + PACKET_SOCKET_TAG_ROOM;
     }
     return len;
@@ -345,7 +350,8 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     } control;
     struct iovec iov[] = {
         { .iov_base = hdr, .iov_len = sizeof(*hdr) },
-        { .iov_base = frame, .iov_len = size - PACKET_SOCKET_TAG_ROOM },
+        { .iov_base = frame,
+          .iov_len = size - MIN(size, PACKET_SOCKET_TAG_ROOM) },
     };
     struct msghdr msg = {
         .msg_iov = iov,
@@ -380,21 +386,97 @@ static int packet_socket_sendmsg(PacketSocket *ps,
     return RETRY_ON_EINTR(sendmsg(ps->fd, &msg, 0)) < 0 ? -errno : 0;
 }
 
+static bool packet_socket_ethtool(PacketSocket *ps, void *cmd)
+{
+    struct ifreq ifr = { .ifr_ifindex = ps->ifindex };
+
+    /* The name may have changed since. */
+    if (ioctl(ps->fd, SIOCGIFNAME, &ifr) < 0) {
+        return false;
+    }
+    ifr.ifr_data = cmd;
+    return ioctl(ps->fd, SIOCETHTOOL, &ifr) == 0;
+}
+
+/* Whether an offload, by the name that "ethtool -k" has for it, is on. */
+static bool packet_socket_has_feature(PacketSocket *ps, const char *name)
+{
+    g_autofree struct ethtool_gstrings *names = NULL;
+    g_autofree struct ethtool_gfeatures *features = NULL;
+    struct {
+        struct ethtool_sset_info info;
+        uint32_t count;
+    } set = {
+        .info.cmd = ETHTOOL_GSSET_INFO,
+        .info.sset_mask = 1 << ETH_SS_FEATURES,
+    };
+    uint32_t blocks;
+
+    if (!packet_socket_ethtool(ps, &set)) {
+        return false;
+    }
+    blocks = DIV_ROUND_UP(set.count, 32);
+    names = g_malloc0(sizeof(*names) + set.count * ETH_GSTRING_LEN);
+    names->cmd = ETHTOOL_GSTRINGS;
+    names->string_set = ETH_SS_FEATURES;
+    names->len = set.count;
+    features = g_malloc0(sizeof(*features) +
+                         blocks * sizeof(features->features[0]));
+    features->cmd = ETHTOOL_GFEATURES;
+    features->size = blocks;
+    if (!packet_socket_ethtool(ps, names) ||
+        !packet_socket_ethtool(ps, features)) {
+        return false;
+    }
+    for (uint32_t i = 0; i < set.count; i++) {
+        if (!strncmp((char *)names->data + i * ETH_GSTRING_LEN, name,
+                     ETH_GSTRING_LEN)) {
+            return features->features[i / 32].active & (1u << i % 32);
+        }
+    }
+    return false;
+}
+
+/* Whether the kernel must segment the frame for the interface. */
+static bool packet_socket_must_segment(PacketSocket *ps,
+                                       const struct virtio_net_hdr *hdr,
+                                       size_t len)
+{
+    const char *feature;
+
+    switch (hdr->gso_type & ~VIRTIO_NET_HDR_GSO_ECN) {
+    case VIRTIO_NET_HDR_GSO_NONE:
+        return false;
+    case VIRTIO_NET_HDR_GSO_TCPV4:
+        feature = "tx-tcp-segmentation";
+        break;
+    case VIRTIO_NET_HDR_GSO_TCPV6:
+        feature = "tx-tcp6-segmentation";
+        break;
+    case VIRTIO_NET_HDR_GSO_UDP_L4:
+        feature = "tx-udp-segmentation";
+        break;
+    default:
+        return true;
+    }
+    return len >= GSO_MAX_LEN || !packet_socket_has_feature(ps, feature) ||
+           (hdr->gso_type & VIRTIO_NET_HDR_GSO_ECN &&
+            !packet_socket_has_feature(ps, "tx-tcp-ecn-segmentation"));
+}
+
 int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
                        const uint8_t *frame, size_t len)
 {
     int ret = packet_socket_sendmsg(ps, hdr, frame, len);
 
-    if (ret == -ENOBUFS && hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
-        /*
-         * The bypass does not segment, so a GSO frame that the TAP's reader
-         * did not ask for fails just as on a full queue.  The plain path
-         * segments it.
-         */
-        if (packet_socket_set_bypass(ps, false, NULL)) {
-            ret = packet_socket_sendmsg(ps, hdr, frame, len);
-            packet_socket_set_bypass(ps, true, NULL);
-        }
+    /*
+     * The bypass does not segment, so a GSO frame that the TAP's reader did
+     * not ask for fails just as on a full queue.  The plain path segments it.
+     */
+    if (ret == -ENOBUFS && packet_socket_must_segment(ps, hdr, len) &&
+        packet_socket_set_bypass(ps, false, NULL)) {
+        ret = packet_socket_sendmsg(ps, hdr, frame, len);
+        packet_socket_set_bypass(ps, true, NULL);
     }
     return ret == -ENOBUFS ? -EAGAIN : ret;
 }

@@ -20,6 +20,7 @@
 
 #include "chardev/char-fe.h"
 #include "net/net.h"
+#include "qemu/units.h"
 
 /* The longest payload in bytes; every reader of the stream takes as much. */
 #define FRAME_STREAM_MAX_PAYLOAD NET_BUFSIZE
@@ -31,15 +32,15 @@
 typedef struct FrameWriter FrameWriter;
 typedef struct FrameReader FrameReader;
 
-/* The writer has written something, and so may not be full any more. */
+/* The peer may have taken more, so that the writer is not full any more. */
 typedef void FrameWriterProgress(void *opaque);
 
 /**
  * frame_writer_new:
  * @chr: where to write; it outlives the writer
  * @vnet_hdr: whether the stream tells the length of the virtio-net header
- * @progress: called from the main loop when a peer that had not kept up took
- *            more
+ * @progress: called from the main loop when a peer that had not kept up can
+ *            take more, or has gone
  * @opaque: for @progress
  *
  * Returns: a writer, which frame_writer_free() destroys.
@@ -106,8 +107,8 @@ uint64_t frame_writer_discard(FrameWriter *fw);
  * frame_writer_rewind:
  * @fw: the writer
  *
- * The connection is gone: write the frame that was cut off from its start
- * again when the next one comes.
+ * The connection is gone: the frame that was cut off counts as not begun.
+ * After the next connection frame_writer_flush() begins with it.
  */
 void frame_writer_rewind(FrameWriter *fw);
 
@@ -120,7 +121,7 @@ typedef enum FrameReaderResult {
  * FrameReaderHandler:
  * @opaque: as given to frame_reader_new()
  * @payload: the payload; the handler may write to it
- * @size: its length in bytes, not 0
+ * @size: its length in bytes, 0 included
  * @vnet_hdr_len: the length in bytes of its virtio-net header as the stream
  *                tells, or 0 if it does not
  *
@@ -165,7 +166,10 @@ size_t frame_reader_room(const FrameReader *fr);
  * @buf: bytes of the stream
  * @size: their number, no more than frame_reader_room()
  *
- * Take @buf, and hand out the frames that are complete.
+ * Take @buf, and hand out the frames that are complete; if they are many, a
+ * part of them later from the main loop.  A frame that claims to be longer
+ * than FRAME_STREAM_MAX_PAYLOAD ends the connection with an error message,
+ * and what follows is ignored until frame_reader_reset().
  */
 void frame_reader_push(FrameReader *fr, const uint8_t *buf, size_t size);
 

@@ -35,7 +35,7 @@ typedef struct PacketSocket PacketSocket;
 /**
  * packet_socket_new_capture:
  * @ifname: the interface's name, for messages
- * @ifindex: the interface
+ * @ifindex: the interface, not 0
  * @directions: PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, or both
  * @errp: set on failure
  *
@@ -52,7 +52,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
 /**
  * packet_socket_new_inject:
  * @ifname: the interface's name, for messages
- * @ifindex: the interface
+ * @ifindex: the interface, not 0
  * @errp: set on failure
  *
  * Create a socket that sends frames out of @ifindex and receives nothing.
@@ -134,7 +134,8 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
  * @len: its length in bytes
  *
  * Send one frame out of the interface, past its queueing discipline unless
- * the kernel has to segment it.
+ * the kernel has to segment it.  (Then a full queue of the interface shows
+ * only in the interface's tx_dropped.)
  *
  * Returns: 0, or a negative errno with nothing sent: -EAGAIN when the
  * interface cannot take it now (a TAP's queue is full) and it is worth to
