@@ -12,8 +12,8 @@
  *   writer   | written |cut off| staged          |    free           |
  *            0         first   head              tail             size
  *
- *   reader             | complete frames | part  |    free           |
- *                      head                      tail         FRAME_READER_LIMIT
+ *   reader   |         | complete frames | part  |    free           |
+ *            0         head                      tail             size
  *
  * "first" is the start of the first frame that is not written completely: a
  * new connection goes on there.

@@ -410,7 +410,7 @@ static void fixture_init(Fixture *f, const char *netdev_opts,
     f->qts = qtest_initf("-nodefaults -machine pc "
                          "-netdev tap,id=n0,ifname=%s,script=no,downscript=no,"
                          "%s "
-                         "-device virtio-net-pci,id=nic,netdev=n0,addr=%#x,"
+                         "-device virtio-net-pci,id=nic,netdev=n0,addr=0x%x,"
                          "mac=52:54:00:12:34:56%s "
                          "-chardev socket,id=out,path=%s/out,server=on,"
                          "wait=off "

@@ -1730,7 +1730,7 @@ static void test_inject_queue_full_gso(void)
 
 static uint64_t tx_dropped(const Tap *tap)
 {
-    g_autofree char *text = NULL, *name = g_strdup_printf(" %s:", tap->name);
+    g_autofree char *text = NULL, *name = g_strdup_printf("%s:", tap->name);
     const char *line;
     uint64_t dropped;
 

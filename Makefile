@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Names for what Meson and Ninja do; see meson.build.
+
+.PHONY: help demo check qemu clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo   live migration with and without the redirector'
+	@echo 'make check  all tests'
+	@echo 'make qemu   the patched QEMU, and where it is'
+	@echo 'make clean  remove build/; downloads are kept in the cache'
+	@echo
+	@echo 'QEMU_SRC=<dir>   work on a copy of this QEMU tree'
+	@echo 'VHOST_HOST=1     use the kernel of the host, which needs'
+	@echo '                 /dev/vhost-net, and not that of a virtual machine'
+
+demo check qemu:
+	@dev/setup
+	@ninja --quiet -C build/meson $@
+
+clean:
+	rm -rf build
