@@ -78,6 +78,12 @@
 #define INJECT_RETRY_MIN_MS 1
 #define INJECT_RETRY_MAX_MS 64
 
+/*
+ * How long a GSO frame is kept when the TAP does not take it.  The kernel
+ * says the same of a full TAP and of a frame that it cannot segment.
+ */
+#define INJECT_GSO_PATIENCE_MS 1000
+
 typedef enum FilterTapSource {
     FILTER_TAP_NONE,
     FILTER_TAP_PACKET_SOCKET,
@@ -105,8 +111,11 @@ typedef struct FilterTapStats {
 } FilterTapStats;
 
 struct FilterTapEndpoints {
+    QLIST_ENTRY(FilterTapEndpoints) next;
     NetFilterState *nf;
     char ifname[IFNAMSIZ];
+    unsigned ifindex;
+    NetFilterDirection direction;       /* as it was at setup */
     bool when_running;
     bool when_stopped;
     bool running;
@@ -122,7 +131,10 @@ struct FilterTapEndpoints {
     bool capture_polled;
     bool tap_paused;
     bool interface_lost;
-    uint64_t tx_dropped_before;
+    uint64_t tx_dropped;
+    uint32_t tx_dropped_seen;
+    const uint8_t *echo;        /* a frame that is not to be captured */
+    size_t echo_len;
 
     /* inject */
     CharFrontend *chr_in;
@@ -130,13 +142,17 @@ struct FilterTapEndpoints {
     FrameReader *reader;
     PacketSocket *inject;       /* NULL if nothing goes to the guest */
     QEMUTimer *inject_retry;
-    int inject_retry_ms;
+    unsigned inject_waited_ms;
 };
 
-static bool filter_tap_wants(NetFilterState *nf, NetFilterDirection direction)
+static QLIST_HEAD(, FilterTapEndpoints) filter_tap_list =
+    QLIST_HEAD_INITIALIZER(filter_tap_list);
+
+static bool filter_tap_wants(const FilterTapEndpoints *ep,
+                             NetFilterDirection direction)
 {
-    return nf->direction == direction ||
-           nf->direction == NET_FILTER_DIRECTION_ALL;
+    return ep->direction == direction ||
+           ep->direction == NET_FILTER_DIRECTION_ALL;
 }
 
 /* Capture: source */
@@ -148,31 +164,50 @@ static int filter_tap_queues(FilterTapEndpoints *ep, NetClientState **ncs)
                                         NET_CLIENT_DRIVER_NIC, MAX_QUEUE_NUM);
 }
 
-/*
- * Whether QEMU reads the TAP.  Only while CHAIN is the source: vhost switches
- * it off when it starts, and on when it stops.
- */
-static void filter_tap_pause_tap(FilterTapEndpoints *ep, bool pause)
+static bool filter_tap_can_stage(FilterTapEndpoints *ep)
 {
+    return qemu_chr_fe_backend_open(ep->chr_out) &&
+           !frame_writer_full(ep->writer);
+}
+
+/*
+ * Whether QEMU reads the TAP while the VM is stopped.  Left to itself it
+ * takes one packet per queue, which the NIC cannot take and which is dropped
+ * when vhost starts.  So it reads only for a filter that takes the packets,
+ * and the others wait in the TAP.  While the VM runs, vhost and QEMU see to
+ * it by themselves.  This is the TAP's state, so all its filters have a say,
+ * and know it.
+ */
+static void filter_tap_update_tap(FilterTapEndpoints *ep)
+{
+    NetClientState *netdev = ep->nf->netdev;
     g_autofree NetClientState **ncs = NULL;
+    FilterTapEndpoints *other;
+    bool pause = false, taken = false;
     int queues;
 
+    QLIST_FOREACH(other, &filter_tap_list, next) {
+        if (other->nf->netdev == netdev && !other->running) {
+            pause |= filter_tap_wants(other, NET_FILTER_DIRECTION_TX);
+            taken |= other->source == FILTER_TAP_CHAIN &&
+                     filter_tap_can_stage(other);
+        }
+    }
+    pause &= !taken;
     if (ep->tap_paused == pause) {
         return;
     }
-    ep->tap_paused = pause;
     trace_filter_tap_pause_tap(ep->ifname, pause);
+    QLIST_FOREACH(other, &filter_tap_list, next) {
+        if (other->nf->netdev == netdev) {
+            other->tap_paused = pause;
+        }
+    }
     ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
     queues = filter_tap_queues(ep, ncs);
     for (int i = 0; i < queues; i++) {
         ncs[i]->info->poll(ncs[i], !pause);
     }
-}
-
-static bool filter_tap_can_stage(FilterTapEndpoints *ep)
-{
-    return qemu_chr_fe_backend_open(ep->chr_out) &&
-           !frame_writer_full(ep->writer);
 }
 
 static void filter_tap_capture_readable(void *opaque);
@@ -189,9 +224,7 @@ static void filter_tap_update_polling(FilterTapEndpoints *ep)
                             poll ? filter_tap_capture_readable : NULL,
                             NULL, ep);
     }
-    if (ep->source == FILTER_TAP_CHAIN) {
-        filter_tap_pause_tap(ep, !filter_tap_can_stage(ep));
-    }
+    filter_tap_update_tap(ep);
 }
 
 static void filter_tap_stage(FilterTapEndpoints *ep, size_t size)
@@ -220,7 +253,21 @@ static bool filter_tap_put_header(FilterTapEndpoints *ep, uint8_t *header,
            packet_socket_finish_checksum(hdr, frame, len);
 }
 
-/* Returns false when the queue is empty. */
+static void filter_tap_capture_error(FilterTapEndpoints *ep, int err)
+{
+    char name[IF_NAMESIZE];
+
+    trace_filter_tap_capture_error(ep->ifname, err);
+    /* Down or gone?  Down is like a cable that is unplugged. */
+    if (!if_indextoname(ep->ifindex, name) && !ep->interface_lost) {
+        ep->interface_lost = true;
+        warn_report("netdev '%s': interface '%s' is gone, and nothing can be "
+                    "captured from it any more", ep->nf->netdev_id,
+                    ep->ifname);
+    }
+}
+
+/* Returns false when nothing more can be read now. */
 static bool filter_tap_capture_one(FilterTapEndpoints *ep)
 {
     size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
@@ -233,18 +280,17 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
                              room - hdr_len);
     if (len == -EMSGSIZE) {
         ep->stats.capture_skipped_oversize++;
-    } else if (len == -EAGAIN) {
-        return false;
+    } else if (len == -EINVAL) {
+        /* The kernel cannot say it in a header, and has dropped it. */
+        ep->stats.capture_skipped_gso++;
     } else if (len < 0) {
-        /* The interface went down, or away: said once, like a link that is */
-        trace_filter_tap_capture_error(ep->ifname, -len);
-        if (!if_nametoindex(ep->ifname) && !ep->interface_lost) {
-            ep->interface_lost = true;
-            warn_report("netdev '%s': interface '%s' is gone, and nothing "
-                        "can be captured from it any more",
-                        ep->nf->netdev_id, ep->ifname);
+        if (len != -EAGAIN) {
+            filter_tap_capture_error(ep, -len);
         }
         return len == -ENETDOWN;
+    } else if (len == ep->echo_len &&
+               !memcmp(payload + hdr_len, ep->echo, len)) {
+        ep->echo_len = 0;
     } else if (filter_tap_put_header(ep, payload, &hdr,
                                      payload + hdr_len, len)) {
         filter_tap_stage(ep, hdr_len + len);
@@ -325,7 +371,7 @@ static void filter_tap_take_nic_queues(FilterTapEndpoints *ep)
     g_autofree NetClientState **ncs = NULL;
     int queues;
 
-    if (!filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_TX)) {
+    if (!filter_tap_wants(ep, NET_FILTER_DIRECTION_TX)) {
         return;
     }
     ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
@@ -340,7 +386,7 @@ static void filter_tap_take_nic_queues(FilterTapEndpoints *ep)
 
 static FilterTapSource filter_tap_wanted_source(FilterTapEndpoints *ep)
 {
-    if (!ep->chr_out || !ep->nf->on) {
+    if (!ep->nf->on) {
         return FILTER_TAP_NONE;
     }
     if (!ep->when_running) {
@@ -354,33 +400,37 @@ static FilterTapSource filter_tap_wanted_source(FilterTapEndpoints *ep)
                                                    FILTER_TAP_NONE;
 }
 
-static void filter_tap_update_source(FilterTapEndpoints *ep)
+static void filter_tap_set_source(FilterTapEndpoints *ep, FilterTapSource new)
 {
     FilterTapSource old = ep->source;
-    FilterTapSource new = filter_tap_wanted_source(ep);
 
-    if (!ep->chr_out) {
+    if (old == new) {
         return;
     }
-    if (old != new) {
-        trace_filter_tap_source(ep->ifname, filter_tap_source_names[old],
-                                filter_tap_source_names[new]);
-        ep->source = FILTER_TAP_NONE;
-        filter_tap_update_polling(ep);
-        if (old == FILTER_TAP_PACKET_SOCKET) {
-            filter_tap_leave_packet_socket(ep);
-        } else if (old == FILTER_TAP_CHAIN) {
-            filter_tap_pause_tap(ep, false);
-        }
-        if (new == FILTER_TAP_PACKET_SOCKET &&
-            !filter_tap_enter_packet_socket(ep)) {
-            return;
-        } else if (new == FILTER_TAP_CHAIN) {
-            filter_tap_take_nic_queues(ep);
-        }
-        ep->source = new;
-    }
+    trace_filter_tap_source(ep->ifname, filter_tap_source_names[old],
+                            filter_tap_source_names[new]);
+    ep->source = FILTER_TAP_NONE;
     filter_tap_update_polling(ep);
+    if (old == FILTER_TAP_PACKET_SOCKET) {
+        filter_tap_leave_packet_socket(ep);
+    }
+    if (new == FILTER_TAP_PACKET_SOCKET &&
+        !filter_tap_enter_packet_socket(ep)) {
+        return;
+    } else if (new == FILTER_TAP_CHAIN) {
+        filter_tap_take_nic_queues(ep);
+    }
+    ep->source = new;
+}
+
+static void filter_tap_update_source(FilterTapEndpoints *ep)
+{
+    if (ep->chr_out) {
+        filter_tap_set_source(ep, filter_tap_wanted_source(ep));
+        filter_tap_update_polling(ep);
+    } else {
+        filter_tap_update_tap(ep);
+    }
 }
 
 ssize_t filter_tap_receive_iov(FilterTap *ft, NetClientState *sender,
@@ -390,6 +440,13 @@ ssize_t filter_tap_receive_iov(FilterTap *ft, NetClientState *sender,
 
     if (ep->source != FILTER_TAP_CHAIN ||
         !qemu_chr_fe_backend_open(ep->chr_out)) {
+        return 0;
+    }
+    /*
+     * When nobody has room the TAP is not read any more, and what comes is
+     * the rest of what tap_send() reads at a time, 50 packets at most.
+     */
+    if (frame_writer_full(ep->writer) && !ep->tap_paused) {
         return 0;
     }
     filter_tap_take_iov(ep, iov, iovcnt);
@@ -478,14 +535,22 @@ static FrameReaderResult filter_tap_inject_to_guest(FilterTapEndpoints *ep,
     }
     ret = packet_socket_send(ep->inject, &hdr, payload + hdr_len,
                              size - hdr_len);
+    if (ret == -EAGAIN && hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
+        ep->inject_waited_ms >= INJECT_GSO_PATIENCE_MS) {
+        ret = packet_socket_send_plain(ep->inject, &hdr, payload + hdr_len,
+                                       size - hdr_len) < 0 ? -EINVAL : 0;
+    }
     if (ret == -EAGAIN) {
-        timer_mod(ep->inject_retry, ep->inject_retry_ms +
-                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME));
-        ep->inject_retry_ms = MIN(2 * ep->inject_retry_ms,
-                                  INJECT_RETRY_MAX_MS);
+        int wait = MIN(MAX(ep->inject_waited_ms, INJECT_RETRY_MIN_MS),
+                       INJECT_RETRY_MAX_MS);
+
+        trace_filter_tap_inject_wait(ep->ifname, wait);
+        timer_mod(ep->inject_retry,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + wait);
+        ep->inject_waited_ms += wait;
         return FRAME_READER_WAIT;
     }
-    ep->inject_retry_ms = INJECT_RETRY_MIN_MS;
+    ep->inject_waited_ms = 0;
     if (ret < 0) {
         filter_tap_inject_failed(ep, -ret);
     } else {
@@ -493,6 +558,35 @@ static FrameReaderResult filter_tap_inject_to_guest(FilterTapEndpoints *ep,
         ep->stats.inject_bytes += size - hdr_len;
     }
     return FRAME_READER_NEXT;
+}
+
+/*
+ * What goes to the network passes the interface in the direction of the
+ * guest's own packets, where nothing tells one from the other but the
+ * content.  The kernel queues it for the capturing sockets before the write
+ * returns: so empty them, write, and leave it out when they are emptied
+ * again.
+ */
+static void filter_tap_capture_around(FilterTapEndpoints *ep,
+                                      const uint8_t *echo, size_t echo_len)
+{
+    FilterTapEndpoints *other;
+
+    QLIST_FOREACH(other, &filter_tap_list, next) {
+        if (other->nf->netdev != ep->nf->netdev ||
+            other->source != FILTER_TAP_PACKET_SOCKET ||
+            !filter_tap_wants(other, NET_FILTER_DIRECTION_RX)) {
+            continue;
+        }
+        other->echo = echo;
+        other->echo_len = echo_len;
+        while (!frame_writer_full(other->writer) &&
+               filter_tap_capture_one(other)) {
+            /* until the queue is empty */
+        }
+        other->echo_len = 0;
+        qemu_bh_schedule(other->flush_bh);
+    }
 }
 
 /* The chain wants the header in the size that the guest negotiated. */
@@ -508,6 +602,10 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
         { .iov_base = payload + hdr_len, .iov_len = size - hdr_len },
     };
 
+    if (!nf->netdev->peer) {
+        ep->stats.inject_interface_drops++;
+        return;
+    }
     if (hdr_len) {
         memcpy(&hdr, payload, sizeof(hdr));
     }
@@ -518,7 +616,9 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
         ep->stats.inject_skipped_header++;
         return;
     }
+    filter_tap_capture_around(ep, NULL, 0);
     qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov, ARRAY_SIZE(iov), nf);
+    filter_tap_capture_around(ep, iov[1].iov_base, iov[1].iov_len);
     if (!ep->inject) {
         ep->stats.inject_packets++;
         ep->stats.inject_bytes += size - hdr_len;
@@ -545,12 +645,17 @@ static FrameReaderResult filter_tap_inject_frame(void *opaque,
         ep->stats.inject_skipped_runt++;
         return FRAME_READER_NEXT;
     }
+    /* net.c would queue what is for the network, and drop it in the end. */
+    if (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX) &&
+        !runstate_is_running()) {
+        return FRAME_READER_WAIT;
+    }
     if (ep->inject &&
         filter_tap_inject_to_guest(ep, payload, size, hdr_len) ==
         FRAME_READER_WAIT) {
         return FRAME_READER_WAIT;
     }
-    if (filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_RX)) {
+    if (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX)) {
         filter_tap_inject_to_network(ep, payload, size, hdr_len);
     }
     return FRAME_READER_NEXT;
@@ -669,6 +774,7 @@ static bool filter_tap_is_tun_driver(int socket_fd, const char *ifname)
 static unsigned filter_tap_resolve(NetFilterState *nf, char *ifname,
                                    Error **errp)
 {
+    ERRP_GUARD();
     int fd = tap_get_fd(nf->netdev);
     struct ifreq ifr = { };
     unsigned ifindex = 0;
@@ -719,6 +825,8 @@ bool filter_tap_reaches(const FilterTap *ft, NetClientState *netdev)
 static bool filter_tap_check_chain(FilterTap *ft, NetFilterState *nf,
                                    Error **errp)
 {
+    ERRP_GUARD();
+
     if (ft->packet_socket == ON_OFF_AUTO_ON) {
         error_setg(errp, "'packet-socket=on' needs a netdev of type 'tap', "
                    "and netdev '%s' is of type '%s'", nf->netdev_id,
@@ -736,61 +844,73 @@ static bool filter_tap_check_chain(FilterTap *ft, NetFilterState *nf,
     return true;
 }
 
-static uint64_t filter_tap_interface_tx_dropped(const char *ifname)
+/*
+ * The growth of the interface's counter since the filter was set up; of a
+ * counter that cannot be read any more, the last that was seen.
+ */
+static void filter_tap_update_tx_dropped(FilterTapEndpoints *ep)
 {
     struct ifaddrs *list, *ifa;
-    uint64_t dropped = 0;
+    char name[IF_NAMESIZE];
 
-    if (getifaddrs(&list) < 0) {
-        return 0;
+    if (!if_indextoname(ep->ifindex, name) || getifaddrs(&list) < 0) {
+        return;
     }
     for (ifa = list; ifa; ifa = ifa->ifa_next) {
         if (ifa->ifa_addr && ifa->ifa_addr->sa_family == AF_PACKET &&
-            ifa->ifa_data && !strcmp(ifa->ifa_name, ifname)) {
-            struct rtnl_link_stats *stats = ifa->ifa_data;
+            ifa->ifa_data && !strcmp(ifa->ifa_name, name)) {
+            /* The kernel tells 32 bits of it here. */
+            uint32_t now = ((struct rtnl_link_stats *)ifa->ifa_data)->tx_dropped;
 
-            dropped = stats->tx_dropped;
+            ep->tx_dropped += (uint32_t)(now - ep->tx_dropped_seen);
+            ep->tx_dropped_seen = now;
         }
     }
     freeifaddrs(list);
-    return dropped;
 }
 
-static bool filter_tap_open_capture(FilterTapEndpoints *ep, unsigned ifindex,
-                                    Error **errp)
+static bool filter_tap_open_capture(FilterTapEndpoints *ep, Error **errp)
 {
     unsigned directions =
-        (filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_TX) ?
+        (filter_tap_wants(ep, NET_FILTER_DIRECTION_TX) ?
          PACKET_SOCKET_OUTGOING : 0) |
-        (filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_RX) ?
+        (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX) ?
          PACKET_SOCKET_INCOMING : 0);
 
     if (!ep->when_running) {
         return true;
     }
-    ep->capture = packet_socket_new_capture(ep->ifname, ifindex, directions,
-                                            errp);
+    ep->capture = packet_socket_new_capture(ep->ifname, ep->ifindex,
+                                            directions, errp);
     return ep->capture;
 }
 
-static bool filter_tap_open_inject(FilterTapEndpoints *ep, unsigned ifindex,
-                                   Error **errp)
+static bool filter_tap_open_inject(FilterTapEndpoints *ep, Error **errp)
 {
-    if (!filter_tap_wants(ep->nf, NET_FILTER_DIRECTION_TX)) {
+    if (!filter_tap_wants(ep, NET_FILTER_DIRECTION_TX)) {
         return true;
     }
-    ep->inject = packet_socket_new_inject(ep->ifname, ifindex, errp);
+    ep->inject = packet_socket_new_inject(ep->ifname, ep->ifindex, errp);
     return ep->inject;
 }
 
 /* Nothing can fail any more: begin. */
 static void filter_tap_start(FilterTapEndpoints *ep)
 {
+    FilterTapEndpoints *other;
+
+    QLIST_FOREACH(other, &filter_tap_list, next) {
+        if (other->nf->netdev == ep->nf->netdev) {
+            ep->tap_paused = other->tap_paused;
+        }
+    }
+    QLIST_INSERT_HEAD(&filter_tap_list, ep, next);
     if (ep->chr_out) {
         ep->writer = frame_writer_new(ep->chr_out, ep->vnet_hdr,
                                       filter_tap_writer_progress, ep);
         ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
-        ep->tx_dropped_before = filter_tap_interface_tx_dropped(ep->ifname);
+        filter_tap_update_tx_dropped(ep);
+        ep->tx_dropped = 0;
         qemu_chr_fe_set_handlers(ep->chr_out, filter_tap_out_can_read,
                                  filter_tap_out_read, filter_tap_out_event,
                                  NULL, ep, NULL, true);
@@ -798,7 +918,6 @@ static void filter_tap_start(FilterTapEndpoints *ep)
     if (ep->chr_in) {
         ep->reader = frame_reader_new(ep->chr_in, ep->vnet_hdr,
                                       filter_tap_inject_frame, ep);
-        ep->inject_retry_ms = INJECT_RETRY_MIN_MS;
         ep->inject_retry = timer_new_ms(QEMU_CLOCK_REALTIME,
                                         filter_tap_inject_retry, ep);
         qemu_chr_fe_set_handlers(ep->chr_in, filter_tap_in_can_read,
@@ -812,8 +931,8 @@ static void filter_tap_start(FilterTapEndpoints *ep)
 bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
                       CharFrontend *chr_out, bool vnet_hdr, Error **errp)
 {
+    ERRP_GUARD();
     FilterTapEndpoints *ep;
-    unsigned ifindex;
 
     if (!filter_tap_reaches(ft, nf->netdev)) {
         return filter_tap_check_chain(ft, nf, errp);
@@ -821,9 +940,10 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
 
     ep = g_new0(FilterTapEndpoints, 1);
     ep->nf = nf;
+    ep->direction = nf->direction;
     ep->when_running = ft->when_running != ON_OFF_AUTO_OFF;
     ep->when_stopped = ft->when_stopped == ON_OFF_AUTO_ON;
-    ep->running = runstate_is_running();
+    ep->running = runstate_is_live(runstate_get());
     ep->chr_in = chr_in;
     ep->chr_out = chr_out;
     ep->vnet_hdr = vnet_hdr;
@@ -833,10 +953,10 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
                    "'enable_when_stopped=on' leaves nothing to do");
         goto fail;
     }
-    ifindex = filter_tap_resolve(nf, ep->ifname, errp);
-    if (!ifindex ||
-        (chr_out && !filter_tap_open_capture(ep, ifindex, errp)) ||
-        (chr_in && !filter_tap_open_inject(ep, ifindex, errp))) {
+    ep->ifindex = filter_tap_resolve(nf, ep->ifname, errp);
+    if (!ep->ifindex ||
+        (chr_out && !filter_tap_open_capture(ep, errp)) ||
+        (chr_in && !filter_tap_open_inject(ep, errp))) {
         goto fail;
     }
     ft->endpoints = ep;
@@ -856,8 +976,7 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
 {
     uint64_t lost;
 
-    ep->nf->on = false;
-    filter_tap_update_source(ep);
+    filter_tap_set_source(ep, FILTER_TAP_NONE);
     frame_writer_flush(ep->writer);
     lost = frame_writer_discard(ep->writer);
     if (lost && !ep->when_running) {
@@ -866,8 +985,13 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
     }
     qemu_chr_fe_set_handlers(ep->chr_out, NULL, NULL, NULL, NULL, NULL, NULL,
                              true);
+    /* Who uses the connection next must begin with a frame. */
+    if (frame_writer_mid_frame(ep->writer)) {
+        qemu_chr_fe_disconnect(ep->chr_out);
+    }
     qemu_bh_delete(ep->flush_bh);
-    frame_writer_free(ep->writer);
+    g_clear_pointer(&ep->writer, frame_writer_free);
+    ep->chr_out = NULL;
 }
 
 void filter_tap_cleanup(FilterTap *ft)
@@ -877,15 +1001,20 @@ void filter_tap_cleanup(FilterTap *ft)
     if (!ep) {
         return;
     }
+    if (ep->chr_out) {
+        filter_tap_stop_capture(ep);
+    }
+    QLIST_REMOVE(ep, next);
+    filter_tap_update_tap(ep);
     qemu_del_vm_change_state_handler(ep->vm_state);
     if (ep->chr_in) {
         qemu_chr_fe_set_handlers(ep->chr_in, NULL, NULL, NULL, NULL, NULL,
                                  NULL, true);
         timer_free(ep->inject_retry);
+        if (frame_reader_mid_frame(ep->reader)) {
+            qemu_chr_fe_disconnect(ep->chr_in);
+        }
         frame_reader_free(ep->reader);
-    }
-    if (ep->chr_out) {
-        filter_tap_stop_capture(ep);
     }
     packet_socket_free(ep->capture);
     packet_socket_free(ep->inject);
@@ -1017,9 +1146,8 @@ static void filter_tap_get_tx_dropped(Object *obj, Visitor *v,
     uint64_t value = 0;
 
     if (ep && ep->chr_out) {
-        /* The kernel tells 32 bits of it here. */
-        value = (uint32_t)(filter_tap_interface_tx_dropped(ep->ifname) -
-                           ep->tx_dropped_before);
+        filter_tap_update_tx_dropped(ep);
+        value = ep->tx_dropped;
     }
     visit_type_uint64(v, name, &value, errp);
 }

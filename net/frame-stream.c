@@ -23,8 +23,12 @@
 #include "qemu/bswap.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
+#include "qemu/timer.h"
 #include "chardev/char.h"
 #include "net/frame-stream.h"
+
+/* Between two tries on a device that cannot tell when it takes more. */
+#define FRAME_WRITER_RETRY_MS 10
 
 /* How many frames are handed out before others get their turn. */
 #define FRAME_READER_BATCH 128
@@ -42,6 +46,7 @@ struct FrameWriter {
     FrameBuffer buf;
     size_t first;
     guint watch;
+    QEMUTimer *retry;
     /* Changes when the content does while chr's driver runs. */
     unsigned generation;
     FrameWriterProgress *progress;
@@ -66,6 +71,14 @@ static size_t frame_prefix_len(bool vnet_hdr)
     return vnet_hdr ? 8 : 4;
 }
 
+static void frame_writer_retry(void *opaque)
+{
+    FrameWriter *fw = opaque;
+
+    frame_writer_flush(fw);
+    fw->progress(fw->opaque);
+}
+
 FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
                               FrameWriterProgress *progress, void *opaque)
 {
@@ -75,6 +88,7 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
     fw->vnet_hdr = vnet_hdr;
     fw->progress = progress;
     fw->opaque = opaque;
+    fw->retry = timer_new_ms(QEMU_CLOCK_REALTIME, frame_writer_retry, fw);
     return fw;
 }
 
@@ -84,29 +98,16 @@ static void frame_writer_unwatch(FrameWriter *fw)
         g_source_remove(fw->watch);
         fw->watch = 0;
     }
+    timer_del(fw->retry);
 }
 
 void frame_writer_free(FrameWriter *fw)
 {
     if (fw) {
         frame_writer_unwatch(fw);
+        timer_free(fw->retry);
         g_free(fw->buf.data);
         g_free(fw);
-    }
-}
-
-/* Drop what is before "first", and move the rest down if there is need. */
-static void frame_writer_compact(FrameWriter *fw, size_t room)
-{
-    FrameBuffer *buf = &fw->buf;
-
-    if (fw->first == buf->tail) {
-        fw->first = buf->head = buf->tail = 0;
-    } else if (fw->first && buf->size - buf->tail < room) {
-        memmove(buf->data, buf->data + fw->first, buf->tail - fw->first);
-        buf->head -= fw->first;
-        buf->tail -= fw->first;
-        fw->first = 0;
     }
 }
 
@@ -114,11 +115,18 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
 {
     FrameBuffer *buf = &fw->buf;
     size_t room = frame_prefix_len(fw->vnet_hdr) + size;
+    size_t used = buf->tail - fw->first;
 
-    frame_writer_compact(fw, room);
+    if (buf->size - buf->tail < room && fw->first >= used) {
+        /* Half of it is written: so each byte is moved once at the most. */
+        memmove(buf->data, buf->data + fw->first, used);
+        buf->head -= fw->first;
+        buf->tail = used;
+        fw->first = 0;
+    }
     if (buf->size - buf->tail < room) {
         /* Grow by much, to grow seldom, but not beyond what is promised. */
-        buf->size = MAX(MIN(2 * buf->size, FRAME_WRITER_LIMIT + room),
+        buf->size = MAX(MIN(2 * buf->size, 2 * FRAME_WRITER_LIMIT),
                         buf->tail + room);
         buf->data = g_realloc(buf->data, buf->size);
     }
@@ -155,7 +163,9 @@ static void frame_writer_advance(FrameWriter *fw, size_t written)
            frame_writer_end(fw, fw->first) <= fw->buf.head) {
         fw->first = frame_writer_end(fw, fw->first);
     }
-    frame_writer_compact(fw, 0);
+    if (fw->first == fw->buf.tail) {
+        fw->first = fw->buf.head = fw->buf.tail = 0;
+    }
 }
 
 static gboolean frame_writer_writable(void *do_not_use, GIOCondition cond,
@@ -164,9 +174,18 @@ static gboolean frame_writer_writable(void *do_not_use, GIOCondition cond,
     FrameWriter *fw = opaque;
 
     fw->watch = 0;
-    frame_writer_flush(fw);
-    fw->progress(fw->opaque);
+    frame_writer_retry(fw);
     return G_SOURCE_REMOVE;
+}
+
+static void frame_writer_wait(FrameWriter *fw)
+{
+    fw->watch = qemu_chr_fe_add_watch(fw->chr, G_IO_OUT | G_IO_HUP,
+                                      frame_writer_writable, fw);
+    if (!fw->watch) {
+        timer_mod(fw->retry, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                             FRAME_WRITER_RETRY_MS);
+    }
 }
 
 void frame_writer_flush(FrameWriter *fw)
@@ -188,13 +207,10 @@ void frame_writer_flush(FrameWriter *fw)
         if (ret <= 0) {
             /*
              * Either the peer is slow, or the device reports the end of the
-             * connection by an event.  A device that cannot be watched is
-             * tried again with the next frame.
+             * connection by an event.
              */
             if (ret < 0 && errno == EAGAIN) {
-                fw->watch = qemu_chr_fe_add_watch(fw->chr,
-                                                  G_IO_OUT | G_IO_HUP,
-                                                  frame_writer_writable, fw);
+                frame_writer_wait(fw);
             }
             return;
         }
@@ -217,6 +233,11 @@ uint64_t frame_writer_discard(FrameWriter *fw)
     buf->tail = keep;
     fw->generation++;
     return frames;
+}
+
+bool frame_writer_mid_frame(const FrameWriter *fw)
+{
+    return fw->first < fw->buf.head;
 }
 
 void frame_writer_rewind(FrameWriter *fw)
@@ -353,9 +374,10 @@ void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size)
     }
 }
 
-void frame_reader_reset(FrameReader *fr)
+/* Where the frame begins of which not all has come, or where one will. */
+static size_t frame_reader_complete(const FrameReader *fr)
 {
-    FrameBuffer *buf = &fr->buf;
+    const FrameBuffer *buf = &fr->buf;
     size_t prefix = frame_prefix_len(fr->vnet_hdr);
     size_t at = buf->head;
 
@@ -367,6 +389,16 @@ void frame_reader_reset(FrameReader *fr)
         }
         at += prefix + size;
     }
-    buf->tail = at;
+    return at;
+}
+
+bool frame_reader_mid_frame(const FrameReader *fr)
+{
+    return frame_reader_complete(fr) < fr->buf.tail;
+}
+
+void frame_reader_reset(FrameReader *fr)
+{
+    fr->buf.tail = frame_reader_complete(fr);
     fr->broken = false;
 }

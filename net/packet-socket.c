@@ -99,6 +99,7 @@ static bool packet_socket_option(PacketSocket *ps, int level, int option,
 static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
                                        Error **errp)
 {
+    ERRP_GUARD();
     PacketSocket *ps = g_new0(PacketSocket, 1);
 
     pstrcpy(ps->ifname, sizeof(ps->ifname), ifname);
@@ -240,6 +241,7 @@ static bool packet_socket_set_bypass(PacketSocket *ps, bool bypass,
 PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
                                        Error **errp)
 {
+    ERRP_GUARD();
     PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
     int ret;
 
@@ -464,6 +466,19 @@ static bool packet_socket_must_segment(PacketSocket *ps,
             !packet_socket_has_feature(ps, "tx-tcp-ecn-segmentation"));
 }
 
+int packet_socket_send_plain(PacketSocket *ps,
+                             const struct virtio_net_hdr *hdr,
+                             const uint8_t *frame, size_t len)
+{
+    int ret = -ENOBUFS;
+
+    if (packet_socket_set_bypass(ps, false, NULL)) {
+        ret = packet_socket_sendmsg(ps, hdr, frame, len);
+        packet_socket_set_bypass(ps, true, NULL);
+    }
+    return ret;
+}
+
 int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
                        const uint8_t *frame, size_t len)
 {
@@ -473,10 +488,8 @@ int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
      * The bypass does not segment, so a GSO frame that the TAP's reader did
      * not ask for fails just as on a full queue.  The plain path segments it.
      */
-    if (ret == -ENOBUFS && packet_socket_must_segment(ps, hdr, len) &&
-        packet_socket_set_bypass(ps, false, NULL)) {
-        ret = packet_socket_sendmsg(ps, hdr, frame, len);
-        packet_socket_set_bypass(ps, true, NULL);
+    if (ret == -ENOBUFS && packet_socket_must_segment(ps, hdr, len)) {
+        ret = packet_socket_send_plain(ps, hdr, frame, len);
     }
     return ret == -ENOBUFS ? -EAGAIN : ret;
 }

@@ -25,8 +25,11 @@
 /* The longest payload in bytes; every reader of the stream takes as much. */
 #define FRAME_STREAM_MAX_PAYLOAD NET_BUFSIZE
 
-/* What a writer holds in bytes before it is full, and what a reader holds. */
-#define FRAME_WRITER_LIMIT (4 * MiB)
+/*
+ * What a writer holds in bytes before it is full (it needs twice as much
+ * memory), and what a reader holds.
+ */
+#define FRAME_WRITER_LIMIT (2 * MiB)
 #define FRAME_READER_LIMIT (1 * MiB)
 
 typedef struct FrameWriter FrameWriter;
@@ -102,6 +105,14 @@ void frame_writer_flush(FrameWriter *fw);
  * Returns: their number.
  */
 uint64_t frame_writer_discard(FrameWriter *fw);
+
+/**
+ * frame_writer_mid_frame:
+ * @fw: the writer
+ *
+ * Returns: whether the peer has got a part of a frame and not all of it.
+ */
+bool frame_writer_mid_frame(const FrameWriter *fw);
 
 /**
  * frame_writer_rewind:
@@ -180,6 +191,14 @@ void frame_reader_push(FrameReader *fr, const uint8_t *buf, size_t size);
  * Go on handing out frames after the handler said FRAME_READER_WAIT.
  */
 void frame_reader_resume(FrameReader *fr);
+
+/**
+ * frame_reader_mid_frame:
+ * @fr: the reader
+ *
+ * Returns: whether a part of a frame has come and not all of it.
+ */
+bool frame_reader_mid_frame(const FrameReader *fr);
 
 /**
  * frame_reader_reset:

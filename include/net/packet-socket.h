@@ -8,8 +8,8 @@
  * virtio_net_hdr beside them, in the host's byte order, so that offloaded
  * checksums and segmentation survive.
  *
- * All functions are called with the BQL held; none of them blocks.  Linux
- * only.
+ * All functions are called with the BQL held.  None of them waits for
+ * traffic.  Linux only.
  */
 
 #ifndef QEMU_NET_PACKET_SOCKET_H
@@ -85,7 +85,9 @@ int packet_socket_fd(const PacketSocket *ps);
  * @ps: a capturing socket
  * @errp: set on failure
  *
- * Begin to capture: from now on each frame is queued in the kernel.
+ * Begin to capture: from now on each frame is queued in the kernel.  This
+ * and packet_socket_unhook() can take some 10 ms, until no CPU uses the
+ * interface's former list.
  *
  * Returns: true on success.  On failure @ps stays unhooked.
  */
@@ -145,6 +147,25 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
  */
 int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
                        const uint8_t *frame, size_t len);
+
+/**
+ * packet_socket_send_plain:
+ * @ps: an injecting socket
+ * @hdr: the frame's header
+ * @frame: the frame
+ * @len: its length in bytes
+ *
+ * Send one frame through the interface's queueing discipline.  The kernel
+ * segments it at need; when the interface cannot take it, it gets lost there
+ * and shows only in the interface's tx_dropped.  For a GSO frame that
+ * packet_socket_send() cannot send for ever: the kernel does not tell it from
+ * one that has to wait.
+ *
+ * Returns: 0, or a negative errno.
+ */
+int packet_socket_send_plain(PacketSocket *ps,
+                             const struct virtio_net_hdr *hdr,
+                             const uint8_t *frame, size_t len);
 
 /**
  * packet_socket_drops:

@@ -778,6 +778,101 @@ static void test_stopped_only_no_vhost(void)
     fixture_close(&f);
 }
 
+/* Turn on both queue pairs; the control queue is the fifth. */
+static void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
+{
+    struct virtio_net_ctrl_hdr hdr = {
+        .class = VIRTIO_NET_CTRL_MQ,
+        .cmd = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    };
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    QVirtioDevice *vdev = &f->dev->vdev;
+    uint64_t addr = guest_alloc(&f->alloc, 16);
+    uint32_t head, len;
+
+    qvirtio_start_device(vdev);
+    qvirtio_set_features(vdev, qvirtio_get_features(vdev) &
+                               (1ull << VIRTIO_F_VERSION_1 |
+                                1ull << VIRTIO_NET_F_MRG_RXBUF |
+                                1ull << VIRTIO_NET_F_CTRL_VQ |
+                                1ull << VIRTIO_NET_F_MQ));
+    for (int i = 0; i < 5; i++) {
+        queues[i] = qvirtqueue_setup(vdev, &f->alloc, i);
+    }
+    qvirtio_set_driver_ok(vdev);
+
+    qtest_memwrite(f->qts, addr, &hdr, sizeof(hdr));
+    qtest_writew(f->qts, addr + 2, 2);
+    qtest_writeb(f->qts, addr + 4, 0xff);
+    head = qvirtqueue_add(f->qts, queues[4], addr, sizeof(hdr), false, true);
+    qvirtqueue_add(f->qts, queues[4], addr + 2, 2, false, true);
+    qvirtqueue_add(f->qts, queues[4], addr + 4, 1, true, false);
+    qvirtqueue_kick(f->qts, vdev, queues[4], head);
+    while (!qvirtqueue_get_buf(f->qts, queues[4], &head, &len)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    g_assert_cmphex(qtest_readb(f->qts, addr + 4), ==, VIRTIO_NET_OK);
+    guest_free(&f->alloc, addr);
+}
+
+/* UDP packets of many flows, so that they spread over the queues. */
+static void host_send_flows(Fixture *f, uint16_t count)
+{
+    static const uint8_t head[14 + 20] = {
+        0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 0x02, 0, 0, 0, 0, 1, 0x08, 0x00,
+        0x45, 0, 0, FRAME_LEN - 14, 0, 0, 0, 0, 64, 17, 0, 0,
+        192, 0, 2, 1, 192, 0, 2, 2,
+    };
+    uint8_t frame[FRAME_LEN] = { };
+
+    memcpy(frame, head, sizeof(head));
+    stw_be_p(frame + sizeof(head) + 2, 9);
+    stw_be_p(frame + sizeof(head) + 4, FRAME_LEN - sizeof(head));
+    for (uint16_t i = 0; i < count; i++) {
+        stw_be_p(frame + sizeof(head), 1000 + i);
+        g_assert_cmpint(send(f->host, frame, FRAME_LEN, 0), ==, FRAME_LEN);
+    }
+}
+
+/* What waits in the TAP's second queue is saved as well. */
+static void test_stopped_only_multiqueue(void)
+{
+    const uint16_t count = 200;
+    uint8_t frame[BUFFER_LEN], header[24];
+    g_autofree int *seen = g_new0(int, count);
+    QVirtQueue *queues[5];
+    uint32_t header_len;
+    Fixture f;
+
+    fixture_init(&f, "vhost=on,queues=2", ",mq=on,vectors=6",
+                 CAPTURE STOPPED_ONLY);
+    guest_start_multiqueue(&f, queues);
+    g_assert_true(vhost_started(&f));
+    host_send_flows(&f, count / 2);
+    vm_stop(&f);
+    wait_counter(&f, "cap", "capture-packets", count / 2);
+    for (int i = 0; i < count / 2; i++) {
+        g_assert_cmpuint(read_stream(f.out, frame, sizeof(frame), header,
+                                     &header_len), ==, FRAME_LEN);
+        seen[lduw_be_p(frame + 34) - 1000]++;
+    }
+    host_send_flows(&f, count);
+    for (int i = 0; i < count; i++) {
+        g_assert_cmpuint(read_stream(f.out, frame, sizeof(frame), header,
+                                     &header_len), ==, FRAME_LEN);
+        seen[lduw_be_p(frame + 34) - 1000]++;
+    }
+    for (int i = 0; i < count; i++) {
+        g_assert_cmpint(seen[i], ==, i < count / 2 ? 2 : 1);
+    }
+    vm_cont(&f);
+    qvirtio_reset(&f.dev->vdev);
+    for (int i = 0; i < 5; i++) {
+        qvirtqueue_cleanup(f.dev->vdev.bus, queues[i], &f.alloc);
+    }
+    fixture_close(&f);
+}
+
 /* Nobody listens: the packets stay where they are, for the guest. */
 static void test_stopped_only_not_connected(void)
 {
@@ -903,16 +998,14 @@ static void test_inject_hold(void)
 
     fixture_start(&f, INJECT "tx");
     guest_start(&f);
-    guest_post(&f, 40);
+    guest_post(&f, 20);
     vm_stop(&f);
-    in_send(&f, 10, 10);
-    /* In the TAP, this one would come behind those. */
-    host_send(&f, 0, 1);
+    in_send(&f, 0, 10);
     g_assert_cmpuint(counter(&f, "inj", "inject-packets"), ==, 0);
     vm_cont(&f);
-    wait_counter(&f, "inj", "inject-packets", 10);
-    guest_send(&f, 0, 1);
-    expect_host(&f, 0, 1);
+    expect_guest(&f, 0, 10);
+    in_send(&f, 10, 10);
+    expect_guest(&f, 10, 10);
     fixture_close(&f);
 }
 
@@ -1034,6 +1127,29 @@ static void test_no_loop(void)
     fixture_close(&f);
 }
 
+static void test_no_loop_rx(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "-object filter-redirector,id=both,netdev=n0,indev=in,"
+                      "outdev=out,vnet_hdr_support=on,queue=rx "
+                      "-chardev null,id=null "
+                      "-object filter-redirector,id=cap,netdev=n0,outdev=null,"
+                      "queue=all");
+    guest_start(&f);
+    for (int i = 0; i < 5; i++) {
+        in_send(&f, 100 + i, 10);
+        expect_host(&f, 100 + i, 10);
+        guest_send(&f, i, 1);
+        expect_out(&f, i, 1);
+        expect_host(&f, i, 1);
+    }
+    g_assert_cmpuint(counter(&f, "both", "capture-packets"), ==, 5);
+    g_assert_cmpuint(counter(&f, "both", "inject-packets"), ==, 50);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 5);
+    fixture_close(&f);
+}
+
 /* One VM's redirector to another's: what is captured is injected as it was. */
 static void test_relay(void)
 {
@@ -1094,6 +1210,32 @@ static void test_inject_bad_frames(void)
     fixture_close(&f);
 }
 
+/* A GSO frame that the kernel cannot segment holds nothing up for ever. */
+static void test_inject_bad_gso(void)
+{
+    uint8_t record[8 + 12 + 2000] = { };
+    struct virtio_net_hdr *hdr = (void *)(record + 8);
+    Fixture f;
+
+    fixture_start(&f, INJECT "tx");
+    guest_start(&f);
+    guest_post(&f, 20);
+    in_send(&f, 0, 1);
+    stl_be_p(record, 12 + 2000);
+    stl_be_p(record + 4, 12);
+    make_frame(record + 8 + 12, 0xbad);
+    hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    hdr->gso_type = VIRTIO_NET_HDR_GSO_TCPV4;
+    hdr->gso_size = 1000;
+    hdr->hdr_len = 54;
+    hdr->csum_start = 34;
+    hdr->csum_offset = 16;
+    g_assert_cmpint(write(f.in, record, sizeof(record)), ==, sizeof(record));
+    in_send(&f, 1, 10);
+    expect_guest(&f, 0, 11);
+    fixture_close(&f);
+}
+
 /* Life cycle */
 
 static void add_capture(Fixture *f)
@@ -1139,6 +1281,109 @@ static void test_hotplug(void)
     g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 0);
     expect_guest(&f, 20, 20);
     g_assert_true(vhost_started(&f));
+    fixture_close(&f);
+}
+
+/* The TAP is not read while the VM is stopped: the guest gets it all. */
+static void test_stop_nothing_lost(void)
+{
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "tx " INJECT "tx");
+    guest_start(&f);
+    guest_post(&f, 30);
+    for (int i = 0; i < 3; i++) {
+        vm_stop(&f);
+        host_send(&f, 10 * i, 10);
+        /* Each answer is a turn of the main loop, in which it could read. */
+        counter(&f, "cap", "capture-packets");
+        counter(&f, "cap", "capture-packets");
+        vm_cont(&f);
+        expect_guest(&f, 10 * i, 10);
+    }
+    fixture_close(&f);
+}
+
+/* Two that save packets: each packet goes to one of them, in bounds. */
+static void test_stopped_only_two(void)
+{
+    const uint32_t burst = 900;
+    uint32_t sent = 0, first, second;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE STOPPED_ONLY);
+    qtest_qmp_assert_success(f.qts, "{'execute': 'object-add', 'arguments':"
+        " {'qom-type': 'filter-redirector', 'id': 'cap2', 'netdev': 'n0',"
+        "  'outdev': 'in', 'queue': 'tx', 'vnet_hdr_support': true,"
+        "  'enable_when_running': false, 'enable_when_stopped': true}}");
+    guest_start(&f);
+    vm_stop(&f);
+    /* Nobody reads.  One peer comes back all the time. */
+    for (int i = 0; i < 60; i++) {
+        host_send(&f, sent, burst);
+        sent += burst;
+        first = counter(&f, "cap", "capture-packets");
+        second = counter(&f, "cap2", "capture-packets");
+    }
+    for (int i = 0; i < 5; i++) {
+        close(f.in);
+        expect_source(&f, "cap2", "chain");
+        f.in = connect_to(&f, "in");
+    }
+    first = counter(&f, "cap", "capture-packets");
+    for (int i = 0; i < 5; i++) {
+        host_send(&f, sent, burst);
+        sent += burst;
+        counter(&f, "cap", "capture-packets");
+    }
+    second = counter(&f, "cap2", "capture-packets");
+    g_test_message("%u sent, %u and %u taken", sent, first, second);
+    /* 2 MiB each, and 50 packets at most for each time it was full */
+    g_assert_cmpuint(first, <, 32000);
+    g_assert_cmpuint(second, <, 32000 + 6 * 3000);
+    expect_out(&f, 0, 20000);
+    fixture_close(&f);
+}
+
+/* While the VM is stopped what goes to the network waits, and is not lost. */
+static void test_inject_rx_waits(void)
+{
+    Fixture f;
+
+    fixture_start(&f, INJECT "rx,enable_when_stopped=on");
+    guest_start(&f);
+    vm_stop(&f);
+    in_send(&f, 0, 2000);
+    g_assert_cmpuint(counter(&f, "inj", "inject-packets"), ==, 0);
+    vm_cont(&f);
+    expect_host(&f, 0, 2000);
+    fixture_close(&f);
+}
+
+/* The next user of a connection begins with a frame, or gets another one. */
+static void test_framing_after_del(void)
+{
+    uint8_t byte;
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    add_capture(&f);
+    /* Fill the connection, so that a frame is cut off. */
+    for (int i = 0; i < 6; i++) {
+        host_send(&f, 0, 900);
+        counter(&f, "cap", "capture-packets");
+    }
+    del_object(&f, "cap");
+    do {
+        wait_readable(f.out);
+    } while (read(f.out, &byte, 1) == 1);
+    close(f.out);
+    f.out = connect_to(&f, "out");
+    add_capture(&f);
+    expect_source(&f, "cap", "packet-socket");
+    host_send(&f, 5000, 5);
+    expect_out(&f, 5000, 5);
     fixture_close(&f);
 }
 
@@ -1541,6 +1786,7 @@ int main(int argc, char **argv)
     add("stop/both", test_stop_both);
     add("stop/stopped-only", test_stopped_only);
     add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
+    add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
     add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
     add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
     add("inject/tx", test_inject_tx);
@@ -1553,8 +1799,14 @@ int main(int argc, char **argv)
     add("inject/status", test_inject_status);
     add("inject/receives-nothing", test_inject_receives_nothing);
     add("inject/no-loop", test_no_loop);
+    add("inject/no-loop-rx", test_no_loop_rx);
     add("inject/relay", test_relay);
     add("inject/bad-frames", test_inject_bad_frames);
+    add("inject/bad-gso", test_inject_bad_gso);
+    add("inject/rx-waits", test_inject_rx_waits);
+    add("stop/nothing-lost", test_stop_nothing_lost);
+    add("stop/two-filters", test_stopped_only_two);
+    add("life/framing", test_framing_after_del);
     add("life/hotplug", test_hotplug);
     add("life/netdev-del", test_netdev_del);
     add("life/device-del", test_device_del);
