@@ -120,6 +120,7 @@ struct FilterTapEndpoints {
     bool when_stopped;
     bool running;
     VMChangeStateEntry *vm_state;
+    VMChangeStateEntry *vm_state_last;
     FilterTapStats stats;
 
     /* capture */
@@ -157,11 +158,25 @@ static bool filter_tap_wants(const FilterTapEndpoints *ep,
 
 /* Capture: source */
 
-/* All queues of the netdev; a filter is attached to the first one. */
-static int filter_tap_queues(FilterTapEndpoints *ep, NetClientState **ncs)
+/* Call @func for all queues of the netdev; the filter is with the first one. */
+static void filter_tap_foreach_queue(FilterTapEndpoints *ep,
+                                     void (*func)(FilterTapEndpoints *ep,
+                                                  NetClientState *queue))
 {
-    return qemu_find_net_clients_except(ep->nf->netdev->name, ncs,
-                                        NET_CLIENT_DRIVER_NIC, MAX_QUEUE_NUM);
+    g_autofree NetClientState **ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
+    int queues = qemu_find_net_clients_except(ep->nf->netdev->name, ncs,
+                                              NET_CLIENT_DRIVER_NIC,
+                                              MAX_QUEUE_NUM);
+
+    for (int i = 0; i < queues; i++) {
+        func(ep, ncs[i]);
+    }
+}
+
+static void filter_tap_poll_queue(FilterTapEndpoints *ep,
+                                  NetClientState *queue)
+{
+    queue->info->poll(queue, !ep->tap_paused);
 }
 
 static bool filter_tap_can_stage(FilterTapEndpoints *ep)
@@ -181,10 +196,8 @@ static bool filter_tap_can_stage(FilterTapEndpoints *ep)
 static void filter_tap_update_tap(FilterTapEndpoints *ep)
 {
     NetClientState *netdev = ep->nf->netdev;
-    g_autofree NetClientState **ncs = NULL;
     FilterTapEndpoints *other;
     bool pause = false, taken = false;
-    int queues;
 
     QLIST_FOREACH(other, &filter_tap_list, next) {
         if (other->nf->netdev == netdev && !other->running) {
@@ -198,16 +211,13 @@ static void filter_tap_update_tap(FilterTapEndpoints *ep)
         return;
     }
     trace_filter_tap_pause_tap(ep->ifname, pause);
+    ep->tap_paused = pause;
     QLIST_FOREACH(other, &filter_tap_list, next) {
         if (other->nf->netdev == netdev) {
             other->tap_paused = pause;
         }
     }
-    ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
-    queues = filter_tap_queues(ep, ncs);
-    for (int i = 0; i < queues; i++) {
-        ncs[i]->info->poll(ncs[i], !pause);
-    }
+    filter_tap_foreach_queue(ep, filter_tap_poll_queue);
 }
 
 static void filter_tap_capture_readable(void *opaque);
@@ -365,22 +375,22 @@ static void filter_tap_take_queued(void *opaque, const uint8_t *data,
     filter_tap_take_iov(opaque, &iov, 1);
 }
 
+static void filter_tap_take_nic_queue(FilterTapEndpoints *ep,
+                                      NetClientState *queue)
+{
+    if (queue->peer) {
+        qemu_net_queue_take(queue->peer->incoming_queue, queue,
+                            filter_tap_take_queued, ep);
+    }
+    /* It was told that it can go on. */
+    filter_tap_poll_queue(ep, queue);
+}
+
 /* Take the packets that the guest's NIC had no buffer for. */
 static void filter_tap_take_nic_queues(FilterTapEndpoints *ep)
 {
-    g_autofree NetClientState **ncs = NULL;
-    int queues;
-
-    if (!filter_tap_wants(ep, NET_FILTER_DIRECTION_TX)) {
-        return;
-    }
-    ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
-    queues = filter_tap_queues(ep, ncs);
-    for (int i = 0; i < queues; i++) {
-        if (ncs[i]->peer) {
-            qemu_net_queue_take(ncs[i]->peer->incoming_queue, ncs[i],
-                                filter_tap_take_queued, ep);
-        }
+    if (filter_tap_wants(ep, NET_FILTER_DIRECTION_TX)) {
+        filter_tap_foreach_queue(ep, filter_tap_take_nic_queue);
     }
 }
 
@@ -722,6 +732,17 @@ static void filter_tap_vm_state(void *opaque, bool running, RunState state)
     filter_tap_update(ep);
 }
 
+/* At a stop net.c comes behind, empties the queues, and has the TAP read. */
+static void filter_tap_vm_state_last(void *opaque, bool running,
+                                     RunState state)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    if (!running && ep->tap_paused) {
+        filter_tap_foreach_queue(ep, filter_tap_poll_queue);
+    }
+}
+
 /* Setup: which interface */
 
 static bool filter_tap_same_netns(int fd)
@@ -859,8 +880,8 @@ static void filter_tap_update_tx_dropped(FilterTapEndpoints *ep)
     for (ifa = list; ifa; ifa = ifa->ifa_next) {
         if (ifa->ifa_addr && ifa->ifa_addr->sa_family == AF_PACKET &&
             ifa->ifa_data && !strcmp(ifa->ifa_name, name)) {
-            /* The kernel tells 32 bits of it here. */
-            uint32_t now = ((struct rtnl_link_stats *)ifa->ifa_data)->tx_dropped;
+            struct rtnl_link_stats *stats = ifa->ifa_data;
+            uint32_t now = stats->tx_dropped;
 
             ep->tx_dropped += (uint32_t)(now - ep->tx_dropped_seen);
             ep->tx_dropped_seen = now;
@@ -925,6 +946,9 @@ static void filter_tap_start(FilterTapEndpoints *ep)
                                  NULL, ep, NULL, true);
     }
     ep->vm_state = qemu_add_vm_change_state_handler(filter_tap_vm_state, ep);
+    ep->vm_state_last =
+        qemu_add_vm_change_state_handler_prio(filter_tap_vm_state_last, ep,
+                                              -1);
     filter_tap_update(ep);
 }
 
@@ -1007,6 +1031,7 @@ void filter_tap_cleanup(FilterTap *ft)
     QLIST_REMOVE(ep, next);
     filter_tap_update_tap(ep);
     qemu_del_vm_change_state_handler(ep->vm_state);
+    qemu_del_vm_change_state_handler(ep->vm_state_last);
     if (ep->chr_in) {
         qemu_chr_fe_set_handlers(ep->chr_in, NULL, NULL, NULL, NULL, NULL,
                                  NULL, true);

@@ -898,6 +898,24 @@ static void test_stopped_only_not_connected(void)
     fixture_close(&f);
 }
 
+/* The peer comes later: what waited in the NIC's queue is first. */
+static void test_stopped_only_late_peer(void)
+{
+    Fixture f;
+
+    fixture_start(&f, CAPTURE STOPPED_ONLY);
+    close(f.out);
+    host_send(&f, 0, 5);
+    vm_stop(&f);
+    expect_source(&f, "cap", "chain");
+    for (int i = 0; i < 5; i++) {
+        g_assert_cmpuint(counter(&f, "cap", "capture-packets"), <=, 1);
+    }
+    f.out = connect_to(&f, "out");
+    expect_out(&f, 0, 5);
+    fixture_close(&f);
+}
+
 /* A peer that does not read: packets wait, and go one way or the other. */
 static void test_stopped_only_slow_peer(void)
 {
@@ -1800,6 +1818,7 @@ int main(int argc, char **argv)
     add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
     add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
     add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
+    add("stop/stopped-only-late-peer", test_stopped_only_late_peer);
     add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
     add("inject/tx", test_inject_tx);
     add("inject/rx", test_inject_rx);
