@@ -16,8 +16,7 @@ help:
 	@echo '                 /dev/vhost-net, and not that of a virtual machine'
 
 demo check qemu:
-	@dev/setup
-	@ninja --quiet -C build/meson $@
+	@dev/make $@
 
 clean:
 	rm -rf build
