@@ -1778,6 +1778,32 @@ static void test_error_netns(void)
     close(own);
 }
 
+/* A macvtap's fd is like a TAP's, but its directions are the other way. */
+static void test_error_not_a_tap(void)
+{
+    g_autofree char *path = NULL;
+    int tap, fd;
+    Fixture f = { };
+
+    tap = open_tap("tapmv");
+    if (system("ip link add link tapmv name macvtapq type macvtap")) {
+        g_test_skip("the kernel has no macvtap");
+        close(tap);
+        return;
+    }
+    path = g_strdup_printf("/dev/tap%u", if_nametoindex("macvtapq"));
+    fd = open(path, O_RDWR | O_NONBLOCK);
+    g_assert_cmpint(fd, >=, 0);
+    f.qts = qtest_initf("-nodefaults -machine pc "
+                        "-netdev tap,id=n0,fd=%d,vhost=on "
+                        "-chardev null,id=out", fd);
+    expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out'",
+                      "netdev 'n0': interface 'macvtapq' is not a TAP");
+    qtest_quit(f.qts);
+    close(fd);
+    close(tap);
+}
+
 static void test_info_network(void)
 {
     g_autofree char *text = NULL;
@@ -1873,6 +1899,7 @@ int main(int argc, char **argv)
     add("error/interface-gone", test_error_interface_gone);
     add("error/no-cap-net-raw", test_error_no_cap_net_raw);
     add("error/netns", test_error_netns);
+    add("error/not-a-tap", test_error_not_a_tap);
     add("info/network", test_info_network);
     return g_test_run();
 }
