@@ -23,7 +23,7 @@ CACHE = pathlib.Path(
     or pathlib.Path(os.environ.get('XDG_CACHE_HOME')
                     or pathlib.Path.home() / '.cache') / 'vhost-netfilter')
 # Unpacked packages; dev/apt-other-suites makes it.
-ROOT = CACHE / 'root'
+ROOT = CACHE / 'packages'
 
 DIRECTORIES = ('bin', 'dev', 'lib', 'mnt', 'proc', 'run', 'sys', 'tmp')
 
