@@ -877,6 +877,7 @@ static void test_stopped_only_multiqueue(void)
 /* Nobody listens: the packets stay where they are, for the guest. */
 static void test_stopped_only_not_connected(void)
 {
+    uint32_t taken;
     Fixture f;
 
     fixture_start(&f, CAPTURE STOPPED_ONLY);
@@ -893,8 +894,10 @@ static void test_stopped_only_not_connected(void)
     vm_cont(&f);
     guest_post(&f, 10);
     host_send(&f, 25, 5);
-    expect_guest(&f, 20 + counter(&f, "cap", "capture-packets") - 20,
-                 10 - (counter(&f, "cap", "capture-packets") - 20));
+    /* Some may have been taken before QEMU saw the peer leave. */
+    taken = counter(&f, "cap", "capture-packets");
+    g_assert_cmpuint(taken, <=, 25);
+    expect_guest(&f, taken, 30 - taken);
     fixture_close(&f);
 }
 
