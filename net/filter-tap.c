@@ -71,8 +71,24 @@
 #define TUNGETDEVNETNS _IO('T', 227)    /* Linux 5.2 */
 #endif
 
-/* Frames that are captured before others get their turn. */
-#define CAPTURE_BATCH 128
+/* Frames, and bytes of them, that are captured before others get their turn. */
+#define CAPTURE_BATCH 512
+#define CAPTURE_BATCH_BYTES (256 * KiB)
+
+/*
+ * A look at the packet socket costs as much as a hundred packets.  When the
+ * packets come in less than CAPTURE_PACE_NS one after the other, the next look
+ * is when CAPTURE_PACE_FRAMES may have come, at the latest after
+ * CAPTURE_PACE_MAX_NS.
+ */
+#define CAPTURE_PACE_NS (50 * SCALE_US)
+#define CAPTURE_PACE_FRAMES 64
+#define CAPTURE_PACE_MAX_NS (1 * SCALE_MS)
+
+/*
+ * What waits in the kernel.  With what waits in the frame writer it is 8 MiB.
+ */
+#define CAPTURE_MEMORY (6 * MiB)
 
 /* Between two looks at a TAP that was full. */
 #define INJECT_RETRY_MIN_MS 1
@@ -130,6 +146,10 @@ struct FilterTapEndpoints {
     FilterTapSource source;
     QEMUBH *flush_bh;
     bool capture_polled;
+    QEMUTimer *capture_timer;
+    int64_t capture_wait_ns;    /* not 0: the timer runs, instead of polling */
+    int64_t capture_looked_ns;
+    int64_t capture_ns_per_frame;
     bool tap_paused;
     bool interface_lost;
     uint64_t tx_dropped;
@@ -225,9 +245,14 @@ static void filter_tap_capture_readable(void *opaque);
 /* Read from the source only what can be staged. */
 static void filter_tap_update_polling(FilterTapEndpoints *ep)
 {
-    bool poll = ep->source == FILTER_TAP_PACKET_SOCKET &&
+    bool read = ep->source == FILTER_TAP_PACKET_SOCKET &&
                 filter_tap_can_stage(ep);
+    bool poll = read && !ep->capture_wait_ns;
 
+    if (!read && ep->capture_wait_ns) {
+        ep->capture_wait_ns = 0;
+        timer_del(ep->capture_timer);
+    }
     if (poll != ep->capture_polled) {
         ep->capture_polled = poll;
         qemu_set_fd_handler(packet_socket_fd(ep->capture),
@@ -310,17 +335,43 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
     return true;
 }
 
+/* How long to wait for the next look when @frames were there at @now. */
+static int64_t filter_tap_pace(FilterTapEndpoints *ep, unsigned frames,
+                               int64_t now)
+{
+    int64_t ns = MIN((now - ep->capture_looked_ns) / MAX(frames, 1),
+                     4 * CAPTURE_PACE_NS);
+
+    ep->capture_looked_ns = now;
+    ep->capture_ns_per_frame = (3 * ep->capture_ns_per_frame + ns) / 4;
+    if (!frames || ep->capture_ns_per_frame > CAPTURE_PACE_NS) {
+        return 0;
+    }
+    return MIN(CAPTURE_PACE_FRAMES * ep->capture_ns_per_frame,
+               CAPTURE_PACE_MAX_NS);
+}
+
 static void filter_tap_capture_readable(void *opaque)
 {
     FilterTapEndpoints *ep = opaque;
-    int frames = 0;
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    uint64_t limit = ep->stats.capture_bytes + CAPTURE_BATCH_BYTES;
+    unsigned frames = 0;
 
-    while (frames < CAPTURE_BATCH && !frame_writer_full(ep->writer) &&
-           filter_tap_capture_one(ep)) {
+    while (frames < CAPTURE_BATCH && ep->stats.capture_bytes < limit &&
+           !frame_writer_full(ep->writer) && filter_tap_capture_one(ep)) {
         frames++;
     }
     frame_writer_flush(ep->writer);
+    ep->capture_wait_ns = filter_tap_pace(ep, frames, now);
+    if (ep->capture_wait_ns) {
+        timer_mod(ep->capture_timer, now + ep->capture_wait_ns);
+    }
     filter_tap_update_polling(ep);
+    if (trace_event_get_state_backends(TRACE_FILTER_TAP_CAPTURE_TURN)) {
+        trace_filter_tap_capture_turn(ep->ifname, frames,
+            qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - now);
+    }
 }
 
 /*
@@ -532,23 +583,16 @@ static void filter_tap_inject_failed(FilterTapEndpoints *ep, int err)
     }
 }
 
-static FrameReaderResult filter_tap_inject_to_guest(FilterTapEndpoints *ep,
-                                                    const uint8_t *payload,
-                                                    size_t size,
-                                                    size_t hdr_len)
+/* Returns how many frames are dealt with; 0: they have to wait. */
+static size_t filter_tap_inject_to_guest(FilterTapEndpoints *ep,
+                                         const PacketSocketFrame *frames,
+                                         size_t n)
 {
-    struct virtio_net_hdr hdr = { };
-    int ret;
+    int ret = packet_socket_send(ep->inject, frames, n);
 
-    if (hdr_len) {
-        memcpy(&hdr, payload, sizeof(hdr));
-    }
-    ret = packet_socket_send(ep->inject, &hdr, payload + hdr_len,
-                             size - hdr_len);
-    if (ret == -EAGAIN && hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
+    if (ret == -EAGAIN && frames->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
         ep->inject_waited_ms >= INJECT_GSO_PATIENCE_MS) {
-        ret = packet_socket_send_plain(ep->inject, &hdr, payload + hdr_len,
-                                       size - hdr_len) < 0 ? -EINVAL : 0;
+        ret = packet_socket_send_plain(ep->inject, frames) < 0 ? -EINVAL : 1;
     }
     if (ret == -EAGAIN) {
         int wait = MIN(MAX(ep->inject_waited_ms, INJECT_RETRY_MIN_MS),
@@ -558,16 +602,18 @@ static FrameReaderResult filter_tap_inject_to_guest(FilterTapEndpoints *ep,
         timer_mod(ep->inject_retry,
                   qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + wait);
         ep->inject_waited_ms += wait;
-        return FRAME_READER_WAIT;
+        return 0;
     }
     ep->inject_waited_ms = 0;
     if (ret < 0) {
         filter_tap_inject_failed(ep, -ret);
-    } else {
-        ep->stats.inject_packets++;
-        ep->stats.inject_bytes += size - hdr_len;
+        return 1;
     }
-    return FRAME_READER_NEXT;
+    for (int i = 0; i < ret; i++) {
+        ep->stats.inject_bytes += frames[i].len;
+    }
+    ep->stats.inject_packets += ret;
+    return ret;
 }
 
 /*
@@ -601,7 +647,7 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
 
 /* The chain wants the header in the size that the guest negotiated. */
 static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
-                                         uint8_t *payload, size_t size,
+                                         const StreamFrame *frame,
                                          size_t hdr_len)
 {
     NetFilterState *nf = ep->nf;
@@ -609,7 +655,8 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
     struct virtio_net_hdr hdr = { };
     struct iovec iov[] = {
         { .iov_base = header, .iov_len = nf->netdev->vnet_hdr_len },
-        { .iov_base = payload + hdr_len, .iov_len = size - hdr_len },
+        { .iov_base = frame->payload + hdr_len,
+          .iov_len = frame->size - hdr_len },
     };
 
     if (!nf->netdev->peer) {
@@ -617,10 +664,10 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
         return;
     }
     if (hdr_len) {
-        memcpy(&hdr, payload, sizeof(hdr));
+        memcpy(&hdr, frame->payload, sizeof(hdr));
     }
     if (iov[0].iov_len == hdr_len) {
-        memcpy(header, payload, hdr_len);
+        memcpy(header, frame->payload, hdr_len);
     } else if (!filter_tap_put_header(ep, header, &hdr, iov[1].iov_base,
                                       iov[1].iov_len)) {
         ep->stats.inject_skipped_header++;
@@ -631,44 +678,90 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
     filter_tap_capture_around(ep, iov[1].iov_base, iov[1].iov_len);
     if (!ep->inject) {
         ep->stats.inject_packets++;
-        ep->stats.inject_bytes += size - hdr_len;
+        ep->stats.inject_bytes += iov[1].iov_len;
     }
 }
 
-static FrameReaderResult filter_tap_inject_frame(void *opaque,
-                                                 uint8_t *payload, size_t size,
-                                                 uint32_t vnet_hdr_len)
+static size_t filter_tap_stream_hdr_len(FilterTapEndpoints *ep,
+                                        const StreamFrame *frame)
 {
-    FilterTapEndpoints *ep = opaque;
-    size_t hdr_len = ep->vnet_hdr ? vnet_hdr_len :
-                                    ep->nf->netdev->vnet_hdr_len;
+    return ep->vnet_hdr ? frame->vnet_hdr_len : ep->nf->netdev->vnet_hdr_len;
+}
 
-    if (!filter_tap_injects(ep)) {
-        return FRAME_READER_WAIT;
-    }
+/* The counter of what is wrong with the frame, or NULL. */
+static uint64_t *filter_tap_inject_flaw(FilterTapEndpoints *ep,
+                                        const StreamFrame *frame)
+{
+    size_t hdr_len = filter_tap_stream_hdr_len(ep, frame);
+
     if (hdr_len > sizeof(struct virtio_net_hdr_v1_hash_tunnel) ||
         (hdr_len && hdr_len < sizeof(struct virtio_net_hdr))) {
-        ep->stats.inject_skipped_header++;
-        return FRAME_READER_NEXT;
+        return &ep->stats.inject_skipped_header;
     }
-    if (size < hdr_len + ETH_HLEN) {
-        ep->stats.inject_skipped_runt++;
-        return FRAME_READER_NEXT;
+    if (frame->size < hdr_len + ETH_HLEN) {
+        return &ep->stats.inject_skipped_runt;
+    }
+    return NULL;
+}
+
+/*
+ * Inject the first one of @frames, and more as far as they can go with it in
+ * one system call.  Returns how many are dealt with; 0: they have to wait.
+ */
+static size_t filter_tap_inject_some(FilterTapEndpoints *ep,
+                                     const StreamFrame *frames, size_t n)
+{
+    PacketSocketFrame batch[PACKET_SOCKET_BATCH];
+    bool to_network = filter_tap_wants(ep, NET_FILTER_DIRECTION_RX);
+    uint64_t *flaw = filter_tap_inject_flaw(ep, frames);
+    size_t done = 1;
+
+    if (flaw) {
+        ++*flaw;
+        return 1;
     }
     /* net.c would queue what is for the network, and drop it in the end. */
-    if (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX) &&
-        !runstate_is_running()) {
-        return FRAME_READER_WAIT;
+    if (to_network && !runstate_is_running()) {
+        return 0;
     }
-    if (ep->inject &&
-        filter_tap_inject_to_guest(ep, payload, size, hdr_len) ==
-        FRAME_READER_WAIT) {
-        return FRAME_READER_WAIT;
+    if (ep->inject) {
+        n = to_network ? 1 : MIN(n, PACKET_SOCKET_BATCH);
+        for (done = 0; done < n; done++) {
+            size_t hdr_len = filter_tap_stream_hdr_len(ep, &frames[done]);
+            PacketSocketFrame *frame = &batch[done];
+
+            if (filter_tap_inject_flaw(ep, &frames[done])) {
+                break;
+            }
+            memset(&frame->hdr, 0, sizeof(frame->hdr));
+            memcpy(&frame->hdr, frames[done].payload,
+                   MIN(hdr_len, sizeof(frame->hdr)));
+            frame->data = frames[done].payload + hdr_len;
+            frame->len = frames[done].size - hdr_len;
+        }
+        done = filter_tap_inject_to_guest(ep, batch, done);
     }
-    if (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX)) {
-        filter_tap_inject_to_network(ep, payload, size, hdr_len);
+    if (done && to_network) {
+        filter_tap_inject_to_network(ep, frames,
+                                     filter_tap_stream_hdr_len(ep, frames));
     }
-    return FRAME_READER_NEXT;
+    return done;
+}
+
+static size_t filter_tap_inject_frames(void *opaque, const StreamFrame *frames,
+                                       size_t n)
+{
+    FilterTapEndpoints *ep = opaque;
+    size_t done = 0, some;
+
+    while (done < n && filter_tap_injects(ep)) {
+        some = filter_tap_inject_some(ep, frames + done, n - done);
+        if (!some) {
+            break;
+        }
+        done += some;
+    }
+    return done;
 }
 
 static void filter_tap_inject_retry(void *opaque)
@@ -902,7 +995,7 @@ static bool filter_tap_open_capture(FilterTapEndpoints *ep, Error **errp)
         return true;
     }
     ep->capture = packet_socket_new_capture(ep->ifname, ep->ifindex,
-                                            directions, errp);
+                                            directions, CAPTURE_MEMORY, errp);
     return ep->capture;
 }
 
@@ -930,6 +1023,8 @@ static void filter_tap_start(FilterTapEndpoints *ep)
         ep->writer = frame_writer_new(ep->chr_out, ep->vnet_hdr,
                                       filter_tap_writer_progress, ep);
         ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
+        ep->capture_timer = timer_new_ns(QEMU_CLOCK_REALTIME,
+                                         filter_tap_capture_readable, ep);
         filter_tap_update_tx_dropped(ep);
         ep->tx_dropped = 0;
         qemu_chr_fe_set_handlers(ep->chr_out, filter_tap_out_can_read,
@@ -938,7 +1033,7 @@ static void filter_tap_start(FilterTapEndpoints *ep)
     }
     if (ep->chr_in) {
         ep->reader = frame_reader_new(ep->chr_in, ep->vnet_hdr,
-                                      filter_tap_inject_frame, ep);
+                                      filter_tap_inject_frames, ep);
         ep->inject_retry = timer_new_ms(QEMU_CLOCK_REALTIME,
                                         filter_tap_inject_retry, ep);
         qemu_chr_fe_set_handlers(ep->chr_in, filter_tap_in_can_read,
@@ -1014,6 +1109,7 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
         qemu_chr_fe_disconnect(ep->chr_out);
     }
     qemu_bh_delete(ep->flush_bh);
+    timer_free(ep->capture_timer);
     g_clear_pointer(&ep->writer, frame_writer_free);
     ep->chr_out = NULL;
 }

@@ -20,7 +20,9 @@
  */
 
 #include "qemu/osdep.h"
+#include "qemu/aio-wait.h"
 #include "qemu/bswap.h"
+#include "qemu/coroutine.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
@@ -30,8 +32,8 @@
 /* Between two tries on a device that cannot tell when it takes more. */
 #define FRAME_WRITER_RETRY_MS 10
 
-/* How many frames are handed out before others get their turn. */
-#define FRAME_READER_BATCH 128
+/* How many batches are handed out before others get their turn. */
+#define FRAME_READER_BATCHES 4
 
 typedef struct FrameBuffer {
     uint8_t *data;
@@ -46,6 +48,7 @@ struct FrameWriter {
     FrameBuffer buf;
     size_t first;
     guint watch;
+    bool flushing;              /* all of it, and waiting for the peer */
     QEMUTimer *retry;
     /* Changes when the content does while chr's driver runs. */
     unsigned generation;
@@ -188,12 +191,12 @@ static void frame_writer_wait(FrameWriter *fw)
     }
 }
 
-void frame_writer_flush(FrameWriter *fw)
+int frame_writer_flush(FrameWriter *fw)
 {
     FrameBuffer *buf = &fw->buf;
 
-    if (fw->watch) {
-        return;
+    if (fw->watch || fw->flushing) {
+        return 0;
     }
     while (buf->head < buf->tail) {
         unsigned generation = fw->generation;
@@ -202,20 +205,71 @@ void frame_writer_flush(FrameWriter *fw)
 
         if (generation != fw->generation) {
             /* The write ended the connection, and its handler came first. */
-            return;
+            return 0;
+        }
+        if (ret < 0 && errno == EAGAIN) {
+            frame_writer_wait(fw);
+            return 0;
         }
         if (ret <= 0) {
-            /*
-             * Either the peer is slow, or the device reports the end of the
-             * connection by an event.
-             */
-            if (ret < 0 && errno == EAGAIN) {
-                frame_writer_wait(fw);
-            }
-            return;
+            return ret < 0 ? -errno : -EIO;
         }
         frame_writer_advance(fw, ret);
     }
+    return 0;
+}
+
+typedef struct FrameWriterFlushCo {
+    CharFrontend *chr;
+    const FrameBuffer *buf;
+    int ret;
+    bool done;
+} FrameWriterFlushCo;
+
+/* In a coroutine qemu_chr_fe_write_all() lets others run while it waits. */
+static void coroutine_fn frame_writer_flush_co(void *opaque)
+{
+    FrameWriterFlushCo *co = opaque;
+    size_t size = co->buf->tail - co->buf->head;
+    int ret = qemu_chr_fe_write_all(co->chr, co->buf->data + co->buf->head,
+                                    size);
+
+    co->ret = ret == size ? 0 : ret < 0 ? -errno : -EIO;
+    co->done = true;
+    aio_wait_kick();
+}
+
+int frame_writer_flush_all(FrameWriter *fw)
+{
+    int ret = 0;
+
+    if (fw->flushing) {
+        return 0;
+    }
+    frame_writer_unwatch(fw);
+    fw->flushing = true;
+    while (!ret && fw->buf.head < fw->buf.tail) {
+        /* More may be staged meanwhile. */
+        FrameBuffer buf = fw->buf;
+        FrameWriterFlushCo co = { .chr = fw->chr, .buf = &buf };
+
+        fw->buf = (FrameBuffer) { };
+        fw->first = 0;
+        qemu_coroutine_enter(qemu_coroutine_create(frame_writer_flush_co,
+                                                   &co));
+        while (!co.done) {
+            aio_poll(qemu_get_aio_context(), true);
+        }
+        ret = co.ret;
+        if (fw->buf.data) {
+            g_free(buf.data);
+        } else {
+            buf.head = buf.tail = 0;
+            fw->buf = buf;
+        }
+    }
+    fw->flushing = false;
+    return ret;
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)
@@ -280,20 +334,20 @@ size_t frame_reader_room(const FrameReader *fr)
 }
 
 /*
- * The length of the frame at the head of the buffer with its prefix, 0 when
- * it is not complete yet, or a negative errno.
+ * The length of the frame at @at in the buffer with its prefix, 0 when it is
+ * not complete yet, or a negative errno.
  */
-static ssize_t frame_reader_peek(const FrameReader *fr)
+static ssize_t frame_reader_peek(const FrameReader *fr, size_t at)
 {
     const FrameBuffer *buf = &fr->buf;
     size_t prefix = frame_prefix_len(fr->vnet_hdr);
-    size_t have = buf->tail - buf->head;
+    size_t have = buf->tail - at;
     uint32_t size;
 
     if (have < prefix) {
         return 0;
     }
-    size = ldl_be_p(buf->data + buf->head);
+    size = ldl_be_p(buf->data + at);
     if (size > FRAME_STREAM_MAX_PAYLOAD) {
         return -EMSGSIZE;
     }
@@ -312,12 +366,42 @@ static void frame_reader_break(FrameReader *fr)
     qemu_chr_fe_disconnect(fr->chr);
 }
 
-void frame_reader_resume(FrameReader *fr)
+/* Hand out a batch.  Returns false when no more can be handed out now. */
+static bool frame_reader_hand_out(FrameReader *fr)
 {
     FrameBuffer *buf = &fr->buf;
     size_t prefix = frame_prefix_len(fr->vnet_hdr);
-    unsigned frames = 0;
-    ssize_t len;
+    StreamFrame frames[FRAME_READER_BATCH];
+    size_t n = 0, done, at = buf->head;
+    ssize_t len = 0;
+
+    while (n < FRAME_READER_BATCH && (len = frame_reader_peek(fr, at)) > 0) {
+        frames[n].payload = buf->data + at + prefix;
+        frames[n].size = len - prefix;
+        frames[n].vnet_hdr_len = fr->vnet_hdr ?
+                                 ldl_be_p(buf->data + at + 4) : 0;
+        at += len;
+        n++;
+    }
+    if (n) {
+        done = fr->handler(fr->opaque, frames, n);
+        if (done < n) {
+            buf->head = frames[done].payload - prefix - buf->data;
+            fr->waiting = true;
+            return false;
+        }
+        buf->head = at;
+    }
+    if (len < 0) {
+        frame_reader_break(fr);
+    }
+    return len > 0;
+}
+
+void frame_reader_resume(FrameReader *fr)
+{
+    FrameBuffer *buf = &fr->buf;
+    unsigned batches = 0;
 
     if (fr->running) {
         return;
@@ -325,28 +409,16 @@ void frame_reader_resume(FrameReader *fr)
     fr->running = true;
     fr->waiting = false;
     qemu_bh_cancel(fr->bh);
-    while ((len = frame_reader_peek(fr)) > 0) {
-        uint8_t *frame = buf->data + buf->head;
-
-        if (frames++ == FRAME_READER_BATCH) {
+    while (frame_reader_hand_out(fr)) {
+        if (++batches == FRAME_READER_BATCHES) {
             qemu_bh_schedule(fr->bh);
             fr->waiting = true;
             break;
         }
-        if (fr->handler(fr->opaque, frame + prefix, len - prefix,
-                        fr->vnet_hdr ? ldl_be_p(frame + 4) : 0) ==
-            FRAME_READER_WAIT) {
-            fr->waiting = true;
-            break;
-        }
-        buf->head += len;
     }
     fr->running = false;
     if (buf->head == buf->tail) {
         buf->head = buf->tail = 0;
-    }
-    if (len < 0) {
-        frame_reader_break(fr);
     }
 }
 
@@ -377,17 +449,11 @@ void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size)
 /* Where the frame begins of which not all has come, or where one will. */
 static size_t frame_reader_complete(const FrameReader *fr)
 {
-    const FrameBuffer *buf = &fr->buf;
-    size_t prefix = frame_prefix_len(fr->vnet_hdr);
-    size_t at = buf->head;
+    size_t at = fr->buf.head;
+    ssize_t len;
 
-    while (buf->tail - at >= prefix) {
-        uint32_t size = ldl_be_p(buf->data + at);
-
-        if (size > FRAME_STREAM_MAX_PAYLOAD || buf->tail - at < prefix + size) {
-            break;
-        }
-        at += prefix + size;
+    while ((len = frame_reader_peek(fr, at)) > 0) {
+        at += len;
     }
     return at;
 }

@@ -21,8 +21,17 @@
  *      +------- packet_socket_unhook() ------+
  *
  * Only a hooked socket is on the interface's list of taps, so an unhooked one
- * costs the traffic nothing.  The buffer is the socket's receive queue, whose
- * size bounds the memory; the kernel drops and counts what does not fit.
+ * costs the traffic nothing.
+ *
+ * Frames wait in one of two places, in order; the kernel drops and counts what
+ * does not fit:
+ *
+ *   ring   slots that the kernel fills and we read in mapped memory, without
+ *          a system call.  Only where outgoing frames alone are captured, see
+ *          packet_socket_map_ring().
+ *   queue  the socket's receive queue, one system call per frame: frames that
+ *          are longer than a slot (the slot then refers to the queue), or all
+ *          of them.
  *
  * An injecting socket is on no list at all.
  */
@@ -30,6 +39,7 @@
 #include "qemu/osdep.h"
 #include <net/if.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <linux/ethtool.h>
 #include <linux/filter.h>
@@ -39,17 +49,20 @@
 #include "qapi/error.h"
 #include "net/checksum.h"
 #include "net/packet-socket.h"
+#include "qemu/atomic.h"
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qemu/sockets.h"
 #include "qemu/units.h"
 
 /*
- * The receive queue's size in bytes as the kernel counts: with what it needs
- * to manage a frame, some 800 bytes for a small one.  The kernel doubles the
- * number.
+ * A slot of the ring holds a frame of an MTU of 1500 with two VLAN tags: 76
+ * bytes for the kernel's headers come before it.  A block is what the kernel
+ * allocates in one piece, in whole pages of whatever size.
  */
-#define RECEIVE_BUFFER (2 * MiB)
+#define SLOT_SIZE 1600
+#define BLOCK_SIZE (64 * KiB)
+#define SLOTS_PER_BLOCK (BLOCK_SIZE / SLOT_SIZE)
 
 /*
  * The mark (SO_MARK) of frames that are injected, "qemu".  Captures leave
@@ -76,7 +89,12 @@ struct PacketSocket {
     int fd;
     unsigned ifindex;
     bool bypasses_qdisc;
+    bool was_empty;
     uint64_t drops;
+    uint8_t *ring;              /* NULL: frames come in the queue alone */
+    size_t ring_size;
+    unsigned slots;
+    unsigned next_slot;
     char ifname[IFNAMSIZ];
 };
 
@@ -133,6 +151,9 @@ static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
 void packet_socket_free(PacketSocket *ps)
 {
     if (ps) {
+        if (ps->ring) {
+            munmap(ps->ring, ps->ring_size);
+        }
         close(ps->fd);
         g_free(ps);
     }
@@ -186,9 +207,14 @@ static bool packet_socket_set_filter(PacketSocket *ps, unsigned directions,
                                 "SO_LOCK_FILTER", errp);
 }
 
-static void packet_socket_set_receive_buffer(PacketSocket *ps)
+/*
+ * @memory counts as the kernel does: with what it needs to manage a frame,
+ * some 800 bytes for a small one.
+ */
+static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
 {
-    int size = RECEIVE_BUFFER;
+    /* The kernel doubles the number. */
+    int size = MIN(memory / 2, INT_MAX);
 
     /* Only CAP_NET_ADMIN may go over net.core.rmem_max: take what we get. */
     if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
@@ -197,17 +223,67 @@ static void packet_socket_set_receive_buffer(PacketSocket *ps)
     }
 }
 
+/*
+ * TPACKET_V2 rather than V3, which would hold more small frames in the same
+ * memory, since V3 hands them out by the block: when it is full, or after 1
+ * to 10 ms.
+ *
+ * A ring has one flaw.  A GSO frame of a type that struct virtio_net_hdr does
+ * not know keeps its slot for ever, and the ring is stuck (6.1, 6.18).  A
+ * guest can send such a frame (UFO).  But none goes out of a TAP: the kernel
+ * segments it before.  So incoming frames come in the queue.
+ */
+static bool packet_socket_map_ring(PacketSocket *ps, size_t memory,
+                                   Error **errp)
+{
+    struct tpacket_req req = {
+        .tp_block_size = BLOCK_SIZE,
+        .tp_block_nr = MAX(1, memory / BLOCK_SIZE),
+        .tp_frame_size = SLOT_SIZE,
+    };
+
+    req.tp_frame_nr = req.tp_block_nr * SLOTS_PER_BLOCK;
+    if (!packet_socket_option(ps, SOL_PACKET, PACKET_VERSION, TPACKET_V2,
+                              "PACKET_VERSION", errp) ||
+        !packet_socket_option(ps, SOL_PACKET, PACKET_COPY_THRESH, 1,
+                              "PACKET_COPY_THRESH", errp)) {
+        return false;
+    }
+    if (setsockopt(ps->fd, SOL_PACKET, PACKET_RX_RING,
+                   &req, sizeof(req)) < 0) {
+        error_setg_errno(errp, errno, "could not get a ring of %u KiB for the "
+                         "packet socket of interface '%s'",
+                         (unsigned)(req.tp_block_nr * (BLOCK_SIZE / KiB)),
+                         ps->ifname);
+        return false;
+    }
+    ps->ring_size = req.tp_block_nr * BLOCK_SIZE;
+    ps->ring = mmap(NULL, ps->ring_size, PROT_READ | PROT_WRITE, MAP_SHARED,
+                    ps->fd, 0);
+    if (ps->ring == MAP_FAILED) {
+        ps->ring = NULL;
+        error_setg_errno(errp, errno, "could not map the ring of the packet "
+                         "socket of interface '%s'", ps->ifname);
+        return false;
+    }
+    ps->slots = req.tp_frame_nr;
+    return true;
+}
+
 PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
-                                        unsigned directions, Error **errp)
+                                        unsigned directions, size_t memory,
+                                        Error **errp)
 {
     PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
+    size_t ring = directions == PACKET_SOCKET_OUTGOING ? memory / 2 : 0;
 
     if (!ps) {
         return NULL;
     }
     if (!packet_socket_option(ps, SOL_PACKET, PACKET_AUXDATA, 1,
                               "PACKET_AUXDATA", errp) ||
-        !packet_socket_set_filter(ps, directions, errp)) {
+        !packet_socket_set_filter(ps, directions, errp) ||
+        (ring && !packet_socket_map_ring(ps, ring, errp))) {
         packet_socket_free(ps);
         return NULL;
     }
@@ -216,7 +292,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
         packet_socket_option(ps, SOL_PACKET, PACKET_IGNORE_OUTGOING, 1,
                              "PACKET_IGNORE_OUTGOING", NULL);
     }
-    packet_socket_set_receive_buffer(ps);
+    packet_socket_set_queue(ps, memory - ring);
     return ps;
 }
 
@@ -289,62 +365,37 @@ void packet_socket_unhook(PacketSocket *ps)
     packet_socket_bind(ps, NO_PROTOCOL);
 }
 
-uint64_t packet_socket_discard(PacketSocket *ps)
-{
-    uint64_t frames = 0;
-    struct virtio_net_hdr hdr;
-
-    for (;;) {
-        /* A read of the header takes the whole frame. */
-        if (RETRY_ON_EINTR(recv(ps->fd, &hdr, sizeof(hdr), 0)) >= 0) {
-            frames++;
-        } else if (errno != ENETDOWN) { /* which is reported only once */
-            break;
-        }
-    }
-    return frames;
-}
-
 /*
- * Take the tag that the kernel stripped from the frame out of the control
- * message, and put it back.  Since Linux 3.14 the kernel also says which TPID
- * it had.
+ * Put back the tag that the kernel stripped from the frame.  Since Linux 3.14
+ * it also says which TPID it had.
  */
-static size_t packet_socket_restore_tag(struct msghdr *msg,
-                                        struct virtio_net_hdr *hdr,
-                                        uint8_t *frame, size_t len)
+static size_t packet_socket_restore_tag(struct virtio_net_hdr *hdr,
+                                        uint8_t *frame, size_t len,
+                                        uint32_t status, uint16_t tci,
+                                        uint16_t tpid)
 {
     const size_t at = 2 * ETH_ALEN;
-    struct tpacket_auxdata aux;
-    struct cmsghdr *cmsg;
 
-    for (cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
-        if (cmsg->cmsg_level != SOL_PACKET ||
-            cmsg->cmsg_type != PACKET_AUXDATA ||
-            cmsg->cmsg_len < CMSG_LEN(sizeof(aux))) {
-            continue;
-        }
-        memcpy(&aux, CMSG_DATA(cmsg), sizeof(aux));
-        if (!(aux.tp_status & TP_STATUS_VLAN_VALID) || len < at) {
-            break;
-        }
-        memmove(frame + at + PACKET_SOCKET_TAG_ROOM, frame + at, len - at);
-        stw_be_p(frame + at, aux.tp_status & TP_STATUS_VLAN_TPID_VALID ?
-                             aux.tp_vlan_tpid : ETH_P_8021Q);
-        stw_be_p(frame + at + 2, aux.tp_vlan_tci);
-        if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
-            hdr->csum_start += PACKET_SOCKET_TAG_ROOM;
-        }
-        if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
-            hdr->hdr_len += PACKET_SOCKET_TAG_ROOM;
-        }
-        return len + PACKET_SOCKET_TAG_ROOM;
+    if (!(status & TP_STATUS_VLAN_VALID) || len < at) {
+        return len;
     }
-    return len;
+    memmove(frame + at + PACKET_SOCKET_TAG_ROOM, frame + at, len - at);
+    stw_be_p(frame + at,
+             status & TP_STATUS_VLAN_TPID_VALID ? tpid : ETH_P_8021Q);
+    stw_be_p(frame + at + 2, tci);
+    if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
+        hdr->csum_start += PACKET_SOCKET_TAG_ROOM;
+    }
+    if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
+        hdr->hdr_len += PACKET_SOCKET_TAG_ROOM;
+    }
+    return len + PACKET_SOCKET_TAG_ROOM;
 }
 
-ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
-                           uint8_t *frame, size_t size)
+/* Take a frame from the queue. */
+static ssize_t packet_socket_recv_queue(PacketSocket *ps,
+                                        struct virtio_net_hdr *hdr,
+                                        uint8_t *frame, size_t size)
 {
     union {
         struct cmsghdr align;
@@ -352,8 +403,7 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     } control;
     struct iovec iov[] = {
         { .iov_base = hdr, .iov_len = sizeof(*hdr) },
-        { .iov_base = frame,
-          .iov_len = size - MIN(size, PACKET_SOCKET_TAG_ROOM) },
+        { .iov_base = frame, .iov_len = size },
     };
     struct msghdr msg = {
         .msg_iov = iov,
@@ -361,6 +411,7 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
         .msg_control = &control,
         .msg_controllen = sizeof(control),
     };
+    struct cmsghdr *cmsg;
     ssize_t len;
 
     /* With MSG_TRUNC the length is the frame's even if it does not fit. */
@@ -369,23 +420,150 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
         return -errno;
     }
     len -= sizeof(*hdr);
-    if (len < 0 || len > iov[1].iov_len) {
+    if (len < 0 || len > size) {
         return -EMSGSIZE;
     }
-    return packet_socket_restore_tag(&msg, hdr, frame, len);
+    for (cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+        if (cmsg->cmsg_level == SOL_PACKET &&
+            cmsg->cmsg_type == PACKET_AUXDATA &&
+            cmsg->cmsg_len >= CMSG_LEN(sizeof(struct tpacket_auxdata))) {
+            struct tpacket_auxdata aux;
+
+            memcpy(&aux, CMSG_DATA(cmsg), sizeof(aux));
+            return packet_socket_restore_tag(hdr, frame, len, aux.tp_status,
+                                             aux.tp_vlan_tci,
+                                             aux.tp_vlan_tpid);
+        }
+    }
+    return len;
 }
 
-static int packet_socket_sendmsg(PacketSocket *ps,
-                                 const struct virtio_net_hdr *hdr,
-                                 const uint8_t *frame, size_t len)
+static struct tpacket2_hdr *packet_socket_slot(const PacketSocket *ps)
 {
-    struct iovec iov[] = {
-        { .iov_base = (void *)hdr, .iov_len = sizeof(*hdr) },
-        { .iov_base = (void *)frame, .iov_len = len },
-    };
-    struct msghdr msg = { .msg_iov = iov, .msg_iovlen = ARRAY_SIZE(iov) };
+    return (struct tpacket2_hdr *)
+           (ps->ring + ps->next_slot / SLOTS_PER_BLOCK * BLOCK_SIZE +
+            ps->next_slot % SLOTS_PER_BLOCK * SLOT_SIZE);
+}
 
-    return RETRY_ON_EINTR(sendmsg(ps->fd, &msg, 0)) < 0 ? -errno : 0;
+static void packet_socket_give_slot_back(PacketSocket *ps)
+{
+    /* All reads of the slot come before. */
+    qatomic_store_release(&packet_socket_slot(ps)->tp_status,
+                          TP_STATUS_KERNEL);
+    if (++ps->next_slot == ps->slots) {
+        ps->next_slot = 0;
+    }
+}
+
+/*
+ * Take the frame of the next slot.  Returns -ENOBUFS if it was too long for
+ * the slot, and the queue was full.
+ */
+static ssize_t packet_socket_recv_slot(PacketSocket *ps,
+                                       struct virtio_net_hdr *hdr,
+                                       uint8_t *frame, size_t size)
+{
+    const struct tpacket2_hdr *slot = packet_socket_slot(ps);
+    uint32_t status = qatomic_load_acquire(&slot->tp_status);
+    const uint8_t *data = (const uint8_t *)slot + slot->tp_mac;
+    ssize_t len;
+
+    if (!(status & TP_STATUS_USER)) {
+        return -EAGAIN;
+    }
+    if (status & TP_STATUS_COPY) {
+        len = packet_socket_recv_queue(ps, hdr, frame, size);
+        if (len == -ENETDOWN) {
+            return len;         /* which came first; the frame is still there */
+        }
+    } else if (slot->tp_snaplen < slot->tp_len) {
+        len = -ENOBUFS;
+    } else if (slot->tp_len > size) {
+        len = -EMSGSIZE;
+    } else {
+        memcpy(hdr, data - sizeof(*hdr), sizeof(*hdr));
+        memcpy(frame, data, slot->tp_len);
+        len = packet_socket_restore_tag(hdr, frame, slot->tp_len, status,
+                                        slot->tp_vlan_tci,
+                                        slot->tp_vlan_tpid);
+    }
+    packet_socket_give_slot_back(ps);
+    return len;
+}
+
+/*
+ * The ring does not tell errors.  To ask for them costs a system call, so it
+ * is done only when the fd has been found readable with nothing to read.
+ */
+static int packet_socket_error(PacketSocket *ps)
+{
+    int err = 0;
+    socklen_t size = sizeof(err);
+
+    getsockopt(ps->fd, SOL_SOCKET, SO_ERROR, &err, &size);
+    return err;
+}
+
+ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
+                           uint8_t *frame, size_t size)
+{
+    ssize_t len;
+
+    size -= MIN(size, PACKET_SOCKET_TAG_ROOM);
+    if (!ps->ring) {
+        return packet_socket_recv_queue(ps, hdr, frame, size);
+    }
+    while ((len = packet_socket_recv_slot(ps, hdr, frame, size)) == -ENOBUFS) {
+        ps->drops++;
+    }
+    if (len == -EAGAIN && ps->was_empty) {
+        int err = packet_socket_error(ps);
+
+        return err ? -err : -EAGAIN;
+    }
+    ps->was_empty = len == -EAGAIN;
+    return len;
+}
+
+uint64_t packet_socket_discard(PacketSocket *ps)
+{
+    uint64_t frames = 0;
+    struct virtio_net_hdr hdr;
+    uint8_t room[PACKET_SOCKET_TAG_ROOM];
+    ssize_t len;
+
+    for (;;) {
+        /* A read of the header takes the whole frame. */
+        len = packet_socket_recv(ps, &hdr, room, sizeof(room));
+        if (len >= 0 || len == -EMSGSIZE || len == -EINVAL) {
+            frames++;
+        } else if (len != -ENETDOWN) { /* which is reported only once */
+            break;
+        }
+    }
+    return frames;
+}
+
+static int packet_socket_sendmmsg(PacketSocket *ps,
+                                  const PacketSocketFrame *frames, size_t n)
+{
+    struct iovec iov[PACKET_SOCKET_BATCH][2];
+    struct mmsghdr msgs[PACKET_SOCKET_BATCH];
+    int ret;
+
+    n = MIN(n, PACKET_SOCKET_BATCH);
+    for (size_t i = 0; i < n; i++) {
+        iov[i][0].iov_base = (void *)&frames[i].hdr;
+        iov[i][0].iov_len = sizeof(frames[i].hdr);
+        iov[i][1].iov_base = (void *)frames[i].data;
+        iov[i][1].iov_len = frames[i].len;
+        msgs[i].msg_hdr = (struct msghdr) {
+            .msg_iov = iov[i],
+            .msg_iovlen = ARRAY_SIZE(iov[i]),
+        };
+    }
+    ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, 0));
+    return ret < 0 ? -errno : ret;
 }
 
 static bool packet_socket_ethtool(PacketSocket *ps, void *cmd)
@@ -441,9 +619,9 @@ static bool packet_socket_has_feature(PacketSocket *ps, const char *name)
 
 /* Whether the kernel must segment the frame for the interface. */
 static bool packet_socket_must_segment(PacketSocket *ps,
-                                       const struct virtio_net_hdr *hdr,
-                                       size_t len)
+                                       const PacketSocketFrame *frame)
 {
+    const struct virtio_net_hdr *hdr = &frame->hdr;
     const char *feature;
 
     switch (hdr->gso_type & ~VIRTIO_NET_HDR_GSO_ECN) {
@@ -461,35 +639,35 @@ static bool packet_socket_must_segment(PacketSocket *ps,
     default:
         return true;
     }
-    return len >= GSO_MAX_LEN || !packet_socket_has_feature(ps, feature) ||
+    return frame->len >= GSO_MAX_LEN ||
+           !packet_socket_has_feature(ps, feature) ||
            (hdr->gso_type & VIRTIO_NET_HDR_GSO_ECN &&
             !packet_socket_has_feature(ps, "tx-tcp-ecn-segmentation"));
 }
 
-int packet_socket_send_plain(PacketSocket *ps,
-                             const struct virtio_net_hdr *hdr,
-                             const uint8_t *frame, size_t len)
+int packet_socket_send_plain(PacketSocket *ps, const PacketSocketFrame *frame)
 {
     int ret = -ENOBUFS;
 
     if (packet_socket_set_bypass(ps, false, NULL)) {
-        ret = packet_socket_sendmsg(ps, hdr, frame, len);
+        ret = packet_socket_sendmmsg(ps, frame, 1);
         packet_socket_set_bypass(ps, true, NULL);
     }
-    return ret;
+    return ret < 0 ? ret : 0;
 }
 
-int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
-                       const uint8_t *frame, size_t len)
+int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
+                       size_t n)
 {
-    int ret = packet_socket_sendmsg(ps, hdr, frame, len);
+    int ret = packet_socket_sendmmsg(ps, frames, n);
 
     /*
      * The bypass does not segment, so a GSO frame that the TAP's reader did
      * not ask for fails just as on a full queue.  The plain path segments it.
      */
-    if (ret == -ENOBUFS && packet_socket_must_segment(ps, hdr, len)) {
-        ret = packet_socket_send_plain(ps, hdr, frame, len);
+    if (ret == -ENOBUFS && packet_socket_must_segment(ps, frames)) {
+        ret = packet_socket_send_plain(ps, frames);
+        ret = ret < 0 ? ret : 1;
     }
     return ret == -ENOBUFS ? -EAGAIN : ret;
 }

@@ -29,8 +29,11 @@
  * What a writer holds in bytes before it is full (it needs twice as much
  * memory), and what a reader holds.
  */
-#define FRAME_WRITER_LIMIT (2 * MiB)
+#define FRAME_WRITER_LIMIT (1 * MiB)
 #define FRAME_READER_LIMIT (1 * MiB)
+
+/* How many frames are handed out at a time. */
+#define FRAME_READER_BATCH 64
 
 typedef struct FrameWriter FrameWriter;
 typedef struct FrameReader FrameReader;
@@ -93,8 +96,25 @@ bool frame_writer_full(const FrameWriter *fw);
  * @fw: the writer
  *
  * Write what the peer takes now; the rest follows as it takes more.
+ *
+ * Returns: 0, or a negative errno if the character device cannot write and
+ * will not tell when it can.  What is staged stays until it is written,
+ * discarded, or thrown away with the writer.
  */
-void frame_writer_flush(FrameWriter *fw);
+int frame_writer_flush(FrameWriter *fw);
+
+/**
+ * frame_writer_flush_all:
+ * @fw: the writer
+ *
+ * Write all that is staged, and wait for the peer at need, while the main
+ * AioContext's handlers run.  What they stage is written too; called by one of
+ * them, this returns at once.  Not to be called from a coroutine.
+ *
+ * Returns: 0, or a negative errno if the character device cannot write.  Then
+ * what was staged is lost.
+ */
+int frame_writer_flush_all(FrameWriter *fw);
 
 /**
  * frame_writer_discard:
@@ -123,31 +143,39 @@ bool frame_writer_mid_frame(const FrameWriter *fw);
  */
 void frame_writer_rewind(FrameWriter *fw);
 
-typedef enum FrameReaderResult {
-    FRAME_READER_NEXT,          /* the frame is dealt with */
-    FRAME_READER_WAIT,          /* offer it again at frame_reader_resume() */
-} FrameReaderResult;
-
 /**
- * FrameReaderHandler:
- * @opaque: as given to frame_reader_new()
+ * StreamFrame:
  * @payload: the payload; the handler may write to it
  * @size: its length in bytes, 0 included
  * @vnet_hdr_len: the length in bytes of its virtio-net header as the stream
  *                tells, or 0 if it does not
- *
- * Deals with one frame of the stream.
  */
-typedef FrameReaderResult FrameReaderHandler(void *opaque, uint8_t *payload,
-                                             size_t size,
-                                             uint32_t vnet_hdr_len);
+typedef struct StreamFrame {
+    uint8_t *payload;
+    size_t size;
+    uint32_t vnet_hdr_len;
+} StreamFrame;
+
+/**
+ * FrameReaderHandler:
+ * @opaque: as given to frame_reader_new()
+ * @frames: the next frames of the stream, in order
+ * @n: their number, 1 to FRAME_READER_BATCH
+ *
+ * Deals with frames of the stream.
+ *
+ * Returns: how many of them it has dealt with.  If not all, the rest is
+ * offered again at frame_reader_resume(), and nothing before.
+ */
+typedef size_t FrameReaderHandler(void *opaque, const StreamFrame *frames,
+                                  size_t n);
 
 /**
  * frame_reader_new:
  * @chr: where the frames come from, for messages and to end the connection;
  *       it outlives the reader
  * @vnet_hdr: whether the stream tells the length of the virtio-net header
- * @handler: called for each frame, in order
+ * @handler: called with the frames
  * @opaque: for @handler
  *
  * Returns: a reader, which frame_reader_free() destroys.
@@ -188,7 +216,7 @@ void frame_reader_push(FrameReader *fr, const uint8_t *buf, size_t size);
  * frame_reader_resume:
  * @fr: the reader
  *
- * Go on handing out frames after the handler said FRAME_READER_WAIT.
+ * Go on handing out frames after the handler has not dealt with all.
  */
 void frame_reader_resume(FrameReader *fr);
 

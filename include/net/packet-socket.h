@@ -32,11 +32,15 @@ typedef struct PacketSocket PacketSocket;
  */
 #define PACKET_SOCKET_TAG_ROOM 4
 
+/* How many frames are sent at a time. */
+#define PACKET_SOCKET_BATCH 64
+
 /**
  * packet_socket_new_capture:
  * @ifname: the interface's name, for messages
  * @ifindex: the interface, not 0
  * @directions: PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, or both
+ * @memory: bytes that frames that wait to be taken may use
  * @errp: set on failure
  *
  * Create a socket that can capture the frames of @ifindex.  It gets none
@@ -44,10 +48,15 @@ typedef struct PacketSocket PacketSocket;
  * that a socket of packet_socket_new_inject() sent.
  * Needs CAP_NET_RAW, now and not later.
  *
+ * Without CAP_NET_ADMIN the half of @memory that is for frames of more than
+ * 1522 bytes, or all of it unless @directions is PACKET_SOCKET_OUTGOING, is no
+ * more than twice net.core.rmem_max.
+ *
  * Returns: the socket, which packet_socket_free() destroys, or NULL.
  */
 PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
-                                        unsigned directions, Error **errp);
+                                        unsigned directions, size_t memory,
+                                        Error **errp);
 
 /**
  * packet_socket_new_inject:
@@ -128,32 +137,36 @@ uint64_t packet_socket_discard(PacketSocket *ps);
 ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
                            uint8_t *frame, size_t size);
 
+/* A frame to be sent */
+typedef struct PacketSocketFrame {
+    struct virtio_net_hdr hdr;
+    const uint8_t *data;
+    size_t len;                 /* in bytes */
+} PacketSocketFrame;
+
 /**
  * packet_socket_send:
  * @ps: an injecting socket
- * @hdr: the frame's header
- * @frame: the frame
- * @len: its length in bytes
+ * @frames: the frames
+ * @n: their number, not 0; no more than PACKET_SOCKET_BATCH are sent
  *
- * Send one frame out of the interface, past its queueing discipline unless
- * the kernel has to segment it.  (Then a full queue of the interface shows
- * only in the interface's tx_dropped.)
+ * Send frames out of the interface, past its queueing discipline unless the
+ * kernel has to segment them.  (Then a full queue of the interface shows only
+ * in the interface's tx_dropped.)
  *
- * Returns: 0, or a negative errno with nothing sent: -EAGAIN when the
- * interface cannot take it now (a TAP's queue is full) and it is worth to
- * try again later; -EINVAL for a bad header; -EMSGSIZE for a frame longer
- * than the MTU allows; -ENETDOWN, -ENXIO or -ENODEV when the interface is
- * down or gone.
+ * Returns: how many of the frames were sent, or a negative errno that is about
+ * the first of them, with nothing sent: -EAGAIN when the interface cannot take
+ * it now (a TAP's queue is full) and it is worth to try again later; -EINVAL
+ * for a bad header; -EMSGSIZE for a frame longer than the MTU allows;
+ * -ENETDOWN, -ENXIO or -ENODEV when the interface is down or gone.
  */
-int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
-                       const uint8_t *frame, size_t len);
+int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
+                       size_t n);
 
 /**
  * packet_socket_send_plain:
  * @ps: an injecting socket
- * @hdr: the frame's header
  * @frame: the frame
- * @len: its length in bytes
  *
  * Send one frame through the interface's queueing discipline.  The kernel
  * segments it at need; when the interface cannot take it, it gets lost there
@@ -163,9 +176,7 @@ int packet_socket_send(PacketSocket *ps, const struct virtio_net_hdr *hdr,
  *
  * Returns: 0, or a negative errno.
  */
-int packet_socket_send_plain(PacketSocket *ps,
-                             const struct virtio_net_hdr *hdr,
-                             const uint8_t *frame, size_t len);
+int packet_socket_send_plain(PacketSocket *ps, const PacketSocketFrame *frame);
 
 /**
  * packet_socket_drops:

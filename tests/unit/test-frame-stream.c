@@ -181,17 +181,16 @@ static void link_progress(void *opaque)
     }
 }
 
-static FrameReaderResult link_frame(void *opaque, uint8_t *payload,
-                                    size_t size, uint32_t vnet_hdr_len)
+static bool link_frame(Link *link, uint8_t *payload, size_t size,
+                       uint32_t vnet_hdr_len)
 {
-    Link *link = opaque;
     GByteArray *frame;
 
     g_assert_cmpuint(size, <=, FRAME_STREAM_MAX_PAYLOAD);
     g_assert_false(link->waiting);
     if (!link->wait_after) {
         link->waiting = true;
-        return FRAME_READER_WAIT;
+        return false;
     }
     if (link->wait_after != UINT_MAX) {
         link->wait_after--;
@@ -203,7 +202,20 @@ static FrameReaderResult link_frame(void *opaque, uint8_t *payload,
     if (link->scribble) {
         memset(payload, 0xa5, size);
     }
-    return FRAME_READER_NEXT;
+    return true;
+}
+
+static size_t link_frames(void *opaque, const StreamFrame *frames, size_t n)
+{
+    g_assert_cmpuint(n, >, 0);
+    g_assert_cmpuint(n, <=, FRAME_READER_BATCH);
+    for (size_t i = 0; i < n; i++) {
+        if (!link_frame(opaque, frames[i].payload, frames[i].size,
+                        frames[i].vnet_hdr_len)) {
+            return i;
+        }
+    }
+    return n;
 }
 
 /* What is handed out may come from the main loop, in parts. */
@@ -289,7 +301,7 @@ static Link *link_new_reader(bool vnet_hdr)
 {
     Link *link = link_new(vnet_hdr);
 
-    link->fr = frame_reader_new(&link->fe, vnet_hdr, link_frame, link);
+    link->fr = frame_reader_new(&link->fe, vnet_hdr, link_frames, link);
     qemu_chr_fe_set_handlers(&link->fe, link_can_read, link_read, link_event,
                              NULL, link, NULL, true);
     return link;
@@ -1426,10 +1438,9 @@ typedef struct Model {
     uint64_t handed_out;
 } Model;
 
-static FrameReaderResult model_frame(void *opaque, uint8_t *payload,
-                                     size_t size, uint32_t vnet_hdr_len)
+static bool model_frame(Model *model, uint8_t *payload, size_t size,
+                        uint32_t vnet_hdr_len)
 {
-    Model *model = opaque;
     g_autofree uint8_t *expected = g_malloc(size + 1);
     ModelFrame *frame = g_queue_peek_head(&model->complete);
 
@@ -1441,13 +1452,26 @@ static FrameReaderResult model_frame(void *opaque, uint8_t *payload,
     g_assert(!memcmp(payload, expected, size));
     if (!model->accept) {
         model->waiting = true;
-        return FRAME_READER_WAIT;
+        return false;
     }
     model->accept--;
     memset(payload, 0xa5, size);
     g_free(g_queue_pop_head(&model->complete));
     model->handed_out++;
-    return FRAME_READER_NEXT;
+    return true;
+}
+
+static size_t model_frames(void *opaque, const StreamFrame *frames, size_t n)
+{
+    g_assert_cmpuint(n, >, 0);
+    g_assert_cmpuint(n, <=, FRAME_READER_BATCH);
+    for (size_t i = 0; i < n; i++) {
+        if (!model_frame(opaque, frames[i].payload, frames[i].size,
+                         frames[i].vnet_hdr_len)) {
+            return i;
+        }
+    }
+    return n;
 }
 
 static void model_push(Model *model, size_t size)
@@ -1489,7 +1513,7 @@ static void test_reader_fuzz(gconstpointer data)
     g_test_message("seed 0x%x", seed);
     g_queue_init(&model.on_wire);
     g_queue_init(&model.complete);
-    model.fr = frame_reader_new(&link->fe, vnet_hdr, model_frame, &model);
+    model.fr = frame_reader_new(&link->fe, vnet_hdr, model_frames, &model);
     room = frame_reader_room(model.fr);
 
     for (int step = 0; step < FUZZ_STEPS; step++) {

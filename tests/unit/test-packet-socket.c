@@ -34,6 +34,7 @@
 
 #define ETH_P_TEST 0x88b5
 
+#define CAPTURE_MEMORY (6 * MiB)
 #define BOTH (PACKET_SOCKET_OUTGOING | PACKET_SOCKET_INCOMING)
 
 /* The longest IP packet, with an Ethernet header and two tags */
@@ -399,7 +400,8 @@ static void frame_make_gso(Frame *frame, int version, size_t payload)
 static PacketSocket *capture_new(const Tap *tap, unsigned directions)
 {
     PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index,
-                                                 directions, &error_abort);
+                                                 directions, CAPTURE_MEMORY,
+                                                 &error_abort);
 
     g_assert_nonnull(ps);
     return ps;
@@ -827,7 +829,8 @@ static void test_capture_no_interface(void)
     for (int i = 0; i < ARRAY_SIZE(indexes); i++) {
         Error *err = NULL;
         PacketSocket *ps = packet_socket_new_capture("nowhere0", indexes[i],
-                                                     BOTH, &err);
+                                                     BOTH, CAPTURE_MEMORY,
+                                                     &err);
 
         if (ps) {
             g_assert_null(err);
@@ -1380,7 +1383,14 @@ static PacketSocket *inject_new(const Tap *tap)
 
 static int inject(PacketSocket *ps, const Frame *frame)
 {
-    return packet_socket_send(ps, &frame->hdr, frame->data, frame->len);
+    PacketSocketFrame f = {
+        .hdr = frame->hdr, .data = frame->data, .len = frame->len,
+    };
+    int ret = packet_socket_send(ps, &f, 1);
+
+    g_assert_cmpint(ret, !=, 0);
+    g_assert_cmpint(ret, <=, 1);
+    return MIN(ret, 0);
 }
 
 static void test_inject_plain(void)
@@ -2022,7 +2032,7 @@ static void test_errors_capability_subprocess(void)
     g_assert_true(drop_net_raw());
     fds = count_fds();
     g_assert_null(packet_socket_new_capture(tap.name, tap.index, BOTH,
-                                            &capture_err));
+                                            CAPTURE_MEMORY, &capture_err));
     g_assert_null(packet_socket_new_inject(tap.name, tap.index, &inject_err));
     g_assert_cmpuint(count_fds(), ==, fds);
     g_assert_nonnull(strstr(error_get_pretty(capture_err), tap.name));
