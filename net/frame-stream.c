@@ -32,6 +32,9 @@
 /* Between two tries on a device that cannot tell when it takes more. */
 #define FRAME_WRITER_RETRY_MS 10
 
+/* How much is written at a time by who waits for it. */
+#define FRAME_WRITER_WAIT_SIZE (64 * KiB)
+
 /* How many batches are handed out before others get their turn. */
 #define FRAME_READER_BATCHES 4
 
@@ -48,7 +51,7 @@ struct FrameWriter {
     FrameBuffer buf;
     size_t first;
     guint watch;
-    bool flushing;              /* all of it, and waiting for the peer */
+    bool flushing;              /* and waiting for the peer */
     QEMUTimer *retry;
     /* Changes when the content does while chr's driver runs. */
     unsigned generation;
@@ -219,28 +222,29 @@ int frame_writer_flush(FrameWriter *fw)
     return 0;
 }
 
-typedef struct FrameWriterFlushCo {
+typedef struct FrameWriterWaitCo {
     CharFrontend *chr;
-    const FrameBuffer *buf;
+    uint8_t *data;
+    int size;
     int ret;
     bool done;
-} FrameWriterFlushCo;
+} FrameWriterWaitCo;
 
 /* In a coroutine qemu_chr_fe_write_all() lets others run while it waits. */
-static void coroutine_fn frame_writer_flush_co(void *opaque)
+static void coroutine_fn frame_writer_wait_co(void *opaque)
 {
-    FrameWriterFlushCo *co = opaque;
-    size_t size = co->buf->tail - co->buf->head;
-    int ret = qemu_chr_fe_write_all(co->chr, co->buf->data + co->buf->head,
-                                    size);
+    FrameWriterWaitCo *co = opaque;
+    int ret = qemu_chr_fe_write_all(co->chr, co->data, co->size);
 
-    co->ret = ret == size ? 0 : ret < 0 ? -errno : -EIO;
+    co->ret = ret == co->size ? 0 : ret < 0 ? -errno : -EIO;
     co->done = true;
     aio_wait_kick();
 }
 
-int frame_writer_flush_all(FrameWriter *fw)
+int frame_writer_flush_wait(FrameWriter *fw, size_t limit)
 {
+    FrameBuffer *buf = &fw->buf;
+    g_autofree uint8_t *data = NULL;
     int ret = 0;
 
     if (fw->flushing) {
@@ -248,28 +252,28 @@ int frame_writer_flush_all(FrameWriter *fw)
     }
     frame_writer_unwatch(fw);
     fw->flushing = true;
-    while (!ret && fw->buf.head < fw->buf.tail) {
-        /* More may be staged meanwhile. */
-        FrameBuffer buf = fw->buf;
-        FrameWriterFlushCo co = { .chr = fw->chr, .buf = &buf };
+    while (!ret && buf->tail - buf->head > limit) {
+        unsigned generation = fw->generation;
+        FrameWriterWaitCo co = {
+            .chr = fw->chr,
+            .size = MIN(buf->tail - buf->head, FRAME_WRITER_WAIT_SIZE),
+        };
 
-        fw->buf = (FrameBuffer) { };
-        fw->first = 0;
-        qemu_coroutine_enter(qemu_coroutine_create(frame_writer_flush_co,
-                                                   &co));
+        /* A copy: while it waits, others may stage, and the buffer move. */
+        data = data ?: g_malloc(FRAME_WRITER_WAIT_SIZE);
+        co.data = memcpy(data, buf->data + buf->head, co.size);
+        qemu_coroutine_enter(qemu_coroutine_create(frame_writer_wait_co, &co));
         while (!co.done) {
             aio_poll(qemu_get_aio_context(), true);
         }
         ret = co.ret;
-        if (fw->buf.data) {
-            g_free(buf.data);
-        } else {
-            buf.head = buf.tail = 0;
-            fw->buf = buf;
+        if (!ret && generation == fw->generation) {
+            frame_writer_advance(fw, co.size);
         }
     }
     fw->flushing = false;
-    return ret;
+    /* The rest goes without waiting. */
+    return ret ?: frame_writer_flush(fw);
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)

@@ -104,17 +104,17 @@ bool frame_writer_full(const FrameWriter *fw);
 int frame_writer_flush(FrameWriter *fw);
 
 /**
- * frame_writer_flush_all:
+ * frame_writer_flush_wait:
  * @fw: the writer
+ * @limit: bytes
  *
- * Write all that is staged, and wait for the peer at need, while the main
- * AioContext's handlers run.  What they stage is written too; called by one of
- * them, this returns at once.  Not to be called from a coroutine.
+ * Write, and wait for the peer until no more than @limit is staged.  Meanwhile
+ * the main AioContext's handlers run; what they stage is behind, and called by
+ * one of them this returns at once.  Not to be called from a coroutine.
  *
- * Returns: 0, or a negative errno if the character device cannot write.  Then
- * what was staged is lost.
+ * Returns: as frame_writer_flush().
  */
-int frame_writer_flush_all(FrameWriter *fw);
+int frame_writer_flush_wait(FrameWriter *fw, size_t limit);
 
 /**
  * frame_writer_discard:
