@@ -86,9 +86,14 @@
 #define CAPTURE_PACE_MAX_NS (1 * SCALE_MS)
 
 /*
- * What waits in the kernel.  With what waits in the frame writer it is 8 MiB.
+ * The memory that captured packets may use while they wait.  Three quarters
+ * are the packet socket's; the frame writer needs twice as much as it holds.
  */
-#define CAPTURE_MEMORY (6 * MiB)
+#define BUFFER_SIZE_DEFAULT (8 * MiB)
+#define BUFFER_SIZE_MIN (1 * MiB)
+#define BUFFER_SIZE_MAX (1 * GiB)
+#define BUFFER_SIZE_SOCKET(size) ((size) / 4 * 3)
+#define BUFFER_SIZE_WRITER(size) ((size) / 8)
 
 /* Between two looks at a TAP that was full. */
 #define INJECT_RETRY_MIN_MS 1
@@ -134,6 +139,7 @@ struct FilterTapEndpoints {
     NetFilterDirection direction;       /* as it was at setup */
     bool when_running;
     bool when_stopped;
+    uint64_t buffer_size;
     bool running;
     VMChangeStateEntry *vm_state;
     VMChangeStateEntry *vm_state_last;
@@ -955,6 +961,11 @@ static bool filter_tap_check_chain(FilterTap *ft, NetFilterState *nf,
         error_append_hint(errp, "Add 'packet-socket=on', on a TAP.\n");
         return false;
     }
+    if (ft->buffer_size) {
+        error_setg(errp, "'buffer-size' is that of a packet socket, which is "
+                   "not used on netdev '%s'", nf->netdev_id);
+        return false;
+    }
     return true;
 }
 
@@ -995,7 +1006,9 @@ static bool filter_tap_open_capture(FilterTapEndpoints *ep, Error **errp)
         return true;
     }
     ep->capture = packet_socket_new_capture(ep->ifname, ep->ifindex,
-                                            directions, CAPTURE_MEMORY, errp);
+                                            directions,
+                                            BUFFER_SIZE_SOCKET(ep->buffer_size),
+                                            errp);
     return ep->capture;
 }
 
@@ -1022,6 +1035,8 @@ static void filter_tap_start(FilterTapEndpoints *ep)
     if (ep->chr_out) {
         ep->writer = frame_writer_new(ep->chr_out, ep->vnet_hdr,
                                       filter_tap_writer_progress, ep);
+        frame_writer_set_limit(ep->writer,
+                               BUFFER_SIZE_WRITER(ep->buffer_size));
         ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
         ep->capture_timer = timer_new_ns(QEMU_CLOCK_REALTIME,
                                          filter_tap_capture_readable, ep);
@@ -1062,6 +1077,7 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
     ep->direction = nf->direction;
     ep->when_running = ft->when_running != ON_OFF_AUTO_OFF;
     ep->when_stopped = ft->when_stopped == ON_OFF_AUTO_ON;
+    ep->buffer_size = ft->buffer_size ?: BUFFER_SIZE_DEFAULT;
     ep->running = runstate_is_live(runstate_get());
     ep->chr_in = chr_in;
     ep->chr_out = chr_out;
@@ -1227,6 +1243,33 @@ static void filter_tap_set_when_stopped(Object *obj, Visitor *v,
                         &filter_tap_of(obj, opaque)->when_stopped, errp);
 }
 
+static void filter_tap_get_buffer_size(Object *obj, Visitor *v,
+                                       const char *name, void *opaque,
+                                       Error **errp)
+{
+    FilterTap *ft = filter_tap_of(obj, opaque);
+    uint64_t value = ft->buffer_size ?: BUFFER_SIZE_DEFAULT;
+
+    visit_type_size(v, name, &value, errp);
+}
+
+static void filter_tap_set_buffer_size(Object *obj, Visitor *v,
+                                       const char *name, void *opaque,
+                                       Error **errp)
+{
+    uint64_t value;
+
+    if (!filter_tap_settable(obj, name, errp) ||
+        !visit_type_size(v, name, &value, errp)) {
+        return;
+    }
+    if (value < BUFFER_SIZE_MIN || value > BUFFER_SIZE_MAX) {
+        error_setg(errp, "'%s' must be from 1 MiB to 1 GiB", name);
+        return;
+    }
+    filter_tap_of(obj, opaque)->buffer_size = value;
+}
+
 static void filter_tap_get_interface(Object *obj, Visitor *v,
                                      const char *name, void *opaque,
                                      Error **errp)
@@ -1351,6 +1394,11 @@ void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset)
                               filter_tap_set_when_stopped, NULL, opaque);
     object_class_property_set_description(oc, "enable_when_stopped",
         "Work while the VM is stopped");
+    object_class_property_add(oc, "buffer-size", "size",
+                              filter_tap_get_buffer_size,
+                              filter_tap_set_buffer_size, NULL, opaque);
+    object_class_property_set_description(oc, "buffer-size",
+        "Memory in bytes for captured packets that wait");
 
     object_class_property_add(oc, "interface", "str",
                               filter_tap_get_interface, NULL, NULL, opaque);

@@ -50,6 +50,7 @@ struct FrameWriter {
     bool vnet_hdr;
     FrameBuffer buf;
     size_t first;
+    size_t limit;
     guint watch;
     bool flushing;              /* and waiting for the peer */
     QEMUTimer *retry;
@@ -92,10 +93,16 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
 
     fw->chr = chr;
     fw->vnet_hdr = vnet_hdr;
+    fw->limit = FRAME_WRITER_LIMIT;
     fw->progress = progress;
     fw->opaque = opaque;
     fw->retry = timer_new_ms(QEMU_CLOCK_REALTIME, frame_writer_retry, fw);
     return fw;
+}
+
+void frame_writer_set_limit(FrameWriter *fw, size_t limit)
+{
+    fw->limit = limit;
 }
 
 static void frame_writer_unwatch(FrameWriter *fw)
@@ -132,7 +139,7 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
     }
     if (buf->size - buf->tail < room) {
         /* Grow by much, to grow seldom, but not beyond what is promised. */
-        buf->size = MAX(MIN(2 * buf->size, 2 * FRAME_WRITER_LIMIT),
+        buf->size = MAX(MIN(2 * buf->size, 2 * fw->limit),
                         buf->tail + room);
         buf->data = g_realloc(buf->data, buf->size);
     }
@@ -153,7 +160,7 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
 
 bool frame_writer_full(const FrameWriter *fw)
 {
-    return fw->buf.tail - fw->buf.head >= FRAME_WRITER_LIMIT;
+    return fw->buf.tail - fw->buf.head >= fw->limit;
 }
 
 /* The end of the frame that begins at @at. */

@@ -28,6 +28,7 @@ typedef struct FilterTap {
     OnOffAuto packet_socket;
     OnOffAuto when_running;
     OnOffAuto when_stopped;
+    uint64_t buffer_size;               /* bytes; 0: the default */
     FilterTapEndpoints *endpoints;      /* NULL: the chain does it all */
 } FilterTap;
 

@@ -27,7 +27,8 @@
 
 /*
  * What a writer holds in bytes before it is full (it needs twice as much
- * memory), and what a reader holds.
+ * memory) unless frame_writer_set_limit() says otherwise, and what a reader
+ * holds.
  */
 #define FRAME_WRITER_LIMIT (1 * MiB)
 #define FRAME_READER_LIMIT (1 * MiB)
@@ -61,6 +62,15 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
  * Destroy @fw, with what it still holds.
  */
 void frame_writer_free(FrameWriter *fw);
+
+/**
+ * frame_writer_set_limit:
+ * @fw: the writer
+ * @limit: bytes that it holds before it is full
+ *
+ * Set it before the first frame is staged.
+ */
+void frame_writer_set_limit(FrameWriter *fw, size_t limit);
 
 /**
  * frame_writer_reserve:
