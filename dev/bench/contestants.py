@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+Who is measured.  Each contestant captures from, or injects into, TAPs of its
+own, and one trial is one load.  Every trial checks that what was sent came or
+was counted as dropped, in order and once.
+"""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import time
+
+from rig import (Failure, Mismatch, Program, Qemu, Tap, RECEIVER_CPU,
+                 SENDER_CPU, cpu_ns, wait_for)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is sent; see traffic.h."""
+    size: int = 64
+    rate: float = 40000
+    seconds: float = 1
+    gso: int = 0
+    batch_us: int = 0
+    burst: int = 1
+
+    def options(self):
+        return {'size': self.size, 'rate': self.rate, 'gso': self.gso,
+                'seconds': self.seconds, 'batch_us': self.batch_us,
+                'burst': self.burst, 'cpu': SENDER_CPU}
+
+    def limit(self):
+        return 30 + 3 * self.seconds
+
+
+@dataclasses.dataclass
+class Outcome:
+    sent: int
+    received: int
+    drops: int                  # that somebody has counted
+    cpu_ns: int                 # of the contestant
+    seconds: float              # of sending
+    sender: dict
+    tally: dict
+
+    def metrics(self):
+        latency = self.tally.get('latency', {})
+        size = self.tally.get('bytes', 0)
+        span = (self.tally.get('last_ns', 0)
+                - self.tally.get('first_ns', 0)) / 1e9
+        frames = max(self.received, 1)
+        metrics = {
+            'sent': self.sent, 'received': self.received, 'drops': self.drops,
+            'rate': self.sent / self.seconds,
+            'cpu_ns_per_packet': self.cpu_ns / frames,
+            'sender_ns_per_packet': self.sender['cpu_ns'] / max(self.sent, 1),
+        }
+        if span > 0:
+            metrics['received_rate'] = self.received / span
+            metrics['mb_per_s'] = size / span / 1e6
+        if size:
+            metrics['cpu_ns_per_byte'] = self.cpu_ns / size
+        for name in ('50', '99', '99.9'):
+            if name in latency:
+                metrics[f'p{name}_us'] = latency[name] / 1e3
+        return metrics
+
+
+def check(who, load, outcome):
+    """What was sent came, or was counted; in order, once."""
+    tally = outcome.tally
+    if outcome.received + outcome.drops != outcome.sent:
+        raise Mismatch(f'{who}: {outcome.sent} frames were sent, '
+                       f'{outcome.received} came and {outcome.drops} were '
+                       f'counted as dropped ({load})')
+    if tally.get('disorder') or tally.get('foreign'):
+        raise Mismatch(f'{who}: {tally["disorder"]} frames came late or '
+                       f'twice, {tally["foreign"]} are not the '
+                       f"benchmark's ({load})")
+    if tally.get('missing', 0) > outcome.drops:
+        raise Mismatch(f'{who}: {tally["missing"]} numbers are missing, '
+                       f'{outcome.drops} were counted as dropped ({load})')
+
+
+def send(names, load, **more):
+    with Program('send', names, **load.options(), **more) as sender:
+        return sender.result(load.limit())
+
+
+class QemuContestant:
+    """A redirector.  SOURCE is 'product', 'straightforward' or 'chain'."""
+
+    def __init__(self, name, binary, directory, source, taps=1,
+                 inject=True, trace=None):
+        self.name = name
+        self.source = source
+        self.product = binary.product
+        prefix = re.sub('[^a-z0-9]', '', name)[:8]
+        self.taps = [Tap(f'{prefix}{i}', steer=source != 'chain')
+                     for i in range(taps)]
+        options = []
+        self.out = [f'{directory}/{name}.out{i}' for i in range(taps)]
+        self.into = [f'{directory}/{name}.in{i}' for i in range(taps)]
+        how = ''
+        if self.product:
+            how = ',packet-socket=' + ('off' if source == 'chain' else 'on')
+        for i in range(taps):
+            options += [
+                '-chardev', f'socket,id=out{i},path={self.out[i]},server=on,'
+                'wait=off', '-object', f'filter-redirector,id=cap{i},'
+                f'netdev=n{i},queue=tx,outdev=out{i},vnet_hdr_support=on'
+                + how]
+            if inject:
+                # What the chain injects toward the guest needs a guest.
+                queue = 'rx' if source == 'chain' else 'tx'
+                options += [
+                    '-chardev', f'socket,id=in{i},path={self.into[i]},'
+                    'server=on,wait=off', '-object', 'filter-redirector,'
+                    f'id=inj{i},netdev=n{i},queue={queue},indev=in{i},'
+                    'vnet_hdr_support=on' + how]
+        if trace:
+            options += ['-trace', trace[0], '-D', trace[1]]
+        self.qemu = Qemu(name, binary.path, directory, self.taps, options,
+                         source == 'straightforward')
+
+    def end(self):
+        self.qemu.end()
+
+    def names(self):
+        return [tap.name for tap in self.taps]
+
+    def counters(self, kind):
+        total = {}
+        for i, tap in enumerate(self.taps):
+            for name, value in self.qemu.counters(f'{kind}{i}').items():
+                total[name] = total.get(name, 0) + value
+            for name in ('tx_dropped', 'rx_packets', 'rx_dropped'):
+                total[name] = total.get(name, 0) + tap.statistic(name)
+        return total
+
+    def await_source(self, wanted):
+        """Until the redirector has seen that its peer came or went."""
+        if self.product and self.source != 'chain':
+            for i in range(len(self.taps)):
+                wait_for(f'the source {wanted} of {self.name}', lambda i=i:
+                         self.qemu.get(f'cap{i}', 'source') == wanted)
+            return
+        wait_for(f'the peer of {self.name}', lambda: all(
+            dev['filename'].startswith('disconnected') == (wanted == 'none')
+            for dev in self.qemu.qmp('query-chardev')
+            if dev['label'].startswith('out')))
+
+    def capture(self, load):
+        with Program('read', self.out, size=load.size, gso=load.gso,
+                     cpu=RECEIVER_CPU) as reader:
+            reader.ready()
+            self.await_source('packet-socket')
+            before, cpu = self.counters('cap'), self.qemu.cpu_ns()
+            sender = send(self.names(), load)
+            reader.tell(sender['sent'])
+            tally = reader.result()
+            self.qemu.settle()
+            cpu = self.qemu.cpu_ns() - cpu
+            after = self.counters('cap')
+        self.await_source('none')
+        delta = {name: after[name] - before[name] for name in after}
+        if self.source == 'chain':
+            drops = delta['tx_dropped']
+        else:
+            drops = sum(delta.get(f'capture-{name}', 0) for name in
+                        ('kernel-drops', 'peer-drops', 'skipped-gso',
+                         'skipped-oversize'))
+        outcome = Outcome(sender['sent'], tally['frames'], drops, cpu,
+                          sender['ns'] / 1e9, sender, tally)
+        check(self.name, load, outcome)
+        if self.product and self.source != 'chain' and \
+                delta['capture-packets'] != outcome.received:
+            raise Mismatch(f'{self.name}: {outcome.received} frames came, '
+                           'and capture-packets is '
+                           f'{delta["capture-packets"]} ({load})')
+        return outcome
+
+    def inject(self, load):
+        if self.source == 'chain':
+            return self.inject_chain(load)
+        fds = [tap.reader for tap in self.taps]
+        with Program('tap', fds, fds=fds, size=load.size, gso=load.gso,
+                     cpu=RECEIVER_CPU) as reader, \
+                Program('write', self.into, **load.options()) as writer:
+            reader.ready()
+            before, cpu = self.counters('inj'), self.qemu.cpu_ns()
+            writer.tell('')
+            sender = writer.result(load.limit())
+            reader.tell(sender['sent'])
+            tally = reader.result()
+            self.qemu.settle()
+            cpu = self.qemu.cpu_ns() - cpu
+            after = self.counters('inj')
+        delta = {name: after[name] - before[name] for name in after}
+        drops = sum(value for name, value in delta.items()
+                    if name.startswith('inject-skipped')
+                    or name == 'inject-interface-drops')
+        outcome = Outcome(sender['sent'], tally['frames'], drops, cpu,
+                          sender['ns'] / 1e9, sender, tally)
+        check(self.name, load, outcome)
+        if delta['inject-packets'] != outcome.received:
+            raise Mismatch(f'{self.name}: {outcome.received} frames came, '
+                           f'and inject-packets is {delta["inject-packets"]} '
+                           f'({load})')
+        return outcome
+
+    def inject_chain(self, load):
+        """
+        Written to the TAP, as if the guest had sent it: nobody has to read
+        it, and the interface counts it.
+        """
+        tap = self.taps[0]
+        with Program('write', self.into, **load.options()) as writer:
+            before, cpu = tap.statistic('rx_packets'), self.qemu.cpu_ns()
+            start = time.monotonic_ns()
+            writer.tell('')
+            sender = writer.result(load.limit())
+
+            def done():
+                return tap.statistic('rx_packets') - before >= sender['sent']
+            wait_for(f'{sender["sent"]} frames of {self.name}', done)
+            end = time.monotonic_ns()
+            self.qemu.settle()
+            cpu = self.qemu.cpu_ns() - cpu
+            received = tap.statistic('rx_packets') - before
+        outcome = Outcome(sender['sent'], received, 0, cpu,
+                          sender['ns'] / 1e9, sender,
+                          {'bytes': received * load.size, 'first_ns': start,
+                           'last_ns': end})
+        check(self.name, load, outcome)
+        return outcome
+
+
+class Tcpdump:
+    """tcpdump; with PIPE it writes to a cat, which is not counted."""
+
+    # A block of the kernel's ring is handed over after a second at the
+    # latest.
+    FLUSH = 1.1
+
+    def __init__(self, name, pipe):
+        self.name = name
+        self.pipe = pipe
+        self.tap = Tap(name.replace('-', ''))
+        self.tap.offload()
+
+    def end(self):
+        pass
+
+    def capture(self, load):
+        cat = null = None
+        try:
+            null = open('/dev/null', 'wb')
+            if self.pipe:
+                cat = subprocess.Popen(['cat'], stdin=subprocess.PIPE,
+                                       stdout=null)
+            tcpdump = subprocess.Popen(
+                ['tcpdump', '-n', '-Z', 'root', '-i', self.tap.name, '-w',
+                 '-' if self.pipe else '/dev/null'], stderr=subprocess.PIPE,
+                stdout=cat.stdin if cat else null)
+        except FileNotFoundError as err:
+            raise Failure(f'{err.filename} is not installed') from err
+        finally:
+            if cat:
+                cat.stdin.close()
+            null.close()
+        try:
+            said = b''
+            while b'listening on' not in said:
+                line = tcpdump.stderr.readline()
+                if not line:
+                    raise Failure(f'tcpdump: {said.decode().strip()}')
+                said += line
+            cpu = cpu_ns(tcpdump.pid)
+            sender = send([self.tap.name], load)
+            time.sleep(self.FLUSH)
+            cpu = cpu_ns(tcpdump.pid) - cpu
+            tcpdump.send_signal(signal.SIGINT)
+            said = tcpdump.communicate(timeout=30)[1].decode()
+        finally:
+            for process in filter(None, (tcpdump, cat)):
+                process.kill()
+                process.wait()
+        got = {name: int(re.search(rf'(\d+) packets? {name}', said)[1])
+               for name in ('captured', 'dropped by kernel')}
+        outcome = Outcome(sender['sent'], got['captured'],
+                          got['dropped by kernel'], cpu, sender['ns'] / 1e9,
+                          sender, {'bytes': got['captured'] * load.size,
+                                   'first_ns': 0, 'last_ns': sender['ns']})
+        check(self.name, load, outcome)
+        return outcome
+
+
+class Bare:
+    """A loop around recvmmsg() or sendmmsg()."""
+
+    def __init__(self, name):
+        self.name = name
+        self.tap = Tap(name)
+        self.tap.offload()
+
+    def end(self):
+        pass
+
+    def capture(self, load):
+        with Program('capture', [self.tap.name], size=load.size,
+                     gso=load.gso, cpu=RECEIVER_CPU) as reader:
+            reader.ready()
+            sender = send([self.tap.name], load)
+            reader.tell(sender['sent'])
+            tally = reader.result()
+        outcome = Outcome(sender['sent'], tally['frames'], tally['drops'],
+                          tally['cpu_ns'], sender['ns'] / 1e9, sender, tally)
+        check(self.name, load, outcome)
+        return outcome
+
+    def inject(self, load):
+        fds = [self.tap.reader]
+        with Program('tap', fds, fds=fds, size=load.size, gso=load.gso,
+                     cpu=RECEIVER_CPU) as reader:
+            reader.ready()
+            sender = send([self.tap.name], load, bypass=1)
+            reader.tell(sender['sent'])
+            tally = reader.result()
+        refused = sender['refused'] if load.rate else 0
+        outcome = Outcome(sender['sent'] + refused, tally['frames'], refused,
+                          sender['cpu_ns'], sender['ns'] / 1e9, sender, tally)
+        check(self.name, load, outcome)
+        return outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    path: str
+    product: bool
+
+    def need(self):
+        if not os.access(self.path, os.X_OK):
+            raise Failure(f'there is no {self.path}: run "make bench"')
+        return self

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+What the benchmark has found: tables, the goals, and plots.
+"""
+
+import re
+import shutil
+import statistics
+import subprocess
+
+from rig import say
+
+# Section: metric, its title, and how to show a value.
+METRICS = {
+    'capture': (
+        ('cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'),
+        ('lost', 'Packets lost, %', '.1f'),
+        ('mb_per_s', 'MB/s', '.1f'),
+        ('max_rate', 'Highest rate without loss, packets/s', '.0f'),
+        ('max_mb_per_s', 'The same in MB/s', '.0f'),
+    ),
+    'inject': (
+        ('cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'),
+        ('lost', 'Packets lost, %', '.1f'),
+        ('max_rate', 'Highest rate, packets/s', '.0f'),
+        ('max_mb_per_s', 'The same in MB/s', '.0f'),
+    ),
+    'latency': (
+        ('p50_us', 'Latency, median, us', '.0f'),
+        ('p99_us', 'Latency, 99 %, us', '.0f'),
+        ('p99.9_us', 'Latency, 99.9 %, us', '.0f'),
+    ),
+    'monitor': (
+        ('p50_us', 'Round trip, median, us', '.0f'),
+        ('p99_us', 'Round trip, 99 %, us', '.0f'),
+        ('max_us', 'Round trip, longest, us', '.0f'),
+    ),
+    'sender': (
+        ('sender_ns_per_packet', "The sender's CPU time per packet, ns",
+         '.0f'),
+    ),
+    'growth': (
+        ('cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'),
+        ('cpu_ns_per_byte', 'CPU time per byte, ns', '.2f'),
+        ('lost', 'Packets lost, %', '.1f'),
+    ),
+}
+
+RATES = ('40k/s', '100k/s', '200k/s')
+
+
+class Results:
+    def __init__(self):
+        self.samples = {}       # (section, row, name): {metric: [values]}
+        self.errors = []
+        self.about = {}
+        self.hold = None
+
+    def add(self, section, row, name, metrics):
+        if 'lost' not in metrics and 'sent' in metrics:
+            metrics['lost'] = 100 * (1 - metrics['received']
+                                     / max(metrics['sent'], 1))
+        sample = self.samples.setdefault((section, row, name), {})
+        for metric, value in metrics.items():
+            sample.setdefault(metric, []).append(value)
+
+    def error(self, text):
+        self.errors.append(text)
+
+    def values(self, section, row, name, metric):
+        return self.samples.get((section, row, name), {}).get(metric)
+
+    def median(self, section, row, name, metric):
+        values = self.values(section, row, name, metric)
+        return statistics.median(values) if values else None
+
+    def rows(self, section, metric):
+        found = {}
+        for (where, row, name), sample in self.samples.items():
+            if where == section and metric in sample:
+                found.setdefault(row, []).append(name)
+        return found
+
+    def as_json(self):
+        return {
+            'about': self.about,
+            'samples': [
+                {'section': section, 'row': row, 'contestant': name,
+                 'metrics': sample}
+                for (section, row, name), sample in self.samples.items()],
+            'goals': [
+                {'goal': title, 'value': value, 'limit': limit,
+                 'met': met} for title, value, limit, met in goals(self)],
+            'main_loop_held_us': self.hold,
+            'errors': self.errors,
+        }
+
+
+# Goals
+
+def ratio(results, section, row, metric, other):
+    ours = results.median(section, row, 'ours', metric)
+    theirs = results.median(section, row, other, metric)
+    return ours / theirs if ours is not None and theirs else None
+
+
+def goals(results):
+    """List (title, value, limit as text, whether it is met)."""
+    found = []
+
+    def add(title, value, most=None, least=None):
+        if value is not None:
+            found.append((title, value,
+                          f'<= {most:g}' if most is not None
+                          else f'>= {least:g}',
+                          value <= most if most is not None
+                          else value >= least))
+
+    def compare(title, section, row, metric, other, **limit):
+        add(f'{title}: ours / {other}',
+            ratio(results, section, row, metric, other), **limit)
+    for size, chain, tcpdump in (('64 B', 1 / 20, 2), ('1500 B', 1 / 8, 1)):
+        for rate in RATES:
+            row = f'{size} {rate}'
+            for other, most in (('chain', chain), ('tcpdump-cat', tcpdump)):
+                compare(f'capture {row}, CPU', 'capture', row,
+                        'cpu_ns_per_packet', other, most=most)
+    for other, least in (('chain', 6), ('tcpdump-cat', 0.8)):
+        compare('capture 64 B, highest rate', 'capture', '64 B max',
+                'max_rate', other, least=least)
+    for size in ('64 B', '1500 B'):
+        for rate in RATES:
+            compare(f'inject {size} {rate}, CPU', 'inject', f'{size} {rate}',
+                    'cpu_ns_per_packet', 'bare', most=2)
+    compare('latency of capture at 1k/s, median', 'latency', 'capture 1k/s',
+            'p50_us', 'straightforward', most=1.5)
+    compare('latency of capture at 100k/s, 99 %', 'latency',
+            'capture 100k/s', 'p99_us', 'straightforward', most=1)
+    compare('latency of inject at 1k/s, median', 'latency', 'inject 1k/s',
+            'p50_us', 'straightforward', most=1.5)
+    compare('latency of inject at 100k/s, 99 %', 'latency',
+            'inject 100k/s', 'p99_us', 'straightforward', most=1)
+    for row in ('full capture', 'peer stalled'):
+        value = results.median('monitor', row, 'ours', 'p99_us')
+        add(f'monitor, {row}, 99 %, ms', value and value / 1e3, most=5)
+    if results.hold:
+        add('main loop held, longest, ms', results.hold['longest'] / 1e3,
+            most=1)
+    absent, off = (results.median('sender', row, 'ours',
+                                  'sender_ns_per_packet')
+                   for row in ('absent', 'status=off'))
+    if absent and off:
+        add("sender's CPU, status=off / absent", off / absent, most=1.03)
+    for row in results.rows('capture', 'cpu_ns_per_packet'):
+        value = results.median('capture', row, 'chain-ours',
+                               'cpu_ns_per_packet')
+        theirs = results.median('capture', row, 'chain', 'cpu_ns_per_packet')
+        if value and theirs:
+            add(f'capture {row}, CPU: chain-ours / chain', value / theirs,
+                most=1)
+    return found
+
+
+# Time that the main loop is held
+
+def parse_hold(text):
+    """The trace's lines end in the time: "..., 12345 ns"."""
+    values = [int(match) / 1e3 for match in
+              re.findall(r'filter_tap_capture_turn .*?(\d+) ns\b', text)]
+    if not values:
+        return None
+    buckets = {}
+    for value in values:
+        top = 1
+        while top <= value:
+            top *= 2
+        buckets[top] = buckets.get(top, 0) + 1
+    return {'turns': len(values), 'longest': max(values),
+            'median': statistics.median(values),
+            'below_us': {str(top): buckets[top] for top in sorted(buckets)}}
+
+
+# Text
+
+def show(values, style):
+    if not values:
+        return '-'
+    middle = format(statistics.median(values), style)
+    if len(values) == 1:
+        return middle
+    return (f'{middle} [{format(min(values), style)}..'
+            f'{format(max(values), style)}]')
+
+
+def print_table(results, section, metric, title, style):
+    rows = results.rows(section, metric)
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if metric == 'lost':
+        rows = {row: names for row in rows
+                if any(max(results.values(section, row, name, metric) or [0])
+                       >= 0.05 for name in names)}
+    if not rows:
+        return
+    cells = [[title, *names]]
+    for row in rows:
+        cells.append([f'  {row}'] + [
+            show(results.values(section, row, name, metric), style)
+            for name in names])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print('  '.join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in
+               zip(line[1:], widths[1:])]).rstrip())
+    print()
+
+
+def print_hold(hold):
+    print('Time that one turn of the capture holds the main loop')
+    print(f'  {hold["turns"]} turns, median {hold["median"]:.0f} us, longest '
+          f'{hold["longest"]:.0f} us')
+    most = max(hold['below_us'].values())
+    for top, count in hold['below_us'].items():
+        print(f'  < {top:>6} us {count:>8} '
+              + '#' * max(1, round(50 * count / most)))
+    print()
+
+
+def print_all(results):
+    about = results.about
+    print(f'Linux {about["kernel"]}, {about["cpus"]} CPUs ({about["cpu"]}), '
+          f'{about["date"]}; {about["rounds"]} rounds of '
+          f'{about["seconds"]:g} s per load, {about["minutes"]} minutes')
+    print('Medians of the rounds, with [least..greatest].\n')
+    for section, metrics in METRICS.items():
+        if any(where == section for where, _, _ in results.samples):
+            print(f'=== {section}\n')
+        for metric, title, style in metrics:
+            print_table(results, section, metric, title, style)
+    if results.hold:
+        print_hold(results.hold)
+    else:
+        print('Time that one turn of the capture holds the main loop: not '
+              'available\n')
+    print('=== goals\n')
+    for title, value, limit, met in goals(results):
+        print(f'  {"met   " if met else "missed"}  {title:62} '
+              f'{value:9.3g}  {limit}')
+    for text in results.errors:
+        print(f'ERROR {text}')
+
+
+# Plots
+
+COLOURS = {'ours': '#0072b2', 'straightforward': '#56b4e9',
+           'chain': '#d55e00', 'chain-ours': '#e69f00',
+           'tcpdump': '#999999', 'tcpdump-cat': '#555555', 'bare': '#009e73'}
+
+
+def plot_bars(results, section, metric, title, path, wanted=None):
+    rows = {row: names for row, names in
+            results.rows(section, metric).items()
+            if not wanted or wanted(row)}
+    names = [name for name in COLOURS
+             if any(name in row for row in rows.values())]
+    if not rows or not names:
+        return
+    lines = []
+    for row in rows:
+        cells = [f'"{row}"']
+        for name in names:
+            values = results.values(section, row, name, metric)
+            cells += [f'{statistics.median(values)} {min(values)} '
+                      f'{max(values)}' if values else 'NaN NaN NaN']
+        lines.append(' '.join(cells))
+    plots = ', '.join(
+        f'$data using {3 * i + 2}:{3 * i + 3}:{3 * i + 4}:xtic(1) '
+        f'title "{name}" linecolor rgb "{COLOURS[name]}"'
+        for i, name in enumerate(names))
+    gnuplot(path, [
+        '$data << END', *lines, 'END', f'set title "{title}"',
+        'set style data histograms',
+        'set style histogram errorbars gap 1 linewidth 0.5',
+        'set style fill solid 0.9 border -1', 'set logscale y',
+        'set xtics rotate by -20', 'set grid ytics',
+        'set key outside right top', f'plot {plots}'])
+
+
+def gnuplot(path, lines):
+    script = '\n'.join([
+        'set terminal svg size 1000,420 dynamic font "sans,11" '
+        'background "white"', f'set output "{path}"', *lines, ''])
+    done = subprocess.run(['gnuplot'], input=script, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          check=False)
+    if done.returncode:
+        say(f'gnuplot could not make {path}: {done.stdout.strip()}')
+
+
+def plot_hold(hold, path):
+    gnuplot(path, [
+        '$data << END', *(f'"< {top}" {count}' for top, count in
+                          hold['below_us'].items()), 'END',
+        'set title "How long one turn of the capture holds the main loop"',
+        'set xlabel "us"', 'set style data histograms',
+        'set style fill solid 0.9 border -1', 'set grid ytics', 'unset key',
+        f'plot $data using 2:xtic(1) linecolor rgb "{COLOURS["ours"]}"'])
+
+
+def plot_all(results, out):
+    if not shutil.which('gnuplot'):
+        say('no plots: gnuplot is not installed')
+        return
+    for name, section, metric, title, wanted in (
+            ('capture-cpu', 'capture', 'cpu_ns_per_packet',
+             'Capture: CPU time per packet, ns', None),
+            ('capture-max', 'capture', 'max_rate',
+             'Capture: highest rate without loss, packets/s', None),
+            ('inject-cpu', 'inject', 'cpu_ns_per_packet',
+             'Inject: CPU time per packet, ns',
+             lambda row: 'single' not in row),
+            ('inject-max', 'inject', 'max_rate',
+             'Inject: highest rate, packets/s', None),
+            ('latency-p50', 'latency', 'p50_us', 'Latency, median, us', None),
+            ('latency-p99', 'latency', 'p99_us', 'Latency, 99 %, us', None),
+            ('monitor', 'monitor', 'p99_us',
+             'Round trip of the monitor, 99 %, us', None),
+            ('growth-taps', 'growth', 'cpu_ns_per_packet',
+             'Growth with the TAPs: CPU time per packet, ns',
+             lambda row: 'TAP' in row),
+            ('growth-size', 'growth', 'cpu_ns_per_byte',
+             'Growth with the frame: CPU time per byte, ns',
+             lambda row: 'TAP' not in row)):
+        plot_bars(results, section, metric, title, out / f'{name}.svg',
+                  wanted)
+    if results.hold:
+        plot_hold(results.hold, out / 'hold.svg')

@@ -1,0 +1,291 @@
+/*
+ * The benchmark's load: frames sent out of interfaces, or written to streams
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+#include <linux/if_packet.h>
+#include "traffic.h"
+
+#define MAX_BATCH 256
+#define MAX_BATCH_BYTES (1u << 20)
+
+static uint8_t body[MAX_FRAME];
+
+typedef struct Load {
+    const Options *options;
+    uint64_t sent;
+    uint64_t refused;
+    uint64_t late_ns;
+    int fd[MAX_TARGETS];
+    Head head[MAX_BATCH];
+    uint8_t *stream;
+} Load;
+
+/* Frame I of all goes to the target I % targets, as its I / targets. */
+static void stamp(Load *load, Head *head, uint64_t i)
+{
+    uint32_t flow = i % load->options->targets;
+
+    head->record.flow = flow;
+    head_stamp(head, i / load->options->targets, now_ns());
+}
+
+typedef void Emit(Load *load, uint64_t first, unsigned count);
+
+/* How many frames should have gone by now. */
+static uint64_t frames_due(const Options *o, uint64_t start)
+{
+    uint64_t total = o->rate * o->seconds;
+    uint64_t due = (now_ns() - start) / 1e9 * o->rate + 1;
+
+    return due < total ? due : total;
+}
+
+/* Send all that is due each batch_us, and sleep. */
+static void run_batches(Load *load, Emit *emit, uint64_t start, unsigned most)
+{
+    const Options *o = load->options;
+    uint64_t total = o->rate * o->seconds, tick = start, i = 0;
+
+    while (i < total) {
+        uint64_t due = frames_due(o, start), now;
+
+        while (i < due) {
+            unsigned count = due - i < most ? due - i : most;
+
+            emit(load, i, count);
+            i += count;
+        }
+        tick += o->batch_us * 1000ull;
+        now = now_ns();
+        if (now > tick) {
+            load->late_ns = now - tick > load->late_ns ? now - tick :
+                                                         load->late_ns;
+            tick = now;
+        }
+        if (i < total) {
+            sleep_until(tick);
+        }
+    }
+}
+
+/* Spin, so that the processor is warm and a frame goes when it is due. */
+static void run_single(Load *load, Emit *emit, uint64_t start, unsigned most)
+{
+    const Options *o = load->options;
+    uint64_t total = o->rate * o->seconds, i = 0;
+    uint64_t end = start + (o->seconds + 1) * SECOND;
+
+    most = o->burst < most ? o->burst : most;
+    while (i < total) {
+        uint64_t due = frames_due(o, start);
+
+        if (i < due) {
+            uint64_t now = now_ns(), when = start + i * (1e9 / o->rate);
+            unsigned count = due - i < most ? due - i : most;
+
+            if (now > when && now - when > load->late_ns) {
+                load->late_ns = now - when;
+            }
+            if (now > end) {
+                break;          /* the rate is out of reach */
+            }
+            emit(load, i, count);
+            i += count;
+        }
+    }
+}
+
+/* As fast as possible. */
+static void run_flood(Load *load, Emit *emit, uint64_t start, unsigned most)
+{
+    uint64_t end = start + load->options->seconds * SECOND;
+
+    for (uint64_t i = 0; now_ns() < end; i += most) {
+        emit(load, i, most);
+    }
+}
+
+static void run(Load *load, Emit *emit)
+{
+    const Options *o = load->options;
+    uint64_t cpu = cpu_ns(), start = now_ns();
+    unsigned most = MAX_BATCH_BYTES / (o->size + 64);
+
+    most = most < MAX_BATCH ? most : MAX_BATCH;
+    if (!o->rate) {
+        run_flood(load, emit, start, most);
+    } else if (o->batch_us) {
+        run_batches(load, emit, start, most);
+    } else {
+        run_single(load, emit, start, most);
+    }
+    cpu = cpu_ns() - cpu;
+    printf("{\"sent\": %" PRIu64 ", \"refused\": %" PRIu64 ", \"cpu_ns\": %"
+           PRIu64 ", \"ns\": %" PRIu64 ", \"late_ns\": %" PRIu64 "}\n",
+           load->sent, load->refused, cpu, now_ns() - start, load->late_ns);
+}
+
+/* Out of an interface */
+
+static int open_packet_socket(const char *name, bool bypass)
+{
+    struct sockaddr_ll address = {
+        .sll_family = AF_PACKET,
+        .sll_ifindex = if_nametoindex(name),
+    };
+    int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1;
+
+    if (!address.sll_ifindex) {
+        die("no interface '%s'", name);
+    }
+    if (fd < 0 ||
+        setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &on, sizeof(on)) < 0 ||
+        (bypass && setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &on,
+                              sizeof(on)) < 0) ||
+        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
+        die("packet socket on '%s': %s", name, strerror(errno));
+    }
+    return fd;
+}
+
+static void emit_packets(Load *load, uint64_t first, unsigned count)
+{
+    const Options *o = load->options;
+    struct mmsghdr message[MAX_BATCH];
+    struct iovec iov[MAX_BATCH][3];
+    unsigned done = 0;
+
+    for (unsigned i = 0; i < count; i++) {
+        Head *head = &load->head[i];
+
+        stamp(load, head, first + i);
+        iov[i][0] = (struct iovec) { &head->vnet, sizeof(head->vnet) };
+        iov[i][1] = (struct iovec) { head->frame, head->len };
+        iov[i][2] = (struct iovec) { body, o->size - head->len };
+        message[i] = (struct mmsghdr) {
+            .msg_hdr = { .msg_iov = iov[i], .msg_iovlen = 3 },
+        };
+    }
+    while (done < count) {
+        /* One call for all goes to one target. */
+        unsigned flow = (first + done) % o->targets;
+        unsigned part = o->targets > 1 ? 1 : count - done;
+        int ret = sendmmsg(load->fd[flow], message + done, part, 0);
+
+        if (ret > 0) {
+            done += ret;
+            load->sent += ret;
+        } else if (errno == ENOBUFS && !o->rate) {
+            /* The interface is full. */
+            load->refused++;
+            sleep_until(now_ns() + 20000);
+        } else if (errno == ENOBUFS) {
+            load->refused++;
+            done++;
+        } else if (errno != EINTR) {
+            die("send to '%s': %s", o->target[flow], strerror(errno));
+        }
+    }
+}
+
+int send_main(const Options *o)
+{
+    Load *load = allocate(sizeof(*load));
+
+    load->options = o;
+    for (unsigned i = 0; i < o->targets; i++) {
+        load->fd[i] = open_packet_socket(o->target[i], o->bypass);
+    }
+    for (unsigned i = 0; i < MAX_BATCH; i++) {
+        head_init(&load->head[i], o, 0);
+    }
+    run(load, emit_packets);
+    return 0;
+}
+
+/* To a stream, when there is a line on the standard input */
+
+static void put32(uint8_t *to, uint32_t value)
+{
+    value = htonl(value);
+    memcpy(to, &value, sizeof(value));
+}
+
+/* All of them with one write, unless there are several targets. */
+static void emit_stream(Load *load, uint64_t first, unsigned count)
+{
+    const Options *o = load->options;
+    Head *head = load->head;
+    size_t frame_len = 8 + sizeof(head->vnet) + o->size;
+
+    for (unsigned i = 0; i < count; i++) {
+        unsigned flow = (first + i) % o->targets;
+        uint8_t *at = load->stream + i * frame_len;
+        size_t done = 0, len = frame_len;
+
+        stamp(load, head, first + i);
+        memcpy(at + 8 + sizeof(head->vnet), head->frame, head->len);
+        if (o->targets == 1) {
+            if (i + 1 < count) {
+                continue;
+            }
+            at = load->stream;
+            len = count * frame_len;
+        }
+        while (done < len) {
+            ssize_t ret = write(load->fd[flow], at + done, len - done);
+
+            if (ret > 0) {
+                done += ret;
+            } else if (errno != EINTR) {
+                die("write to '%s': %s", o->target[flow], strerror(errno));
+            }
+        }
+    }
+    load->sent += count;
+}
+
+int write_main(const Options *o)
+{
+    Load *load = allocate(sizeof(*load));
+    Head *head = load->head;
+    size_t frame_len = 8 + sizeof(head->vnet) + o->size;
+    char go;
+
+    load->options = o;
+    for (unsigned i = 0; i < o->targets; i++) {
+        load->fd[i] = connect_unix(o->target[i]);
+    }
+    head_init(head, o, 0);
+    load->stream = allocate(MAX_BATCH * frame_len);
+    for (unsigned i = 0; i < MAX_BATCH; i++) {
+        uint8_t *at = load->stream + i * frame_len;
+
+        put32(at, frame_len - 8);
+        put32(at + 4, sizeof(head->vnet));
+        memcpy(at + 8, &head->vnet, sizeof(head->vnet));
+    }
+    if (read(STDIN_FILENO, &go, 1) == 1) {
+        run(load, emit_stream);
+    }
+    /* Until the driver has seen the counters: a peer that goes drops. */
+    fflush(stdout);
+    while (read(STDIN_FILENO, &go, 1) > 0) {
+        /* until it is closed */
+    }
+    return 0;
+}
