@@ -336,6 +336,38 @@ class Bare:
         return outcome
 
 
+class Relay:
+    """As the bare loop, but the frames come on a stream."""
+
+    def __init__(self, name, directory):
+        self.name = name
+        self.tap = Tap(name)
+        self.tap.offload()
+        self.path = f'{directory}/relay'
+        self.program = Program('relay', [self.path, self.tap.name]).ready()
+
+    def end(self):
+        self.program.process.kill()
+        self.program.close()
+
+    def inject(self, load):
+        fds = [self.tap.reader]
+        with Program('tap', fds, fds=fds, size=load.size, gso=load.gso,
+                     cpu=RECEIVER_CPU) as reader, \
+                Program('write', [self.path], **load.options()) as writer:
+            reader.ready()
+            cpu = cpu_ns(self.program.process.pid)
+            writer.tell('')
+            sender = writer.result(load.limit())
+            reader.tell(sender['sent'])
+            tally = reader.result()
+            cpu = cpu_ns(self.program.process.pid) - cpu
+        outcome = Outcome(sender['sent'], tally['frames'], 0, cpu,
+                          sender['ns'] / 1e9, sender, tally)
+        check(self.name, load, outcome)
+        return outcome
+
+
 @dataclasses.dataclass(frozen=True)
 class Binary:
     path: str

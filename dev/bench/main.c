@@ -6,6 +6,7 @@
  *   traffic read PATH...     read frames from streams
  *   traffic tap FD...        read frames from TAPs, of which the fds are open
  *   traffic capture TAP      read frames from a packet socket, nothing else
+ *   traffic relay PATH TAP   send the frames of the stream out of the TAP
  *   traffic monitor PATH     ask QEMU's monitor, one question after the other
  *
  * The options, NAME=VALUE before the targets, are the fields of Options in
@@ -159,6 +160,7 @@ int main(int argc, char **argv)
         { "read", read_main },
         { "tap", tap_main },
         { "capture", capture_main },
+        { "relay", relay_main },
         { "monitor", monitor_main },
     };
     Options o = { .seconds = 1, .size = 64, .burst = 1, .cpu = -1 };

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/if_packet.h>
@@ -288,4 +289,92 @@ int write_main(const Options *o)
         /* until it is closed */
     }
     return 0;
+}
+
+/* From a stream out of an interface: what injecting takes outside of QEMU */
+
+#define RELAY_BUFFER (1u << 20)
+
+static uint32_t get32(const uint8_t *from)
+{
+    uint32_t value;
+
+    memcpy(&value, from, sizeof(value));
+    return ntohl(value);
+}
+
+static void relay_frames(int out, struct mmsghdr *message, unsigned count)
+{
+    unsigned done = 0;
+
+    while (done < count) {
+        int ret = sendmmsg(out, message + done, count - done, 0);
+
+        if (ret > 0) {
+            done += ret;
+        } else if (errno == ENOBUFS) {
+            sleep_until(now_ns() + 20000);
+        } else if (errno != EINTR) {
+            die("send: %s", strerror(errno));
+        }
+    }
+}
+
+/* Send the frames that are complete; returns the bytes that they took. */
+static size_t relay_stream(int out, uint8_t *data, size_t len)
+{
+    struct mmsghdr message[MAX_BATCH] = { };
+    struct iovec iov[MAX_BATCH];
+    unsigned count = 0;
+    size_t at = 0;
+
+    while (len - at >= 8 && len - at - 8 >= get32(data + at)) {
+        iov[count].iov_base = data + at + 8;
+        iov[count].iov_len = get32(data + at);
+        message[count].msg_hdr.msg_iov = &iov[count];
+        message[count].msg_hdr.msg_iovlen = 1;
+        at += 8 + get32(data + at);
+        if (++count == MAX_BATCH) {
+            relay_frames(out, message, count);
+            count = 0;
+        }
+    }
+    relay_frames(out, message, count);
+    return at;
+}
+
+int relay_main(const Options *o)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    uint8_t *data = allocate(RELAY_BUFFER);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0), in, out;
+
+    if (o->targets != 2 || strlen(o->target[0]) >= sizeof(address.sun_path)) {
+        die("relay takes a path and an interface");
+    }
+    strcpy(address.sun_path, o->target[0]);
+    if (listener < 0 ||
+        bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        listen(listener, 1) < 0) {
+        die("listen on '%s': %s", o->target[0], strerror(errno));
+    }
+    out = open_packet_socket(o->target[1], true);
+    printf("ready\n");
+    fflush(stdout);
+    for (;;) {
+        size_t used = 0, taken;
+        ssize_t got;
+
+        in = accept(listener, NULL, NULL);
+        if (in < 0) {
+            die("accept: %s", strerror(errno));
+        }
+        while ((got = read(in, data + used, RELAY_BUFFER - used)) > 0) {
+            used += got;
+            taken = relay_stream(out, data, used);
+            memmove(data, data + taken, used - taken);
+            used -= taken;
+        }
+        close(in);
+    }
 }

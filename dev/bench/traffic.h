@@ -88,6 +88,7 @@ int write_main(const Options *o);
 int read_main(const Options *o);
 int tap_main(const Options *o);
 int capture_main(const Options *o);
+int relay_main(const Options *o);
 int monitor_main(const Options *o);
 
 #endif /* BENCH_TRAFFIC_H */
