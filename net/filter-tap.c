@@ -44,6 +44,7 @@
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <sys/ioctl.h>
+#include <sys/timerfd.h>
 #include <linux/ethtool.h>
 #include <linux/if_link.h>
 #include <linux/if_packet.h>
@@ -76,24 +77,27 @@
 #define CAPTURE_BATCH_BYTES (256 * KiB)
 
 /*
- * A look at the packet socket costs as much as a hundred packets.  When the
- * packets come in less than CAPTURE_PACE_NS one after the other, the next look
- * is when CAPTURE_PACE_FRAMES may have come, at the latest after
- * CAPTURE_PACE_MAX_NS.
+ * A look at the packet sockets that finds one packet costs as much CPU time as
+ * hundreds of packets.  So when packets come in less than LOOK_PACED_NS one
+ * after the other, the sockets are not polled, but looked at from time to
+ * time: the more often packets come, the later, up to LOOK_WAIT_MAX_NS, but
+ * before LOOK_FRAMES or LOOK_BYTES of them may have come, more than which a
+ * socket character device does not take at a time.
  */
-#define CAPTURE_PACE_NS (50 * SCALE_US)
-#define CAPTURE_PACE_FRAMES 64
-#define CAPTURE_PACE_MAX_NS (1 * SCALE_MS)
+#define LOOK_PACED_NS (200 * SCALE_US)
+#define LOOK_WAIT_MAX_NS (10 * SCALE_MS)
+#define LOOK_FRAMES 400
+#define LOOK_BYTES (128 * KiB)
 
 /*
- * The memory that captured packets may use while they wait.  Three quarters
- * are the packet socket's; the frame writer needs twice as much as it holds.
+ * The memory that captured packets may use while they wait.  The frame writer
+ * needs a quarter more than it holds, and the rest is the packet socket's.
  */
 #define BUFFER_SIZE_DEFAULT (8 * MiB)
 #define BUFFER_SIZE_MIN (1 * MiB)
 #define BUFFER_SIZE_MAX (1 * GiB)
-#define BUFFER_SIZE_SOCKET(size) ((size) / 4 * 3)
 #define BUFFER_SIZE_WRITER(size) ((size) / 8)
+#define BUFFER_SIZE_SOCKET(size) ((size) / 32 * 27)
 
 /* Between two looks at a TAP that was full. */
 #define INJECT_RETRY_MIN_MS 1
@@ -152,10 +156,6 @@ struct FilterTapEndpoints {
     FilterTapSource source;
     QEMUBH *flush_bh;
     bool capture_polled;
-    QEMUTimer *capture_timer;
-    int64_t capture_wait_ns;    /* not 0: the timer runs, instead of polling */
-    int64_t capture_looked_ns;
-    int64_t capture_ns_per_frame;
     bool tap_paused;
     bool interface_lost;
     uint64_t tx_dropped;
@@ -174,6 +174,17 @@ struct FilterTapEndpoints {
 
 static QLIST_HEAD(, FilterTapEndpoints) filter_tap_list =
     QLIST_HEAD_INITIALIZER(filter_tap_list);
+
+/* What the packet sockets of all filters share: see LOOK_PACED_NS. */
+static struct {
+    unsigned endpoints;         /* in the list */
+    FilterTapEndpoints *next;   /* whose turn it is, or NULL: the first one's */
+    int timer_fd;
+    bool paced;                 /* the timer runs, and no socket is polled */
+    int64_t looked_ns;
+    int64_t ns_per_frame;       /* on average of late */
+    int64_t ns_per_kib;
+} filter_tap_look = { .timer_fd = -1 };
 
 static bool filter_tap_wants(const FilterTapEndpoints *ep,
                              NetFilterDirection direction)
@@ -246,24 +257,22 @@ static void filter_tap_update_tap(FilterTapEndpoints *ep)
     filter_tap_foreach_queue(ep, filter_tap_poll_queue);
 }
 
-static void filter_tap_capture_readable(void *opaque);
+static bool filter_tap_capture_wanted(FilterTapEndpoints *ep)
+{
+    return ep->source == FILTER_TAP_PACKET_SOCKET && filter_tap_can_stage(ep);
+}
+
+static void filter_tap_look_readable(void *opaque);
 
 /* Read from the source only what can be staged. */
 static void filter_tap_update_polling(FilterTapEndpoints *ep)
 {
-    bool read = ep->source == FILTER_TAP_PACKET_SOCKET &&
-                filter_tap_can_stage(ep);
-    bool poll = read && !ep->capture_wait_ns;
+    bool poll = filter_tap_capture_wanted(ep) && !filter_tap_look.paced;
 
-    if (!read && ep->capture_wait_ns) {
-        ep->capture_wait_ns = 0;
-        timer_del(ep->capture_timer);
-    }
     if (poll != ep->capture_polled) {
         ep->capture_polled = poll;
         qemu_set_fd_handler(packet_socket_fd(ep->capture),
-                            poll ? filter_tap_capture_readable : NULL,
-                            NULL, ep);
+                            poll ? filter_tap_look_readable : NULL, NULL, ep);
     }
     filter_tap_update_tap(ep);
 }
@@ -341,42 +350,95 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
     return true;
 }
 
-/* How long to wait for the next look when @frames were there at @now. */
-static int64_t filter_tap_pace(FilterTapEndpoints *ep, unsigned frames,
-                               int64_t now)
+/* Returns the number of frames, and puts their bytes to @bytes. */
+static unsigned filter_tap_capture_turn(FilterTapEndpoints *ep,
+                                        unsigned max_frames,
+                                        size_t max_bytes, size_t *bytes)
 {
-    int64_t ns = MIN((now - ep->capture_looked_ns) / MAX(frames, 1),
-                     4 * CAPTURE_PACE_NS);
-
-    ep->capture_looked_ns = now;
-    ep->capture_ns_per_frame = (3 * ep->capture_ns_per_frame + ns) / 4;
-    if (!frames || ep->capture_ns_per_frame > CAPTURE_PACE_NS) {
-        return 0;
-    }
-    return MIN(CAPTURE_PACE_FRAMES * ep->capture_ns_per_frame,
-               CAPTURE_PACE_MAX_NS);
-}
-
-static void filter_tap_capture_readable(void *opaque)
-{
-    FilterTapEndpoints *ep = opaque;
-    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    uint64_t limit = ep->stats.capture_bytes + CAPTURE_BATCH_BYTES;
+    uint64_t before = ep->stats.capture_bytes;
     unsigned frames = 0;
 
-    while (frames < CAPTURE_BATCH && ep->stats.capture_bytes < limit &&
+    while (frames < max_frames &&
+           ep->stats.capture_bytes - before < max_bytes &&
            !frame_writer_full(ep->writer) && filter_tap_capture_one(ep)) {
         frames++;
     }
     frame_writer_flush(ep->writer);
-    ep->capture_wait_ns = filter_tap_pace(ep, frames, now);
-    if (ep->capture_wait_ns) {
-        timer_mod(ep->capture_timer, now + ep->capture_wait_ns);
+    *bytes = ep->stats.capture_bytes - before;
+    return frames;
+}
+
+static int64_t filter_tap_average(int64_t average, int64_t ns, size_t n)
+{
+    return (3 * average + ns / MAX(n, 1)) / 4;
+}
+
+/* How long to wait in ns for the next look, 0 to poll. */
+static int64_t filter_tap_look_pace(unsigned frames, size_t bytes, int64_t now)
+{
+    int64_t ns = MIN(now - filter_tap_look.looked_ns, LOOK_WAIT_MAX_NS);
+    int64_t wait;
+
+    filter_tap_look.looked_ns = now;
+    filter_tap_look.ns_per_frame =
+        filter_tap_average(filter_tap_look.ns_per_frame, ns, frames);
+    filter_tap_look.ns_per_kib =
+        filter_tap_average(filter_tap_look.ns_per_kib, ns, bytes / KiB);
+    if (!frames || filter_tap_look.ns_per_frame >= LOOK_PACED_NS) {
+        return 0;
     }
-    filter_tap_update_polling(ep);
-    if (trace_event_get_state_backends(TRACE_FILTER_TAP_CAPTURE_TURN)) {
-        trace_filter_tap_capture_turn(ep->ifname, frames,
-            qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - now);
+    wait = LOOK_WAIT_MAX_NS -
+           LOOK_WAIT_MAX_NS / LOOK_PACED_NS * filter_tap_look.ns_per_frame;
+    wait = MIN(wait, LOOK_FRAMES * filter_tap_look.ns_per_frame);
+    return MIN(wait, LOOK_BYTES / KiB * filter_tap_look.ns_per_kib);
+}
+
+/*
+ * This is no QEMUTimer, which would make the main loop go round once more
+ * each time that it is set.
+ */
+static void filter_tap_look_set_timer(int64_t ns)
+{
+    struct itimerspec when = { .it_value.tv_nsec = ns };
+
+    if (filter_tap_look.paced || ns) {
+        /* This also takes back that the fd is readable. */
+        timerfd_settime(filter_tap_look.timer_fd, 0, &when, NULL);
+        filter_tap_look.paced = ns;
+    }
+}
+
+/* Look at the packet sockets of all filters, since it costs little more. */
+static void filter_tap_look_readable(void *opaque)
+{
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    FilterTapEndpoints *ep = filter_tap_look.next ?:
+                             QLIST_FIRST(&filter_tap_list);
+    unsigned frames = 0;
+    size_t bytes = 0;
+
+    for (unsigned i = 0; i < filter_tap_look.endpoints &&
+         frames < CAPTURE_BATCH && bytes < CAPTURE_BATCH_BYTES; i++) {
+        size_t turn = 0;
+
+        if (filter_tap_capture_wanted(ep)) {
+            frames += filter_tap_capture_turn(ep, CAPTURE_BATCH - frames,
+                                              CAPTURE_BATCH_BYTES - bytes,
+                                              &turn);
+            bytes += turn;
+        }
+        ep = QLIST_NEXT(ep, next) ?: QLIST_FIRST(&filter_tap_list);
+    }
+    filter_tap_look.next = ep;
+    filter_tap_look_set_timer(filter_tap_look_pace(frames, bytes, now));
+    QLIST_FOREACH(ep, &filter_tap_list, next) {
+        if (ep->chr_out) {
+            filter_tap_update_polling(ep);
+        }
+    }
+    if (trace_event_get_state_backends(TRACE_FILTER_TAP_LOOK)) {
+        trace_filter_tap_look(frames, bytes,
+                              qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - now);
     }
 }
 
@@ -1021,6 +1083,42 @@ static bool filter_tap_open_inject(FilterTapEndpoints *ep, Error **errp)
     return ep->inject;
 }
 
+/* The timer lives as long as there are endpoints. */
+static bool filter_tap_open_timer(Error **errp)
+{
+    if (filter_tap_look.timer_fd < 0) {
+        filter_tap_look.timer_fd = timerfd_create(CLOCK_MONOTONIC,
+                                                  TFD_CLOEXEC | TFD_NONBLOCK);
+        if (filter_tap_look.timer_fd < 0) {
+            error_setg_errno(errp, errno, "could not create a timer");
+            return false;
+        }
+        qemu_set_fd_handler(filter_tap_look.timer_fd,
+                            filter_tap_look_readable, NULL, NULL);
+    }
+    return true;
+}
+
+static void filter_tap_close_timer(void)
+{
+    if (filter_tap_look.timer_fd >= 0 && !filter_tap_look.endpoints) {
+        qemu_set_fd_handler(filter_tap_look.timer_fd, NULL, NULL, NULL);
+        close(filter_tap_look.timer_fd);
+        filter_tap_look.timer_fd = -1;
+        filter_tap_look.paced = false;
+    }
+}
+
+static void filter_tap_remove(FilterTapEndpoints *ep)
+{
+    if (filter_tap_look.next == ep) {
+        filter_tap_look.next = QLIST_NEXT(ep, next);
+    }
+    QLIST_REMOVE(ep, next);
+    filter_tap_look.endpoints--;
+    filter_tap_close_timer();
+}
+
 /* Nothing can fail any more: begin. */
 static void filter_tap_start(FilterTapEndpoints *ep)
 {
@@ -1032,14 +1130,13 @@ static void filter_tap_start(FilterTapEndpoints *ep)
         }
     }
     QLIST_INSERT_HEAD(&filter_tap_list, ep, next);
+    filter_tap_look.endpoints++;
     if (ep->chr_out) {
         ep->writer = frame_writer_new(ep->chr_out, ep->vnet_hdr,
                                       filter_tap_writer_progress, ep);
         frame_writer_set_limit(ep->writer,
                                BUFFER_SIZE_WRITER(ep->buffer_size));
         ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
-        ep->capture_timer = timer_new_ns(QEMU_CLOCK_REALTIME,
-                                         filter_tap_capture_readable, ep);
         filter_tap_update_tx_dropped(ep);
         ep->tx_dropped = 0;
         qemu_chr_fe_set_handlers(ep->chr_out, filter_tap_out_can_read,
@@ -1091,7 +1188,8 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
     ep->ifindex = filter_tap_resolve(nf, ep->ifname, errp);
     if (!ep->ifindex ||
         (chr_out && !filter_tap_open_capture(ep, errp)) ||
-        (chr_in && !filter_tap_open_inject(ep, errp))) {
+        (chr_in && !filter_tap_open_inject(ep, errp)) ||
+        !filter_tap_open_timer(errp)) {
         goto fail;
     }
     ft->endpoints = ep;
@@ -1125,7 +1223,6 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
         qemu_chr_fe_disconnect(ep->chr_out);
     }
     qemu_bh_delete(ep->flush_bh);
-    timer_free(ep->capture_timer);
     g_clear_pointer(&ep->writer, frame_writer_free);
     ep->chr_out = NULL;
 }
@@ -1140,7 +1237,7 @@ void filter_tap_cleanup(FilterTap *ft)
     if (ep->chr_out) {
         filter_tap_stop_capture(ep);
     }
-    QLIST_REMOVE(ep, next);
+    filter_tap_remove(ep);
     filter_tap_update_tap(ep);
     qemu_del_vm_change_state_handler(ep->vm_state);
     qemu_del_vm_change_state_handler(ep->vm_state_last);

@@ -130,8 +130,8 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
     size_t room = frame_prefix_len(fw->vnet_hdr) + size;
     size_t used = buf->tail - fw->first;
 
-    if (buf->size - buf->tail < room && fw->first >= used) {
-        /* Half of it is written: so each byte is moved once at the most. */
+    if (buf->size - buf->tail < room && fw->first >= buf->size / 8) {
+        /* So much is written since the last time that it is worth it. */
         memmove(buf->data, buf->data + fw->first, used);
         buf->head -= fw->first;
         buf->tail = used;
@@ -139,7 +139,7 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
     }
     if (buf->size - buf->tail < room) {
         /* Grow by much, to grow seldom, but not beyond what is promised. */
-        buf->size = MAX(MIN(2 * buf->size, 2 * fw->limit),
+        buf->size = MAX(MIN(2 * buf->size, fw->limit / 4 * 5),
                         buf->tail + room);
         buf->data = g_realloc(buf->data, buf->size);
     }

@@ -275,7 +275,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                                         Error **errp)
 {
     PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
-    size_t ring = directions == PACKET_SOCKET_OUTGOING ? memory / 2 : 0;
+    size_t ring = directions == PACKET_SOCKET_OUTGOING ? memory / 3 * 2 : 0;
 
     if (!ps) {
         return NULL;

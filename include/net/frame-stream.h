@@ -26,8 +26,8 @@
 #define FRAME_STREAM_MAX_PAYLOAD NET_BUFSIZE
 
 /*
- * What a writer holds in bytes before it is full (it needs twice as much
- * memory) unless frame_writer_set_limit() says otherwise, and what a reader
+ * What a writer holds in bytes before it is full (it needs a quarter
+ * more memory) unless frame_writer_set_limit() says otherwise, and what a reader
  * holds.
  */
 #define FRAME_WRITER_LIMIT (1 * MiB)

@@ -48,7 +48,7 @@ typedef struct PacketSocket PacketSocket;
  * that a socket of packet_socket_new_inject() sent.
  * Needs CAP_NET_RAW, now and not later.
  *
- * Without CAP_NET_ADMIN the half of @memory that is for frames of more than
+ * Without CAP_NET_ADMIN the third of @memory that is for frames of more than
  * 1522 bytes, or all of it unless @directions is PACKET_SOCKET_OUTGOING, is no
  * more than twice net.core.rmem_max.
  *
