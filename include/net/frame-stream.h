@@ -26,9 +26,9 @@
 #define FRAME_STREAM_MAX_PAYLOAD NET_BUFSIZE
 
 /*
- * What a writer holds in bytes before it is full (it needs a quarter
- * more memory) unless frame_writer_set_limit() says otherwise, and what a reader
- * holds.
+ * What a writer holds in bytes before it is full, unless
+ * frame_writer_set_limit() says otherwise (it needs a quarter more memory), and
+ * what a reader holds.
  */
 #define FRAME_WRITER_LIMIT (1 * MiB)
 #define FRAME_READER_LIMIT (1 * MiB)
