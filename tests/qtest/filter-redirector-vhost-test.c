@@ -367,6 +367,12 @@ static void set_status(Fixture *f, const char *id, const char *status)
                              "  'value': %s}}", path, status);
 }
 
+static void del_object(Fixture *f, const char *id)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'object-del', 'arguments':"
+                             " {'id': %s}}", id);
+}
+
 static void vm_stop(Fixture *f)
 {
     qtest_qmp_assert_success(f->qts, "{'execute': 'stop'}");
@@ -593,6 +599,62 @@ static void test_capture_multiqueue(void)
     host_send(&f, 0, 50);
     expect_out(&f, 0, 50);
     expect_guest(&f, 0, 50);
+    fixture_close(&f);
+}
+
+/* In bursts the sockets are not polled: each last one comes all the same. */
+static void test_capture_bursts(void)
+{
+    uint32_t n = 0;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "tx");
+    guest_start(&f);
+    for (int round = 0; round < 30; round++) {
+        uint32_t burst = round % 3 ? 1 : 50 + 20 * round;
+
+        host_send(&f, n, burst);
+        expect_out(&f, n, burst);
+        n += burst;
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, n);
+    g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
+    fixture_close(&f);
+}
+
+static void swap_peers(Fixture *f)
+{
+    int out = f->out;
+
+    f->out = f->in;
+    f->in = out;
+}
+
+/* Two filters are looked at together, whoever's packets call for it. */
+static void test_capture_two(void)
+{
+    uint32_t n = 0;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "tx -object filter-redirector,id=cap2,"
+                      "netdev=n0,outdev=in,vnet_hdr_support=on,queue=all");
+    guest_start(&f);
+    guest_post(&f, 10);
+    for (int round = 0; round < 10; round++) {
+        host_send(&f, n, 300);
+        expect_out(&f, n, 300);
+        swap_peers(&f);
+        expect_out(&f, n, 300);
+        n += 300;
+        guest_send(&f, n, 1);
+        expect_out(&f, n, 1);
+        swap_peers(&f);
+        n++;
+    }
+    del_object(&f, "cap");
+    host_send(&f, n, 300);
+    swap_peers(&f);
+    expect_out(&f, n, 300);
     fixture_close(&f);
 }
 
@@ -1274,12 +1336,6 @@ static void add_inject(Fixture *f)
         "  'indev': 'in', 'queue': 'tx', 'vnet_hdr_support': true}}");
 }
 
-static void del_object(Fixture *f, const char *id)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'object-del', 'arguments':"
-                             " {'id': %s}}", id);
-}
-
 static void test_hotplug(void)
 {
     Fixture f;
@@ -1595,6 +1651,27 @@ static void test_slow_peer(void)
     fixture_close(&f);
 }
 
+/* With more memory nothing is dropped. */
+static void test_buffer_size(void)
+{
+    const uint32_t burst = 1000, bursts = 40;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "tx,buffer-size=64M");
+    g_assert_cmpuint(counter(&f, "cap", "buffer-size"), ==, 64 * MiB);
+    guest_start(&f);
+    for (uint32_t i = 0; i < bursts; i++) {
+        host_send(&f, i * burst, burst);
+        counter(&f, "cap", "capture-packets");
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
+    expect_out(&f, 0, bursts * burst);
+    del_object(&f, "cap");
+    add_capture(&f);
+    g_assert_cmpuint(counter(&f, "cap", "buffer-size"), ==, 8 * MiB);
+    fixture_close(&f);
+}
+
 /* The peer leaves in the middle of a frame. */
 static void test_reconnect(void)
 {
@@ -1612,6 +1689,91 @@ static void test_reconnect(void)
         expect_source(&f, "cap", "packet-socket");
         host_send(&f, 1000 * i + 500, 5);
         expect_out(&f, 1000 * i + 500, 5);
+    }
+    fixture_close(&f);
+}
+
+/* Without a packet socket: what the chain brings is written together */
+
+#define CHAIN "-object filter-redirector,id=cap,netdev=n0,outdev=out," \
+              "vnet_hdr_support=on,queue=tx"
+
+static void test_chain_mirror(void)
+{
+    Fixture f;
+
+    fixture_init(&f, "vhost=off", "", "-object filter-mirror,id=mirror,"
+                 "netdev=n0,outdev=out,vnet_hdr_support=on,queue=tx");
+    guest_start(&f);
+    guest_post(&f, 200);
+    for (int i = 0; i < 10; i++) {
+        host_send(&f, 20 * i, 20);
+        expect_out(&f, 20 * i, 20);
+    }
+    expect_guest(&f, 0, 200);
+    fixture_close(&f);
+}
+
+static void test_chain_mirror_no_peer(void)
+{
+    Fixture f;
+
+    fixture_init(&f, "vhost=off", "", "-object filter-mirror,id=mirror,"
+                 "netdev=n0,outdev=out,vnet_hdr_support=on,queue=tx");
+    close(f.out);
+    guest_start(&f);
+    guest_post(&f, 20);
+    host_send(&f, 0, 10);
+    expect_guest(&f, 0, 10);
+    fixture_close(&f);
+}
+
+/* A slow peer holds up QEMU, and gets everything. */
+static void test_chain_slow_peer(void)
+{
+    const uint32_t frames = 30000;
+    g_autofree char *command = NULL;
+    Fixture f;
+
+    fixture_init(&f, "vhost=off", "", CHAIN);
+    command = g_strdup_printf("ip link set %s txqueuelen %u", f.ifname,
+                              frames);
+    g_assert_cmpint(system(command), ==, 0);
+    guest_start(&f);
+    guest_post(&f, 1);
+    host_send(&f, 0, frames);
+    expect_out(&f, 0, frames);
+    fixture_close(&f);
+}
+
+/* The peer leaves in the middle of a frame; the next one gets whole ones. */
+static void test_chain_reconnect(void)
+{
+    uint8_t frame[BUFFER_LEN], header[24], byte;
+    uint32_t header_len, n = 0;
+    Fixture f;
+
+    fixture_init(&f, "vhost=off", "", CHAIN);
+    guest_start(&f);
+    guest_post(&f, 1);
+    for (int round = 0; round < 10; round++) {
+        gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+        struct pollfd pfd = { .events = POLLIN };
+
+        host_send(&f, n, 500);
+        n += 500;
+        read_full(f.out, &byte, 1);
+        close(f.out);
+        f.out = pfd.fd = connect_to(&f, "out");
+        /* Packets are lost until QEMU has the connection. */
+        do {
+            g_assert_cmpint(g_get_monotonic_time(), <, end);
+            host_send(&f, n++, 1);
+        } while (poll(&pfd, 1, 10) == 0);
+        g_assert_cmpuint(read_stream(f.out, frame, sizeof(frame), header,
+                                     &header_len), ==, FRAME_LEN);
+        g_assert_cmpuint(frame_number(frame), <, n);
+        expect_out(&f, frame_number(frame) + 1, n - 1 - frame_number(frame));
     }
     fixture_close(&f);
 }
@@ -1677,6 +1839,12 @@ static void test_errors(void)
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out',"
                       " 'enable_when_running': false",
                       "leaves nothing to do");
+    expect_error_args(&f, "'netdev': 'plain', 'outdev': 'out',"
+                      " 'buffer-size': 4194304",
+                      "'buffer-size' is that of a packet socket, which is not "
+                      "used on netdev 'plain'");
+    expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out',"
+                      " 'buffer-size': 1000000", "from 1 MiB to 1 GiB");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'none'",
                       "'none' not found");
     expect_error_args(&f, "'netdev': 'n0'", "at least one property");
@@ -1859,6 +2027,8 @@ int main(int argc, char **argv)
     add("capture/driver-reload", test_capture_driver_reload);
     add("capture/chain-reads", test_capture_chain_reads);
     add("capture/multiqueue", test_capture_multiqueue);
+    add("capture/bursts", test_capture_bursts);
+    add("capture/two", test_capture_two);
     add("capture/header", test_capture_header);
     add("capture/stream-format", test_capture_stream_format);
     add("status/on-off", test_status);
@@ -1898,7 +2068,12 @@ int main(int argc, char **argv)
     add("life/no-leak", test_no_leak);
     add("life/no-foreign-frames", test_no_foreign_frames);
     add("peer/slow", test_slow_peer);
+    add("peer/buffer-size", test_buffer_size);
     add("peer/reconnect", test_reconnect);
+    add("chain/mirror", test_chain_mirror);
+    add("chain/mirror-no-peer", test_chain_mirror_no_peer);
+    add("chain/slow-peer", test_chain_slow_peer);
+    add("chain/reconnect", test_chain_reconnect);
     add("interface/down-up", test_interface_down_up);
     add("error/options", test_errors);
     add("error/interface-gone", test_error_interface_gone);
