@@ -2381,6 +2381,362 @@ static void test_inject_queue_full_segmented(void)
     tap_delete(&tap);
 }
 
+/*
+ * Many frames at a time
+ */
+
+#define BATCH_ROOM (PACKET_SOCKET_BATCH + 40)
+
+typedef struct Batch {
+    Frame *frames;
+    PacketSocketFrame send[BATCH_ROOM];
+    size_t n;
+} Batch;
+
+static Batch *batch_new(void)
+{
+    Batch *batch = g_new0(Batch, 1);
+
+    batch->frames = g_new0(Frame, BATCH_ROOM);
+    return batch;
+}
+
+static void batch_free(Batch *batch)
+{
+    g_free(batch->frames);
+    g_free(batch);
+}
+
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Batch, batch_free)
+
+/* Once the frame is made as it has to be */
+static void batch_set(Batch *batch, size_t i)
+{
+    batch->send[i].hdr = batch->frames[i].hdr;
+    batch->send[i].data = batch->frames[i].data;
+    batch->send[i].len = batch->frames[i].len;
+}
+
+static void batch_make(Batch *batch, FrameMaker *make, uint32_t first,
+                       size_t n)
+{
+    g_assert_cmpuint(n, <=, BATCH_ROOM);
+    batch->n = n;
+    for (size_t i = 0; i < n; i++) {
+        make(&batch->frames[i], first + i);
+        batch_set(batch, i);
+    }
+}
+
+static int batch_inject(const Batch *batch, PacketSocket *ps, size_t from)
+{
+    int ret = packet_socket_send(ps, batch->send + from, batch->n - from);
+
+    g_assert_cmpint(ret, !=, 0);
+    g_assert_cmpint(ret, <=, (int)MIN(batch->n - from, PACKET_SOCKET_BATCH));
+    return ret;
+}
+
+/* Read frames @from to @to at the TAP. */
+static void batch_expect(const Batch *batch, Tap *tap, size_t from, size_t to)
+{
+    g_autofree Frame *got = g_new0(Frame, 1);
+
+    for (size_t i = from; i < to; i++) {
+        tap_read(tap, got);
+        frame_assert_equal(got, &batch->frames[i]);
+        frame_assert_hdr_equal(got, &batch->frames[i]);
+    }
+}
+
+static void tap_expect_none(Tap *tap)
+{
+    g_autofree Frame *got = g_new0(Frame, 1);
+
+    g_assert_false(tap_try_read(tap, got));
+}
+
+/* Short ones, those with a checksum left to do, and GSO frames */
+static void frame_make_for_guest(Frame *frame, uint32_t number)
+{
+    switch (number % 5) {
+    case 0:
+        frame_make_ip(frame, number & 1 ? 4 : 6, IPPROTO_UDP, number % 1400);
+        break;
+    case 1:
+        frame_make_long_gso(frame, number);
+        break;
+    default:
+        frame_make(frame, number, 60 + number * 13 % 1455);
+        break;
+    }
+}
+
+static void test_inject_batch(void)
+{
+    g_autoptr(Batch) batch = batch_new();
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(&tap);
+    for (int n = 1; n <= BATCH_ROOM; n++) {
+        int sent = MIN(n, PACKET_SOCKET_BATCH);
+
+        batch_make(batch, frame_make_for_guest, n * 100, n);
+        g_assert_cmpint(batch_inject(batch, ps, 0), ==, sent);
+        batch_expect(batch, &tap, 0, sent);
+        tap_expect_none(&tap);
+        if (sent < n) {
+            g_assert_cmpint(batch_inject(batch, ps, sent), ==, n - sent);
+            batch_expect(batch, &tap, sent, n);
+            tap_expect_none(&tap);
+        }
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* The queue gets full in the middle; what is read makes room for the rest. */
+static void test_inject_batch_queue_full(void)
+{
+    static const int lens[] = { 1, 10, 63, 64, 65, 100 };
+    g_autofree Frame *got = g_new0(Frame, 1), *expected = g_new0(Frame, 1);
+    g_autoptr(Batch) batch = batch_new();
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(&tap);
+    for (int i = 0; i < ARRAY_SIZE(lens); i++) {
+        g_autoptr(GRand) rand = g_rand_new_with_seed(i);
+        unsigned sent = 0, arrived = 0, partly = 0, refused = 0;
+
+        set_queue_len(&tap, lens[i]);
+        while (sent < (g_test_slow() ? 20000 : 2000)) {
+            int ret;
+
+            batch_make(batch, frame_make_for_guest, sent, 64);
+            ret = batch_inject(batch, ps, 0);
+            if (ret < 0) {
+                g_assert_cmpint(ret, ==, -EAGAIN);
+                refused++;
+            } else {
+                sent += ret;
+                if (ret < 64) {
+                    /* The next one was the first that did not fit. */
+                    g_assert_cmpint(batch_inject(batch, ps, ret), ==, -EAGAIN);
+                    partly++;
+                }
+            }
+            for (int j = g_rand_int_range(rand, 0, lens[i] + 2); j; j--) {
+                if (!tap_try_read(&tap, got)) {
+                    g_assert_cmpuint(arrived, ==, sent);
+                    break;
+                }
+                frame_make_for_guest(expected, arrived++);
+                frame_assert_equal(got, expected);
+                frame_assert_hdr_equal(got, expected);
+            }
+        }
+        while (arrived < sent) {
+            tap_read(&tap, got);
+            frame_make_for_guest(expected, arrived++);
+            frame_assert_equal(got, expected);
+        }
+        tap_expect_none(&tap);
+        g_assert_cmpuint(partly, >, 0);
+        g_assert_cmpuint(refused, >, 0);
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+static void frame_spoil_header(Frame *frame)
+{
+    frame->hdr.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    frame->hdr.csum_start = 0xffff;
+}
+
+static void frame_spoil_length(Frame *frame)
+{
+    frame_make(frame, 0, 1519);
+}
+
+static void frame_spoil_runt(Frame *frame)
+{
+    frame->len = 5;
+}
+
+/* What comes before a bad frame goes; the error is about the first. */
+static void test_inject_batch_errors(void)
+{
+    static const struct {
+        void (*spoil)(Frame *frame);
+        int error;
+    } cases[] = {
+        { frame_spoil_header, -EINVAL },
+        { frame_spoil_length, -EMSGSIZE },
+        { frame_spoil_runt, -EINVAL },
+    };
+    static const int places[] = { 0, 1, 7, 31, 62, 63 };
+    g_autoptr(Batch) batch = batch_new();
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+    for (int i = 0; i < ARRAY_SIZE(cases) * ARRAY_SIZE(places); i++) {
+        int kind = i % ARRAY_SIZE(cases);
+        int place = places[i / ARRAY_SIZE(cases)];
+
+        batch_make(batch, frame_make_small, i * 100, PACKET_SOCKET_BATCH);
+        cases[kind].spoil(&batch->frames[place]);
+        batch_set(batch, place);
+        if (place < 63) {
+            /* Of another kind, which nobody gets to hear of before */
+            cases[(kind + 1) % ARRAY_SIZE(cases)].spoil(&batch->frames[63]);
+            batch_set(batch, 63);
+        }
+        if (place) {
+            g_assert_cmpint(batch_inject(batch, ps, 0), ==, place);
+            batch_expect(batch, &tap, 0, place);
+        }
+        g_assert_cmpint(batch_inject(batch, ps, place), ==, cases[kind].error);
+        g_assert_cmpint(batch_inject(batch, ps, place), ==, cases[kind].error);
+        tap_expect_none(&tap);
+
+        /* Without it the rest goes. */
+        if (place < 62) {
+            g_assert_cmpint(batch_inject(batch, ps, place + 1), ==,
+                            62 - place);
+            batch_expect(batch, &tap, place + 1, 63);
+        }
+        tap_expect_none(&tap);
+    }
+
+    /* Down in between, and all of it once it is up */
+    batch_make(batch, frame_make_small, 0, BATCH_ROOM);
+    g_assert_cmpint(batch_inject(batch, ps, 0), ==, PACKET_SOCKET_BATCH);
+    set_up(tap.name, false);
+    for (int i = 0; i < 3; i++) {
+        g_assert_cmpint(batch_inject(batch, ps, PACKET_SOCKET_BATCH), ==,
+                        -ENETDOWN);
+    }
+    tap_drain(&tap);
+    set_up(tap.name, true);
+    g_assert_cmpint(batch_inject(batch, ps, PACKET_SOCKET_BATCH), ==,
+                    BATCH_ROOM - PACKET_SOCKET_BATCH);
+    batch_expect(batch, &tap, PACKET_SOCKET_BATCH, BATCH_ROOM);
+    tap_expect_none(&tap);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* GSO frames that the kernel has to cut, wherever they are in the batch */
+static void test_inject_batch_segmented(void)
+{
+    g_autoptr(Batch) batch = batch_new();
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    set_queue_len(&tap, 5000);
+    ps = inject_new(&tap);
+    for (int round = 0; round < 12; round++) {
+        size_t sent = 0;
+
+        batch_make(batch, frame_make_small, round * 100, PACKET_SOCKET_BATCH);
+        for (int i = round % 6; i < PACKET_SOCKET_BATCH;
+             i += 1 + (i + round) % 11) {
+            frame_make_gso(&batch->frames[i], i & 1 ? 4 : 6, 1 + i * 300);
+            batch_set(batch, i);
+        }
+        while (sent < batch->n) {
+            int ret = batch_inject(batch, ps, sent);
+
+            g_assert_cmpint(ret, >, 0);
+            sent += ret;
+        }
+        for (int i = 0; i < batch->n; i++) {
+            if (batch->frames[i].hdr.gso_type) {
+                expect_segments(&tap, &batch->frames[i]);
+            } else {
+                batch_expect(batch, &tap, i, i + 1);
+            }
+        }
+        tap_expect_none(&tap);
+    }
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
+/* The plain path: one frame, whole or cut, and nobody's capture sees it. */
+static void test_inject_send_plain(void)
+{
+    g_autoptr(Batch) batch = batch_new();
+    PacketSocket *ps, *capture;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    ps = inject_new(&tap);
+    capture = capture_new_hooked(&tap, PACKET_SOCKET_OUTGOING);
+    for (int i = 0; i < 20; i++) {
+        batch_make(batch, frame_make_small, i, 1);
+        g_assert_cmpint(packet_socket_send_plain(ps, batch->send), ==, 0);
+        batch_expect(batch, &tap, 0, 1);
+        batch_make(batch, frame_make_long_gso, i, 1);
+        g_assert_cmpint(packet_socket_send_plain(ps, batch->send), ==, 0);
+        expect_segments(&tap, &batch->frames[0]);
+        frame_make_gso_type(&batch->frames[0], &gso_types[0]);
+        batch_set(batch, 0);
+        g_assert_cmpint(packet_socket_send_plain(ps, batch->send), <=, 0);
+        tap_drain(&tap);
+        g_assert_cmpint(packet_socket_send(ps, batch->send, 1), !=, 0);
+        tap_drain(&tap);
+        capture_expect_none(capture);
+    }
+
+    batch_make(batch, frame_make_small, 0, 1);
+    frame_spoil_header(&batch->frames[0]);
+    batch_set(batch, 0);
+    g_assert_cmpint(packet_socket_send_plain(ps, batch->send), ==, -EINVAL);
+    batch_make(batch, frame_make_jumbo, 0, 1);
+    g_assert_cmpint(packet_socket_send_plain(ps, batch->send), ==, -EMSGSIZE);
+    set_up(tap.name, false);
+    batch_make(batch, frame_make_small, 0, 1);
+    g_assert_cmpint(packet_socket_send_plain(ps, batch->send), ==, -ENETDOWN);
+    set_up(tap.name, true);
+
+    /* And past the queueing discipline again: a full queue is told. */
+    set_queue_len(&tap, 4);
+    batch_make(batch, frame_make_small, 0, 64);
+    g_assert_cmpint(batch_inject(batch, ps, 0), ==, 4);
+    g_assert_cmpint(batch_inject(batch, ps, 4), ==, -EAGAIN);
+    batch_expect(batch, &tap, 0, 4);
+    tap_expect_none(&tap);
+    packet_socket_free(capture);
+    packet_socket_free(ps);
+    tap_delete(&tap);
+}
+
 static void test_inject_errors(void)
 {
     g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
@@ -2802,6 +3158,11 @@ int main(int argc, char **argv)
     TEST("inject/queue-full/plain", test_inject_queue_full);
     TEST("inject/queue-full/gso", test_inject_queue_full_gso);
     TEST("inject/queue-full/segmented", test_inject_queue_full_segmented);
+    TEST("inject/batch/order", test_inject_batch);
+    TEST("inject/batch/queue-full", test_inject_batch_queue_full);
+    TEST("inject/batch/errors", test_inject_batch_errors);
+    TEST("inject/batch/segmented", test_inject_batch_segmented);
+    TEST("inject/send-plain", test_inject_send_plain);
     TEST("inject/errors", test_inject_errors);
     TEST("checksum/tcp-udp", test_checksum);
     TEST("checksum/tag", test_checksum_tag);
