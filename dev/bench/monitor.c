@@ -16,6 +16,8 @@
 
 #define MAX_TRIPS (1u << 20)
 #define PATIENCE_MS 3000
+/* Between two questions, so that answering is not all that QEMU does. */
+#define PAUSE_NS 500000
 
 /* Returns false if no answer comes. */
 static bool read_answer(int fd)
@@ -68,6 +70,7 @@ int monitor_main(const Options *o)
     }
     end = now_ns() + o->seconds * SECOND;
     while (answered && trips < MAX_TRIPS && now_ns() < end) {
+        sleep_until(now_ns() + PAUSE_NS);
         before = now_ns();
         answered = ask(fd, "query-status");
         ns = now_ns() - before;
