@@ -88,6 +88,7 @@
 #define LOOK_WAIT_MAX_NS (10 * SCALE_MS)
 #define LOOK_FRAMES 400
 #define LOOK_BYTES (128 * KiB)
+#define LOOK_MANY 16
 
 /*
  * The memory that captured packets may use while they wait.  The frame writer
@@ -368,9 +369,10 @@ static unsigned filter_tap_capture_turn(FilterTapEndpoints *ep,
     return frames;
 }
 
+/* One frame more or less says little, many of them say it all. */
 static int64_t filter_tap_average(int64_t average, int64_t ns, size_t n)
 {
-    return (3 * average + ns / MAX(n, 1)) / 4;
+    return n >= LOOK_MANY ? ns / n : (3 * average + ns / MAX(n, 1)) / 4;
 }
 
 /* How long to wait in ns for the next look, 0 to poll. */
@@ -384,6 +386,9 @@ static int64_t filter_tap_look_pace(unsigned frames, size_t bytes, int64_t now)
         filter_tap_average(filter_tap_look.ns_per_frame, ns, frames);
     filter_tap_look.ns_per_kib =
         filter_tap_average(filter_tap_look.ns_per_kib, ns, bytes / KiB);
+    if (frames >= CAPTURE_BATCH || bytes >= CAPTURE_BATCH_BYTES) {
+        return 1;       /* there may be more, but others get their turn */
+    }
     if (!frames || filter_tap_look.ns_per_frame >= LOOK_PACED_NS) {
         return 0;
     }

@@ -14,12 +14,14 @@
 #include "chardev/char-socket.h"
 #include "io/channel-socket.h"
 #include "qapi/error.h"
+#include "qemu/aio.h"
 #include "qemu/bswap.h"
 #include "qemu/config-file.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
 #include "qemu/sockets.h"
+#include "qemu/thread.h"
 #include "qom/object.h"
 #include "system/system.h"
 #include <sys/un.h>
@@ -227,17 +229,12 @@ static void link_resume(Link *link, unsigned wait_after)
     settle_reader(link);
 }
 
-static Link *link_new(bool vnet_hdr)
+static Link *link_new_on(Chardev *chr, bool vnet_hdr)
 {
     Link *link = g_new0(Link, 1);
-    g_autofree char *spec = NULL;
 
-    link->dir = g_dir_make_tmp("frame-stream-XXXXXX", NULL);
-    g_assert_nonnull(link->dir);
-    link->path = g_strdup_printf("%s/socket", link->dir);
-    spec = g_strdup_printf("unix:%s,server=on,wait=off", link->path);
-    link->chr = qemu_chr_new("stream", spec, NULL);
-    g_assert_nonnull(link->chr);
+    g_assert_nonnull(chr);
+    link->chr = chr;
     qemu_chr_fe_init(&link->fe, link->chr, &error_abort);
     link->peer = -1;
     link->vnet_hdr = vnet_hdr;
@@ -246,6 +243,21 @@ static Link *link_new(bool vnet_hdr)
     link->frames = g_ptr_array_new_with_free_func(
         (GDestroyNotify)g_byte_array_unref);
     link->vnet_hdr_lens = g_array_new(false, false, sizeof(uint32_t));
+    return link;
+}
+
+static Link *link_new(bool vnet_hdr)
+{
+    g_autofree char *dir = g_dir_make_tmp("frame-stream-XXXXXX", NULL);
+    g_autofree char *path = g_strdup_printf("%s/socket", dir);
+    g_autofree char *spec = g_strdup_printf("unix:%s,server=on,wait=off",
+                                            path);
+    Link *link;
+
+    g_assert_nonnull(dir);
+    link = link_new_on(qemu_chr_new("stream", spec, NULL), vnet_hdr);
+    link->dir = g_steal_pointer(&dir);
+    link->path = g_steal_pointer(&path);
     return link;
 }
 
@@ -320,8 +332,10 @@ static void link_free(Link *link)
     /* What was freed must not be called any more. */
     link->calling = true;
     settle();
-    unlink(link->path);
-    rmdir(link->dir);
+    if (link->path) {
+        unlink(link->path);
+        rmdir(link->dir);
+    }
     g_free(link->path);
     g_free(link->dir);
     g_byte_array_unref(link->expected);
@@ -392,13 +406,31 @@ static void link_stage_next(Link *link)
     link_stage(link, payload_size(link->next_seq));
 }
 
-static void link_flush(Link *link)
+static int link_try_flush(Link *link)
 {
     bool was_calling = link->calling;
+    int ret;
 
     link->calling = true;
-    frame_writer_flush(link->fw);
+    ret = frame_writer_flush(link->fw);
     link->calling = was_calling;
+    return ret;
+}
+
+static void link_flush(Link *link)
+{
+    link_try_flush(link);
+}
+
+/* It must come to an end: the main loop's timers do not run meanwhile. */
+static int link_flush_wait(Link *link, size_t limit)
+{
+    int ret;
+
+    alarm(LIMIT_S);
+    ret = frame_writer_flush_wait(link->fw, limit);
+    alarm(0);
+    return ret;
 }
 
 /* Take what has come to the peer so far; the main loop does not run. */
@@ -880,6 +912,436 @@ static void test_writer_free(void)
         link_free(link);
     }
     frame_writer_free(NULL);
+}
+
+/*
+ * A character device that takes what the test lets it take, and fails then
+ */
+
+#define TYPE_CHARDEV_TEST "chardev-frame-test"
+OBJECT_DECLARE_SIMPLE_TYPE(TestChardev, CHARDEV_TEST)
+
+struct TestChardev {
+    Chardev parent;
+    GByteArray *got;
+    size_t budget;              /* bytes that it takes */
+    int error;                  /* an errno, or 0 to take 0 bytes */
+};
+
+static int test_chardev_write(Chardev *chr, const uint8_t *buf, int len)
+{
+    TestChardev *tc = CHARDEV_TEST(chr);
+
+    if (!tc->budget) {
+        errno = tc->error;
+        return tc->error ? -1 : 0;
+    }
+    len = MIN(len, tc->budget);
+    g_byte_array_append(tc->got, buf, len);
+    tc->budget -= len;
+    return len;
+}
+
+static void test_chardev_class_init(ObjectClass *oc, const void *data)
+{
+    CHARDEV_CLASS(oc)->chr_write = test_chardev_write;
+}
+
+static const TypeInfo test_chardev_info = {
+    .name = TYPE_CHARDEV_TEST,
+    .parent = TYPE_CHARDEV,
+    .instance_size = sizeof(TestChardev),
+    .class_init = test_chardev_class_init,
+};
+
+static Link *link_new_test_writer(TestChardev **tc)
+{
+    Link *link = link_new_on(qemu_chardev_new("test", TYPE_CHARDEV_TEST, NULL,
+                                              NULL, &error_abort), true);
+
+    *tc = CHARDEV_TEST(link->chr);
+    (*tc)->got = g_byte_array_new();
+    link->fw = frame_writer_new(&link->fe, true, link_progress, link);
+    return link;
+}
+
+static void test_chardev_check(TestChardev *tc, Link *link)
+{
+    g_assert_cmpuint(tc->got->len, ==, link->expected->len);
+    g_assert(!memcmp(tc->got->data, link->expected->data, tc->got->len));
+}
+
+/*
+ * A device that fails wherever it likes: it is told, and what is staged goes
+ * on from there.
+ */
+static void check_errors(bool wait)
+{
+    static const int errors[] = { EIO, ENOSPC, EPIPE, 0 };
+
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        TestChardev *tc;
+        Link *link = link_new_test_writer(&tc);
+        int error = errors[i] ?: EIO;
+
+        tc->error = errors[i];
+        for (int j = 0; j < 100; j++) {
+            link_stage_next(link);
+            tc->budget = j * 997 % 3000;
+            while (link->expected->len > tc->got->len + tc->budget) {
+                size_t after = tc->got->len + tc->budget;
+                int ret = wait ? link_flush_wait(link, 0) :
+                                 link_try_flush(link);
+
+                g_assert_cmpint(ret, ==, -error);
+                g_assert_cmpuint(tc->got->len, ==, after);
+                tc->budget = 5000 + j * 997 % 50000;
+            }
+        }
+        /* It will not tell when it can. */
+        settle();
+        g_assert_cmpuint(link->progress, ==, 0);
+        g_assert_cmpint(wait ? link_flush_wait(link, 0) :
+                               link_try_flush(link), ==, 0);
+        test_chardev_check(tc, link);
+        g_byte_array_unref(tc->got);
+        link_free(link);
+    }
+}
+
+static void test_writer_errors(void)
+{
+    check_errors(false);
+}
+
+static void test_writer_flush_wait_errors(void)
+{
+    check_errors(true);
+}
+
+/* One that cannot tell when it takes more: it is tried again. */
+static void test_writer_retry(void)
+{
+    TestChardev *tc;
+    Link *link = link_new_test_writer(&tc);
+
+    tc->error = EAGAIN;
+    for (int i = 0; i < 20; i++) {
+        unsigned progress = link->progress;
+
+        link_stage_next(link);
+        link_stage_next(link);
+        tc->budget = 10;
+        g_assert_cmpint(link_try_flush(link), ==, 0);
+        AWAIT((tc->budget = 1000, tc->got->len == link->expected->len));
+        AWAIT(link->progress > progress);
+        test_chardev_check(tc, link);
+    }
+
+    /* It is not tried any more once there is nothing to write. */
+    link->progress = 0;
+    settle();
+    g_assert_cmpuint(link->progress, ==, 0);
+    g_byte_array_unref(tc->got);
+    link_free(link);
+}
+
+static void test_writer_limit(void)
+{
+    static const size_t limits[] = { 1, 1000, 64 * KiB, 5 * MiB };
+
+    for (int i = 0; i < ARRAY_SIZE(limits); i++) {
+        Link *link = link_new_writer(true);
+        g_autoptr(GByteArray) got = g_byte_array_new();
+
+        frame_writer_set_limit(link->fw, limits[i]);
+        for (int j = 0; j < 3; j++) {
+            while (!frame_writer_full(link->fw)) {
+                g_assert_cmpuint(link->expected->len, <, limits[i]);
+                link_stage(link, 100 + link->next_seq % 1400);
+            }
+            g_assert_cmpuint(link->expected->len, >=, limits[i]);
+            g_assert_cmpint(link_try_flush(link), <, 0);
+            g_assert_true(frame_writer_full(link->fw));
+            g_assert_cmpuint(frame_writer_discard(link->fw), ==,
+                             frame_count(link->expected, true));
+            g_assert_false(frame_writer_full(link->fw));
+            g_byte_array_set_size(link->expected, 0);
+        }
+        link_free(link);
+    }
+}
+
+/*
+ * A peer in a thread of its own, which reads as much as it is told to, or
+ * until the end, a little at a time
+ */
+typedef struct Peer {
+    QemuThread thread;
+    Link *link;
+    GByteArray *got;
+    size_t most;
+    bool hang_up;               /* when it has got that much */
+} Peer;
+
+static void *peer_thread(void *opaque)
+{
+    Peer *peer = opaque;
+    uint8_t buf[4096];
+
+    while (peer->got->len < peer->most) {
+        size_t step = 1 + peer->got->len * 7 % sizeof(buf);
+        ssize_t ret = recv(peer->link->peer, buf,
+                           MIN(step, peer->most - peer->got->len), 0);
+
+        g_assert_cmpint(ret, >=, 0);
+        if (!ret) {
+            break;
+        }
+        g_byte_array_append(peer->got, buf, ret);
+        sched_yield();
+    }
+    if (peer->hang_up) {
+        link_close_peer(peer->link);
+    }
+    return NULL;
+}
+
+static void peer_start(Peer *peer, Link *link, size_t most, bool hang_up)
+{
+    peer->link = link;
+    peer->got = g_byte_array_new();
+    peer->most = most;
+    peer->hang_up = hang_up;
+    g_unix_set_fd_nonblocking(link->peer, false, NULL);
+    qemu_thread_create(&peer->thread, "peer", peer_thread, peer,
+                       QEMU_THREAD_JOINABLE);
+}
+
+static void peer_join(Peer *peer)
+{
+    alarm(LIMIT_S);
+    qemu_thread_join(&peer->thread);
+    alarm(0);
+    if (!peer->hang_up) {
+        g_unix_set_fd_nonblocking(peer->link->peer, true, NULL);
+    }
+}
+
+static Link *link_new_narrow_writer(size_t limit, size_t staged)
+{
+    Link *link = link_new_writer(true);
+
+    frame_writer_set_limit(link->fw, limit);
+    link_connect(link);
+    link_narrow(link);
+    while (link->expected->len < staged) {
+        link_stage_next(link);
+    }
+    return link;
+}
+
+static void check_flush_wait(size_t limit, size_t slack)
+{
+    /* One byte more than the limit is full: so it tells what is staged. */
+    Link *link = link_new_narrow_writer(limit + 1, 600000);
+    Peer peer;
+
+    peer_start(&peer, link,
+               MIN(link->expected->len, link->expected->len - limit + slack),
+               false);
+    g_assert_cmpint(link_flush_wait(link, limit), ==, 0);
+    g_assert_false(frame_writer_full(link->fw));
+    peer_join(&peer);
+    peer_expect(link, peer.got, link->expected);
+
+    /* And on in order */
+    for (int i = 0; i < 20; i++) {
+        link_stage_next(link);
+    }
+    link_flush(link);
+    peer_expect(link, peer.got, link->expected);
+    g_byte_array_unref(peer.got);
+    link_free(link);
+}
+
+static const size_t flush_wait_limits[] = {
+    0, 1, 5000, 64 * KiB, 300000, 1 * MiB
+};
+
+/* A slow peer, which takes all */
+static void test_writer_flush_wait(void)
+{
+    for (int i = 0; i < ARRAY_SIZE(flush_wait_limits); i++) {
+        check_flush_wait(flush_wait_limits[i], SIZE_MAX / 2);
+    }
+}
+
+/* One that takes no more than it has to */
+static void test_writer_flush_wait_exact(void)
+{
+    for (int i = 0; i < ARRAY_SIZE(flush_wait_limits) - 1; i++) {
+        check_flush_wait(flush_wait_limits[i], 0);
+    }
+}
+
+/* Nothing to wait for, or nobody */
+static void test_writer_flush_wait_none(void)
+{
+    Link *link = link_new_writer(true);
+    g_autoptr(GByteArray) got = g_byte_array_new();
+
+    g_assert_cmpint(link_flush_wait(link, 0), ==, 0);
+    g_assert_cmpint(link_flush_wait(link, 1000), ==, 0);
+    link_stage(link, 5000);
+    g_assert_cmpint(link_flush_wait(link, 0), <, 0);
+    g_assert_cmpint(link_flush_wait(link, 0), <, 0);
+    g_assert_cmpint(link_try_flush(link), <, 0);
+    link_connect(link);
+    g_assert_cmpint(link_flush_wait(link, 0), ==, 0);
+    g_assert_cmpint(link_flush_wait(link, 0), ==, 0);
+    peer_expect(link, got, link->expected);
+
+    /* Below the limit it goes too, as far as it does without waiting. */
+    link_stage(link, 500);
+    g_assert_cmpint(link_flush_wait(link, 1 * MiB), ==, 0);
+    peer_expect(link, got, link->expected);
+    link_free(link);
+}
+
+/*
+ * The peer leaves meanwhile: the wait is over.  The next peer gets whole
+ * frames from the start of one, with what was staged or without.
+ */
+static void test_writer_flush_wait_closed(void)
+{
+    for (int i = 0; i < 20; i++) {
+        bool discard = i & 1;
+        Link *link = link_new_narrow_writer(FRAME_WRITER_LIMIT, 600000);
+        g_autoptr(GByteArray) got = g_byte_array_new();
+        unsigned staged = link->next_seq, gone = 0;
+        Peer peer;
+
+        peer_start(&peer, link, i * 29000, true);
+        g_assert_cmpint(link_flush_wait(link, 0), <=, 0);
+        peer_join(&peer);
+        AWAIT(link->closed);
+        g_assert(!memcmp(peer.got->data, link->expected->data,
+                         peer.got->len));
+        frame_writer_rewind(link->fw);
+        if (discard) {
+            gone = frame_writer_discard(link->fw);
+            g_assert_cmpuint(gone, >, 0);
+            g_assert_cmpuint(gone, <=, staged);
+            g_byte_array_set_size(link->expected, 0);
+        }
+        link_stage_next(link);
+        link_connect(link);
+        g_assert_cmpint(link_flush_wait(link, FRAME_WRITER_LIMIT), ==, 0);
+        if (discard) {
+            peer_expect(link, got, link->expected);
+        } else {
+            /* Without those at the start that went to the last one */
+            AWAIT((peer_take(link, got, SIZE_MAX), !frame_writer_full(link->fw)
+                   && got->len + peer.got->len >= link->expected->len));
+            settle();
+            peer_take(link, got, SIZE_MAX);
+            g_assert_cmpuint(got->len, <=, link->expected->len);
+            gone = link->expected->len - got->len;
+            g_assert_cmpuint(frame_start(link->expected, true, gone, NULL,
+                                         NULL), ==, gone);
+            g_assert(!memcmp(got->data, link->expected->data + gone,
+                             got->len));
+        }
+        g_byte_array_unref(peer.got);
+        link_free(link);
+    }
+}
+
+/* What a handler in the main AioContext does, while somebody waits or not */
+typedef struct Meanwhile {
+    Link *link;
+    bool waiting;               /* somebody does */
+    unsigned runs, runs_waiting;
+    unsigned discard_at;        /* in which run */
+    uint64_t discarded;
+} Meanwhile;
+
+static void meanwhile(void *opaque)
+{
+    Meanwhile *m = opaque;
+
+    m->runs_waiting += m->waiting;
+    if (++m->runs == m->discard_at) {
+        m->discarded = frame_writer_discard(m->link->fw);
+    }
+    link_stage_next(m->link);
+    g_assert_cmpint(link_try_flush(m->link), ==, 0);
+    if (m->waiting) {
+        g_assert_cmpint(frame_writer_flush_wait(m->link->fw, 0), ==, 0);
+    }
+    if (m->runs < 100) {
+        aio_bh_schedule_oneshot(qemu_get_aio_context(), meanwhile, m);
+    }
+}
+
+/* Returns: what the peer got in the end. */
+static GByteArray *meanwhile_run(Meanwhile *m)
+{
+    Peer peer;
+
+    m->link = link_new_narrow_writer(1, 600000);
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), meanwhile, m);
+    peer_start(&peer, m->link, SIZE_MAX, false);
+    m->waiting = true;
+    g_assert_cmpint(link_flush_wait(m->link, 0), ==, 0);
+    m->waiting = false;
+    AWAIT(m->runs == 100 && !frame_writer_full(m->link->fw));
+    g_assert_cmpuint(m->runs_waiting, >, 10);
+    qemu_chr_fe_disconnect(&m->link->fe);
+    peer_join(&peer);
+    return peer.got;
+}
+
+/* What is staged meanwhile is behind. */
+static void test_writer_flush_wait_nested(void)
+{
+    Meanwhile m = {};
+    g_autoptr(GByteArray) got = meanwhile_run(&m);
+
+    g_assert_cmpuint(got->len, ==, m.link->expected->len);
+    g_assert(!memcmp(got->data, m.link->expected->data, got->len));
+    link_free(m.link);
+}
+
+/*
+ * What is discarded meanwhile was not begun: all that the peer gets are whole
+ * frames in order, and those that are missing are as many as were discarded.
+ */
+static void test_writer_flush_wait_discard(void)
+{
+    for (int run = 1; run <= 40; run += 3) {
+        Meanwhile m = { .discard_at = run };
+        g_autoptr(GByteArray) got = meanwhile_run(&m);
+        size_t at = 0, lost = 0;
+        GByteArray *expected = m.link->expected;
+
+        g_assert_cmpuint(m.discarded, >, 0);
+        for (size_t from = 0; from < expected->len;) {
+            size_t size = 8 + ldl_be_p(expected->data + from);
+
+            if (got->len - at >= size &&
+                !memcmp(got->data + at, expected->data + from, size)) {
+                at += size;
+            } else {
+                lost++;
+            }
+            from += size;
+        }
+        g_assert_cmpuint(at, ==, got->len);
+        g_assert_cmpuint(lost, ==, m.discarded);
+        link_free(m.link);
+    }
 }
 
 /*
@@ -1583,6 +2045,7 @@ int main(int argc, char **argv)
     socket_init();
     g_test_init(&argc, &argv, NULL);
     module_call_init(MODULE_INIT_QOM);
+    type_register_static(&test_chardev_info);
     qemu_add_opts(&qemu_chardev_opts);
 
     /* A flush on a closed connection must not end the test. */
@@ -1611,6 +2074,17 @@ int main(int argc, char **argv)
     g_test_add_func("/frame-stream/writer/memory", test_writer_memory);
 #endif
     g_test_add_func("/frame-stream/writer/free", test_writer_free);
+    g_test_add_func("/frame-stream/writer/errors", test_writer_errors);
+    g_test_add_func("/frame-stream/writer/retry", test_writer_retry);
+    g_test_add_func("/frame-stream/writer/limit", test_writer_limit);
+    g_test_add_func("/frame-stream/writer/flush-wait/slow-peer",
+                    test_writer_flush_wait);
+    g_test_add_func("/frame-stream/writer/flush-wait/none",
+                    test_writer_flush_wait_none);
+    g_test_add_func("/frame-stream/writer/flush-wait/closed",
+                    test_writer_flush_wait_closed);
+    g_test_add_func("/frame-stream/writer/flush-wait/nested",
+                    test_writer_flush_wait_nested);
 
     g_test_add_func("/frame-stream/reader/format", test_reader_format);
     g_test_add_data_func("/frame-stream/reader/splits/plain",
@@ -1646,5 +2120,11 @@ int main(int argc, char **argv)
                          GUINT_TO_POINTER(1), test_reader_fuzz);
     g_test_add_data_func("/frame-stream/reader/fuzz/vnet-hdr",
                          GUINT_TO_POINTER(2), test_reader_fuzz);
+    g_test_add_func("/frame-stream/writer-wait/exact",
+                    test_writer_flush_wait_exact);
+    g_test_add_func("/frame-stream/writer-wait/discard",
+                    test_writer_flush_wait_discard);
+    g_test_add_func("/frame-stream/writer-wait/errors",
+                    test_writer_flush_wait_errors);
     return g_test_run();
 }
