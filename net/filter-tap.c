@@ -50,6 +50,7 @@
 #include <linux/if_packet.h>
 #include <linux/sockios.h>
 #include "net/filter-tap.h"
+#include "net/frame-pace.h"
 #include "net/frame-stream.h"
 #include "net/packet-socket.h"
 #include "net/queue.h"
@@ -77,18 +78,13 @@
 #define CAPTURE_BATCH_BYTES (256 * KiB)
 
 /*
- * A look at the packet sockets that finds one packet costs as much CPU time as
- * hundreds of packets.  So when packets come in less than LOOK_PACED_NS one
- * after the other, the sockets are not polled, but looked at from time to
- * time: the more often packets come, the later, up to LOOK_WAIT_MAX_NS, but
- * before LOOK_FRAMES or LOOK_BYTES of them may have come, more than which a
- * socket character device does not take at a time.
+ * When packets come fast, the packet sockets of all filters are not polled, but
+ * looked at from time to time.  More bytes a socket character device does not
+ * take at a time.
  */
-#define LOOK_PACED_NS (200 * SCALE_US)
-#define LOOK_WAIT_MAX_NS (10 * SCALE_MS)
-#define LOOK_FRAMES 400
-#define LOOK_BYTES (128 * KiB)
-#define LOOK_MANY 16
+#define LOOK_MAX_NS (10 * SCALE_MS)
+#define LOOK_MAX_FRAMES 400
+#define LOOK_MAX_BYTES (128 * KiB)
 
 /*
  * The memory that captured packets may use while they wait.  The frame writer
@@ -176,16 +172,21 @@ struct FilterTapEndpoints {
 static QLIST_HEAD(, FilterTapEndpoints) filter_tap_list =
     QLIST_HEAD_INITIALIZER(filter_tap_list);
 
-/* What the packet sockets of all filters share: see LOOK_PACED_NS. */
+/* What the packet sockets of all filters share */
 static struct {
     unsigned endpoints;         /* in the list */
     FilterTapEndpoints *next;   /* whose turn it is, or NULL: the first one's */
+    FramePace pace;
     int timer_fd;
     bool paced;                 /* the timer runs, and no socket is polled */
-    int64_t looked_ns;
-    int64_t ns_per_frame;       /* on average of late */
-    int64_t ns_per_kib;
-} filter_tap_look = { .timer_fd = -1 };
+} filter_tap_look = {
+    .pace = {
+        .max_ns = LOOK_MAX_NS,
+        .max_frames = LOOK_MAX_FRAMES,
+        .max_bytes = LOOK_MAX_BYTES,
+    },
+    .timer_fd = -1,
+};
 
 static bool filter_tap_wants(const FilterTapEndpoints *ep,
                              NetFilterDirection direction)
@@ -369,35 +370,6 @@ static unsigned filter_tap_capture_turn(FilterTapEndpoints *ep,
     return frames;
 }
 
-/* One frame more or less says little, many of them say it all. */
-static int64_t filter_tap_average(int64_t average, int64_t ns, size_t n)
-{
-    return n >= LOOK_MANY ? ns / n : (3 * average + ns / MAX(n, 1)) / 4;
-}
-
-/* How long to wait in ns for the next look, 0 to poll. */
-static int64_t filter_tap_look_pace(unsigned frames, size_t bytes, int64_t now)
-{
-    int64_t ns = MIN(now - filter_tap_look.looked_ns, LOOK_WAIT_MAX_NS);
-    int64_t wait;
-
-    filter_tap_look.looked_ns = now;
-    filter_tap_look.ns_per_frame =
-        filter_tap_average(filter_tap_look.ns_per_frame, ns, frames);
-    filter_tap_look.ns_per_kib =
-        filter_tap_average(filter_tap_look.ns_per_kib, ns, bytes / KiB);
-    if (frames >= CAPTURE_BATCH || bytes >= CAPTURE_BATCH_BYTES) {
-        return 1;       /* there may be more, but others get their turn */
-    }
-    if (!frames || filter_tap_look.ns_per_frame >= LOOK_PACED_NS) {
-        return 0;
-    }
-    wait = LOOK_WAIT_MAX_NS -
-           LOOK_WAIT_MAX_NS / LOOK_PACED_NS * filter_tap_look.ns_per_frame;
-    wait = MIN(wait, LOOK_FRAMES * filter_tap_look.ns_per_frame);
-    return MIN(wait, LOOK_BYTES / KiB * filter_tap_look.ns_per_kib);
-}
-
 /*
  * This is no QEMUTimer, which would make the main loop go round once more
  * each time that it is set.
@@ -421,6 +393,7 @@ static void filter_tap_look_readable(void *opaque)
                              QLIST_FIRST(&filter_tap_list);
     unsigned frames = 0;
     size_t bytes = 0;
+    int64_t wait;
 
     for (unsigned i = 0; i < filter_tap_look.endpoints &&
          frames < CAPTURE_BATCH && bytes < CAPTURE_BATCH_BYTES; i++) {
@@ -435,7 +408,11 @@ static void filter_tap_look_readable(void *opaque)
         ep = QLIST_NEXT(ep, next) ?: QLIST_FIRST(&filter_tap_list);
     }
     filter_tap_look.next = ep;
-    filter_tap_look_set_timer(filter_tap_look_pace(frames, bytes, now));
+    wait = frame_pace(&filter_tap_look.pace, now, frames, bytes);
+    if (frames >= CAPTURE_BATCH || bytes >= CAPTURE_BATCH_BYTES) {
+        wait = 1;       /* there may be more, but others get their turn */
+    }
+    filter_tap_look_set_timer(wait);
     QLIST_FOREACH(ep, &filter_tap_list, next) {
         if (ep->chr_out) {
             filter_tap_update_polling(ep);
