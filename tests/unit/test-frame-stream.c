@@ -121,6 +121,7 @@ typedef struct Link {
     bool scribble;              /* over the payload in the handler */
     GPtrArray *frames;          /* of GByteArray, as handed out */
     GArray *vnet_hdr_lens;
+    unsigned calls;             /* of the handler */
 } Link;
 
 /* Let the reader hand out all that it does. */
@@ -209,10 +210,13 @@ static bool link_frame(Link *link, uint8_t *payload, size_t size,
 
 static size_t link_frames(void *opaque, const StreamFrame *frames, size_t n)
 {
+    Link *link = opaque;
+
     g_assert_cmpuint(n, >, 0);
     g_assert_cmpuint(n, <=, FRAME_READER_BATCH);
+    link->calls++;
     for (size_t i = 0; i < n; i++) {
-        if (!link_frame(opaque, frames[i].payload, frames[i].size,
+        if (!link_frame(link, frames[i].payload, frames[i].size,
                         frames[i].vnet_hdr_len)) {
             return i;
         }
@@ -422,7 +426,7 @@ static void link_flush(Link *link)
     link_try_flush(link);
 }
 
-/* It must come to an end: the main loop's timers do not run meanwhile. */
+/* It must come to an end.  GLib's timers, as of AWAIT(), do not run in it. */
 static int link_flush_wait(Link *link, size_t limit)
 {
     int ret;
@@ -1082,6 +1086,7 @@ typedef struct Peer {
     GByteArray *got;
     size_t most;
     bool hang_up;               /* when it has got that much */
+    bool done;
 } Peer;
 
 static void *peer_thread(void *opaque)
@@ -1104,6 +1109,7 @@ static void *peer_thread(void *opaque)
     if (peer->hang_up) {
         link_close_peer(peer->link);
     }
+    qatomic_set(&peer->done, true);
     return NULL;
 }
 
@@ -1113,6 +1119,7 @@ static void peer_start(Peer *peer, Link *link, size_t most, bool hang_up)
     peer->got = g_byte_array_new();
     peer->most = most;
     peer->hang_up = hang_up;
+    peer->done = false;
     g_unix_set_fd_nonblocking(link->peer, false, NULL);
     qemu_thread_create(&peer->thread, "peer", peer_thread, peer,
                        QEMU_THREAD_JOINABLE);
@@ -1120,9 +1127,8 @@ static void peer_start(Peer *peer, Link *link, size_t most, bool hang_up)
 
 static void peer_join(Peer *peer)
 {
-    alarm(LIMIT_S);
+    AWAIT(qatomic_read(&peer->done));
     qemu_thread_join(&peer->thread);
-    alarm(0);
     if (!peer->hang_up) {
         g_unix_set_fd_nonblocking(peer->link->peer, true, NULL);
     }
@@ -1217,7 +1223,8 @@ static void test_writer_flush_wait_closed(void)
 {
     for (int i = 0; i < 20; i++) {
         bool discard = i & 1;
-        Link *link = link_new_narrow_writer(FRAME_WRITER_LIMIT, 600000);
+        /* Full as long as there is anything left */
+        Link *link = link_new_narrow_writer(1, 600000);
         g_autoptr(GByteArray) got = g_byte_array_new();
         unsigned staged = link->next_seq, gone = 0;
         Peer peer;
@@ -1242,8 +1249,8 @@ static void test_writer_flush_wait_closed(void)
             peer_expect(link, got, link->expected);
         } else {
             /* Without those at the start that went to the last one */
-            AWAIT((peer_take(link, got, SIZE_MAX), !frame_writer_full(link->fw)
-                   && got->len + peer.got->len >= link->expected->len));
+            AWAIT((peer_take(link, got, SIZE_MAX),
+                   !frame_writer_full(link->fw)));
             settle();
             peer_take(link, got, SIZE_MAX);
             g_assert_cmpuint(got->len, <=, link->expected->len);
@@ -1878,6 +1885,116 @@ static void test_reader_free(void)
     frame_reader_free(NULL);
 }
 
+#define MANY_FRAMES 10000
+
+static void reader_push_many(Link *link)
+{
+    g_autoptr(GByteArray) stream = g_byte_array_new();
+
+    for (int i = 0; i < MANY_FRAMES; i++) {
+        append_frame(stream, true, i, 60, i);
+    }
+    g_assert_cmpuint(stream->len, <=, frame_reader_room(link->fr));
+    frame_reader_push(link->fr, stream->data, stream->len);
+}
+
+/* With many frames left, of which a part was to come from the main loop */
+static void test_reader_free_many(void)
+{
+    Link *link = link_new_reader(true);
+
+    reader_push_many(link);
+    g_assert_cmpuint(link->frames->len, <, MANY_FRAMES);
+    /* From now on a call of the handler is an error. */
+    link->waiting = true;
+    link_free(link);
+}
+
+typedef struct Others {
+    Link *link;
+    QEMUBH *bh;
+    QEMUTimer *timer;
+    unsigned bh_turns, timer_turns;     /* while there was something left */
+} Others;
+
+static void others_bh(void *opaque)
+{
+    Others *o = opaque;
+
+    if (o->link->frames->len < MANY_FRAMES) {
+        o->bh_turns++;
+        qemu_bh_schedule(o->bh);
+    }
+}
+
+static void others_timer(void *opaque)
+{
+    Others *o = opaque;
+
+    if (o->link->frames->len < MANY_FRAMES) {
+        o->timer_turns++;
+        timer_mod(o->timer, qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + 1);
+    }
+}
+
+/* While many frames are handed out others get their turn. */
+static void test_reader_turns(void)
+{
+    for (int wait = 0; wait < 2; wait++) {
+        Others o = { .link = link_new_reader(true) };
+
+        o.bh = qemu_bh_new(others_bh, &o);
+        o.timer = timer_new_ns(QEMU_CLOCK_REALTIME, others_timer, &o);
+        qemu_bh_schedule(o.bh);
+        timer_mod(o.timer, 0);
+        if (wait) {
+            o.link->wait_after = 0;
+            reader_push_many(o.link);
+            g_assert_true(o.link->waiting);
+            o.link->waiting = false;
+            o.link->wait_after = UINT_MAX;
+            frame_reader_resume(o.link->fr);
+        } else {
+            reader_push_many(o.link);
+        }
+        g_assert_cmpuint(o.link->frames->len, >, 0);
+        AWAIT(o.link->frames->len == MANY_FRAMES);
+        g_assert_cmpuint(o.bh_turns, >=, 5);
+        g_assert_cmpuint(o.timer_turns, >=, 5);
+        for (int i = 0; i < MANY_FRAMES; i++) {
+            reader_check(o.link, i, 60, i, i);
+        }
+        /* They came many at a time. */
+        g_assert_cmpuint(o.link->calls, <, MANY_FRAMES / 4);
+        qemu_bh_delete(o.bh);
+        timer_free(o.timer);
+        link_free(o.link);
+    }
+}
+
+/* A part of each batch, once resumed from the main loop right away */
+static void test_reader_parts(void)
+{
+    for (int part = 1; part <= FRAME_READER_BATCH + 1; part += 7) {
+        Link *link = link_new_reader(true);
+
+        link->wait_after = part;
+        reader_push_many(link);
+        while (link->frames->len < MANY_FRAMES) {
+            unsigned before = link->frames->len;
+
+            g_assert_true(link->waiting);
+            link_resume(link, part);
+            g_assert_cmpuint(link->frames->len, ==,
+                             MIN(before + part, MANY_FRAMES));
+        }
+        for (int i = 0; i < MANY_FRAMES; i++) {
+            reader_check(link, i, 60, i, i);
+        }
+        link_free(link);
+    }
+}
+
 /*
  * The reader against a model of it: the frames that are complete, in order,
  * and the place of each in what was pushed since the last reset.
@@ -1898,7 +2015,33 @@ typedef struct Model {
     unsigned accept;            /* frames before the next WAIT */
     bool waiting;
     uint64_t handed_out;
+    GRand *rand;                /* NULL: no whims */
+    bool running;
+    unsigned resumes;           /* under way in the main loop */
 } Model;
+
+static void model_resume(Model *model)
+{
+    model->waiting = false;
+    frame_reader_resume(model->fr);
+}
+
+static void model_resume_later(void *opaque)
+{
+    Model *model = opaque;
+
+    model->resumes--;
+    model_resume(model);
+}
+
+static void model_reset(Model *model)
+{
+    g_queue_clear_full(&model->on_wire, g_free);
+    g_byte_array_set_size(model->wire, 0);
+    model->pushed = 0;
+    frame_reader_reset(model->fr);
+}
+
 
 static bool model_frame(Model *model, uint8_t *payload, size_t size,
                         uint32_t vnet_hdr_len)
@@ -1925,15 +2068,38 @@ static bool model_frame(Model *model, uint8_t *payload, size_t size,
 
 static size_t model_frames(void *opaque, const StreamFrame *frames, size_t n)
 {
+    Model *model = opaque;
+    int whim = model->rand ? g_rand_int_range(model->rand, 0, 100) : 100;
+    size_t done = 0;
+
     g_assert_cmpuint(n, >, 0);
     g_assert_cmpuint(n, <=, FRAME_READER_BATCH);
-    for (size_t i = 0; i < n; i++) {
-        if (!model_frame(opaque, frames[i].payload, frames[i].size,
-                         frames[i].vnet_hdr_len)) {
-            return i;
-        }
+    g_assert_false(model->running);
+    model->running = true;
+    if (whim < 30) {
+        /* A part of the batch, none and all included */
+        model->accept = g_rand_int_range(model->rand, 0, n + 1);
     }
-    return n;
+    while (done < n && model_frame(model, frames[done].payload,
+                                   frames[done].size,
+                                   frames[done].vnet_hdr_len)) {
+        done++;
+    }
+    if (done < n && whim % 3 == 0) {
+        /* The rest soon */
+        aio_bh_schedule_oneshot(qemu_get_aio_context(), model_resume_later,
+                                model);
+        model->resumes++;
+    } else if (done == n && whim % 10 == 1) {
+        /* It goes on anyway. */
+        frame_reader_resume(model->fr);
+    }
+    if (whim == 50) {
+        /* The connection ends because of what was in the frame. */
+        model_reset(model);
+    }
+    model->running = false;
+    return done;
 }
 
 static void model_push(Model *model, size_t size)
@@ -1954,21 +2120,13 @@ static void model_push(Model *model, size_t size)
     frame_reader_push(model->fr, copy, size);
 }
 
-static void model_reset(Model *model)
-{
-    g_queue_clear_full(&model->on_wire, g_free);
-    g_byte_array_set_size(model->wire, 0);
-    model->pushed = 0;
-    frame_reader_reset(model->fr);
-}
-
 static void test_reader_fuzz(gconstpointer data)
 {
     uint32_t seed = FUZZ_SEED + GPOINTER_TO_UINT(data);
     bool vnet_hdr = seed & 1;
     g_autoptr(GRand) rand = g_rand_new_with_seed(seed);
     Link *link = link_new(vnet_hdr);
-    Model model = { .wire = g_byte_array_new() };
+    Model model = { .wire = g_byte_array_new(), .rand = rand };
     uint32_t seq = 0;
     size_t room;
 
@@ -2009,8 +2167,7 @@ static void test_reader_fuzz(gconstpointer data)
             model_push(&model, most);
         } else if (what < 980) {
             model.accept = g_rand_int_range(rand, 0, what < 900 ? 5 : 1000);
-            model.waiting = false;
-            frame_reader_resume(model.fr);
+            model_resume(&model);
         } else if (what < 990) {
             model_reset(&model);
         }
@@ -2026,10 +2183,10 @@ static void test_reader_fuzz(gconstpointer data)
     }
 
     /* In the end nothing is left. */
+    model.rand = NULL;
     model.accept = UINT_MAX;
-    model.waiting = false;
-    frame_reader_resume(model.fr);
-    AWAIT(g_queue_is_empty(&model.complete));
+    model_resume(&model);
+    AWAIT(g_queue_is_empty(&model.complete) && !model.resumes);
     model_reset(&model);
     g_assert_cmpuint(frame_reader_room(model.fr), ==, room);
     g_assert_cmpuint(model.handed_out, >, 500);
@@ -2041,6 +2198,8 @@ static void test_reader_fuzz(gconstpointer data)
 
 int main(int argc, char **argv)
 {
+    sigset_t alarm_set;
+
     qemu_init_main_loop(&error_abort);
     socket_init();
     g_test_init(&argc, &argv, NULL);
@@ -2050,6 +2209,10 @@ int main(int argc, char **argv)
 
     /* A flush on a closed connection must not end the test. */
     signal(SIGPIPE, SIG_IGN);
+    /* A wait for ever does. */
+    sigemptyset(&alarm_set);
+    sigaddset(&alarm_set, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &alarm_set, NULL);
 
     g_test_add_func("/frame-stream/writer/format", test_writer_format);
     g_test_add_data_func("/frame-stream/writer/batch/plain",
@@ -2116,15 +2279,18 @@ int main(int argc, char **argv)
     g_test_add_func("/frame-stream/reader/too-long/once",
                     test_reader_too_long_once);
     g_test_add_func("/frame-stream/reader/free", test_reader_free);
+    g_test_add_func("/frame-stream/reader/free-many", test_reader_free_many);
+    g_test_add_func("/frame-stream/reader/turns", test_reader_turns);
+    g_test_add_func("/frame-stream/reader/parts", test_reader_parts);
     g_test_add_data_func("/frame-stream/reader/fuzz/plain",
                          GUINT_TO_POINTER(1), test_reader_fuzz);
     g_test_add_data_func("/frame-stream/reader/fuzz/vnet-hdr",
                          GUINT_TO_POINTER(2), test_reader_fuzz);
-    g_test_add_func("/frame-stream/writer-wait/exact",
-                    test_writer_flush_wait_exact);
     g_test_add_func("/frame-stream/writer-wait/discard",
                     test_writer_flush_wait_discard);
     g_test_add_func("/frame-stream/writer-wait/errors",
                     test_writer_flush_wait_errors);
+    g_test_add_func("/frame-stream/writer-wait/exact",
+                    test_writer_flush_wait_exact);
     return g_test_run();
 }

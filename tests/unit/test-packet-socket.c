@@ -1462,6 +1462,7 @@ static void test_capture_gso_types(gconstpointer way)
 {
     g_autofree Frame *frame = g_new0(Frame, 1);
     unsigned number = 0, passed = 0;
+    uint64_t drops, discarded;
     PacketSocket *ps;
     Lab lab;
 
@@ -1494,12 +1495,21 @@ static void test_capture_gso_types(gconstpointer way)
     g_assert_cmpuint(packet_socket_drops(ps), <=, passed);
 
     /* A discard takes them along. */
+    drops = packet_socket_drops(ps);
+    passed = 0;
     for (int i = 0; i < 3 * ARRAY_SIZE(gso_types); i++) {
         frame_make_gso_type(frame, &gso_types[i % ARRAY_SIZE(gso_types)]);
-        lab_try_pass(&lab, frame);
+        passed += lab_try_pass(&lab, frame);
         lab_pass_made(&lab, frame_make_small, i);
+        passed++;
     }
-    g_assert_cmpuint(packet_socket_discard(ps), >=, 3 * ARRAY_SIZE(gso_types));
+    discarded = packet_socket_discard(ps);
+    g_assert_cmpuint(discarded, >=, 3 * ARRAY_SIZE(gso_types));
+    if (lab.way->directions == PACKET_SOCKET_INCOMING) {
+        /* Where the kernel cuts none */
+        g_assert_cmpuint(discarded + packet_socket_drops(ps) - drops, ==,
+                         passed);
+    }
     capture_expect_none(ps);
     lab_pass_made(&lab, frame_make_jumbo, 1);
     capture_expect_made(ps, frame_make_jumbo, 1);
