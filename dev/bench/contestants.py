@@ -90,15 +90,18 @@ def send(names, load, **more):
 
 
 class QemuContestant:
-    """A redirector.  SOURCE is 'product', 'straightforward' or 'chain'."""
+    """
+    A redirector.  SOURCE is 'product', 'straightforward' or 'chain'.  With
+    GUEST QEMU is started by that class, and reads the TAP itself.
+    """
 
     def __init__(self, name, binary, directory, source, taps=1,
-                 inject=True, trace=None):
+                 inject=True, trace=None, guest=None):
         self.name = name
         self.source = source
         self.product = binary.product
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
-        self.taps = [Tap(f'{prefix}{i}', steer=source != 'chain')
+        self.taps = [Tap(f'{prefix}{i}', steer=source != 'chain' and not guest)
                      for i in range(taps)]
         options = []
         self.out = [f'{directory}/{name}.out{i}' for i in range(taps)]
@@ -122,7 +125,7 @@ class QemuContestant:
                     'vnet_hdr_support=on' + how]
         if trace:
             options += ['-trace', trace[0], '-D', trace[1]]
-        self.qemu = Qemu(name, binary.path, directory, self.taps, options,
+        self.qemu = (guest or Qemu)(name, binary.path, directory, self.taps, options,
                          source == 'straightforward')
 
     def end(self):

@@ -8,6 +8,7 @@
  *   traffic capture TAP      read frames from a packet socket, nothing else
  *   traffic relay PATH TAP   send the frames of the stream out of the TAP
  *   traffic monitor PATH     ask QEMU's monitor, one question after the other
+ *   traffic guest FILE       give receive buffers back, in a guest's memory
  *
  * The options, NAME=VALUE before the targets, are the fields of Options in
  * traffic.h.  Each prints one line of JSON.
@@ -162,6 +163,7 @@ int main(int argc, char **argv)
         { "capture", capture_main },
         { "relay", relay_main },
         { "monitor", monitor_main },
+        { "guest", guest_main },
     };
     Options o = { .seconds = 1, .size = 64, .burst = 1, .cpu = -1 };
 

@@ -253,6 +253,12 @@ class Monitor:
 class Qemu:
     """A QEMU with one NIC for each of TAPS; its files are in DIRECTORY."""
 
+    VHOST = 'off'
+    NIC = ''
+
+    def machine(self):
+        return ['-machine', 'pc', '-accel', 'tcg']
+
     def __init__(self, name, binary, directory, taps, options=(),
                  socket_env=False):
         self.name = name
@@ -265,16 +271,15 @@ class Qemu:
             rom.write_bytes(bytes(0xfff0) + b'\xfa\xf4\xeb\xfd' + bytes(12))
         command = [
             binary, '-name', f'bench-{name}', '-nodefaults',
-            '-no-user-config', '-display', 'none', '-machine', 'pc',
-            '-accel', 'tcg', '-m', '16', '-bios', str(rom),
-            '-qmp', f'unix:{self.path("qmp")},server=on,wait=off',
+            '-no-user-config', '-display', 'none', '-m', '16',
+            '-bios', str(rom), *self.machine(), '-qmp', f'unix:{self.path("qmp")},server=on,wait=off',
             # For the program, which has to begin with a connection.
             '-qmp', f'unix:{self.path("qmp2")},server=on,wait=off']
         for i, tap in enumerate(taps):
             command += [
-                '-netdev', f'tap,id=n{i},fd={tap.qemu},vhost=off',
+                '-netdev', f'tap,id=n{i},fd={tap.qemu},vhost={self.VHOST}',
                 '-device', f'virtio-net-pci,netdev=n{i},romfile=,'
-                f'multifunction=on,addr={3 + i // 8:#x}.{i % 8}']
+                f'multifunction=on,addr={3 + i // 8:#x}.{i % 8}{self.NIC}']
         env = dict(os.environ)
         if socket_env:
             env['BENCH_PACKET_SOCKET'] = '1'

@@ -90,5 +90,6 @@ int tap_main(const Options *o);
 int capture_main(const Options *o);
 int relay_main(const Options *o);
 int monitor_main(const Options *o);
+int guest_main(const Options *o);
 
 #endif /* BENCH_TRAFFIC_H */
