@@ -1084,6 +1084,7 @@ typedef struct Peer {
     QemuThread thread;
     Link *link;
     GByteArray *got;
+    size_t taken;               /* bytes so far, for others to see */
     size_t most;
     bool hang_up;               /* when it has got that much */
     bool done;
@@ -1104,6 +1105,7 @@ static void *peer_thread(void *opaque)
             break;
         }
         g_byte_array_append(peer->got, buf, ret);
+        qatomic_set(&peer->taken, peer->got->len);
         sched_yield();
     }
     if (peer->hang_up) {
@@ -1117,6 +1119,7 @@ static void peer_start(Peer *peer, Link *link, size_t most, bool hang_up)
 {
     peer->link = link;
     peer->got = g_byte_array_new();
+    peer->taken = 0;
     peer->most = most;
     peer->hang_up = hang_up;
     peer->done = false;
@@ -1268,6 +1271,7 @@ static void test_writer_flush_wait_closed(void)
 /* What a handler in the main AioContext does, while somebody waits or not */
 typedef struct Meanwhile {
     Link *link;
+    Peer peer;
     bool waiting;               /* somebody does */
     unsigned runs, runs_waiting;
     unsigned discard_at;        /* in which run */
@@ -1278,14 +1282,17 @@ static void meanwhile(void *opaque)
 {
     Meanwhile *m = opaque;
 
-    m->runs_waiting += m->waiting;
-    if (++m->runs == m->discard_at) {
-        m->discarded = frame_writer_discard(m->link->fw);
-    }
-    link_stage_next(m->link);
-    g_assert_cmpint(link_try_flush(m->link), ==, 0);
-    if (m->waiting) {
-        g_assert_cmpint(frame_writer_flush_wait(m->link->fw, 0), ==, 0);
+    /* Now and then, as the peer goes on */
+    if (!m->waiting || qatomic_read(&m->peer.taken) >= m->runs * 7001) {
+        m->runs_waiting += m->waiting;
+        if (++m->runs == m->discard_at) {
+            m->discarded = frame_writer_discard(m->link->fw);
+        }
+        link_stage_next(m->link);
+        g_assert_cmpint(link_try_flush(m->link), ==, 0);
+        if (m->waiting) {
+            g_assert_cmpint(frame_writer_flush_wait(m->link->fw, 0), ==, 0);
+        }
     }
     if (m->runs < 100) {
         aio_bh_schedule_oneshot(qemu_get_aio_context(), meanwhile, m);
@@ -1295,19 +1302,16 @@ static void meanwhile(void *opaque)
 /* Returns: what the peer got in the end. */
 static GByteArray *meanwhile_run(Meanwhile *m)
 {
-    Peer peer;
-
     m->link = link_new_narrow_writer(1, 600000);
     aio_bh_schedule_oneshot(qemu_get_aio_context(), meanwhile, m);
-    peer_start(&peer, m->link, SIZE_MAX, false);
+    peer_start(&m->peer, m->link, SIZE_MAX, false);
     m->waiting = true;
     g_assert_cmpint(link_flush_wait(m->link, 0), ==, 0);
     m->waiting = false;
     AWAIT(m->runs == 100 && !frame_writer_full(m->link->fw));
-    g_assert_cmpuint(m->runs_waiting, >, 10);
     qemu_chr_fe_disconnect(&m->link->fe);
-    peer_join(&peer);
-    return peer.got;
+    peer_join(&m->peer);
+    return m->peer.got;
 }
 
 /* What is staged meanwhile is behind. */
@@ -1316,6 +1320,7 @@ static void test_writer_flush_wait_nested(void)
     Meanwhile m = {};
     g_autoptr(GByteArray) got = meanwhile_run(&m);
 
+    g_assert_cmpuint(m.runs_waiting, >, 10);
     g_assert_cmpuint(got->len, ==, m.link->expected->len);
     g_assert(!memcmp(got->data, m.link->expected->data, got->len));
     link_free(m.link);
@@ -1333,6 +1338,7 @@ static void test_writer_flush_wait_discard(void)
         size_t at = 0, lost = 0;
         GByteArray *expected = m.link->expected;
 
+        g_assert_cmpuint(m.runs_waiting, >=, run);
         g_assert_cmpuint(m.discarded, >, 0);
         for (size_t from = 0; from < expected->len;) {
             size_t size = 8 + ldl_be_p(expected->data + from);

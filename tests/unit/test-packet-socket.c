@@ -1898,7 +1898,7 @@ static void test_capture_memory(gconstpointer opaque)
         unsigned frames;        /* that find room for sure */
     } cases[] = {
         { 0 }, { 1 }, { 2 }, { 3 }, { 100 }, { 4 * KiB, 1 }, { 64 * KiB, 10 },
-        { 64 * KiB + 1, 10 }, { 1 * MiB, 300 }, { 64 * MiB, 18000 },
+        { 64 * KiB + 1, 10 }, { 1 * MiB, 150 }, { 64 * MiB, 8000 },
     };
     const Way *way = opaque;
 
