@@ -159,12 +159,14 @@ def goals(results):
             add(f"sender's CPU, {row}: status=off / absent", off / absent,
                 most=1.05)
     for row in results.rows('capture', 'cpu_ns_per_packet'):
+        if 'GSO' in row:
+            continue            # copying is most of it
         value = results.median('capture', row, 'chain-ours',
                                'cpu_ns_per_packet')
         theirs = results.median('capture', row, 'chain', 'cpu_ns_per_packet')
         if value and theirs:
             add(f'capture {row}, CPU: chain-ours / chain', value / theirs,
-                most=1.05)
+                most=1 / 3)
     return found
 
 
