@@ -1818,7 +1818,7 @@ static void test_capture_drops(gconstpointer opaque)
         g_assert_cmpuint(packet_socket_drops(flow.ps), ==, drops);
 
         /* With reads in between, so that the queue is full now and then */
-        for (int round = 0; round < (g_test_slow() ? 1000 : 40); round++) {
+        for (int round = 0; round < (g_test_slow() ? 1000 : 25); round++) {
             for (int j = g_rand_int_range(rand, 0, 100); j; j--) {
                 flow_pass(&flow);
             }
@@ -1864,7 +1864,7 @@ static void test_capture_order(gconstpointer opaque)
         }
         g_test_message("%s", makers[i].name);
         flow_new(&flow, makers[i].make, memory);
-        while (flow.sent < (g_test_slow() ? 40000 : 2000)) {
+        while (flow.sent < (g_test_slow() ? 40000 : 1500)) {
             for (int j = g_rand_int_range(rand, 0, 60);
                  j && waiting < room; j--) {
                 flow.make(frame, flow.sent++);
@@ -1924,7 +1924,8 @@ static void test_capture_memory(gconstpointer opaque)
         g_assert_null(err);
         packet_socket_free(flow.ps);
         flow_new(&flow, frame_make_small, cases[i].memory);
-        for (int round = 0; round < 2; round++) {
+        for (int round = 0; round < (cases[i].frames > 1000 ? 1 : 2);
+             round++) {
             uint32_t first = flow.captured;
 
             for (int j = 0; j < cases[i].frames + 100; j++) {
@@ -1952,7 +1953,7 @@ static void test_capture_wakeup(gconstpointer way)
         return;
     }
     flow_new(&flow, frame_make_some_jumbo, CAPTURE_MEMORY);
-    for (int i = 0; i < 3000; i++) {
+    for (int i = 0; i < (g_test_slow() ? 10000 : 1500); i++) {
         for (int j = 0; j < i % 7; j++) {
             flow_pass(&flow);
         }
