@@ -1903,6 +1903,7 @@ static void test_capture_memory(gconstpointer opaque)
     const Way *way = opaque;
 
     for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+        int rounds = cases[i].frames > 1000 ? 1 : 2;
         Error *err = NULL;
         Flow flow;
 
@@ -1924,8 +1925,7 @@ static void test_capture_memory(gconstpointer opaque)
         g_assert_null(err);
         packet_socket_free(flow.ps);
         flow_new(&flow, frame_make_small, cases[i].memory);
-        for (int round = 0; round < (cases[i].frames > 1000 ? 1 : 2);
-             round++) {
+        for (int round = 0; round < rounds; round++) {
             uint32_t first = flow.captured;
 
             for (int j = 0; j < cases[i].frames + 100; j++) {
