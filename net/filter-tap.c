@@ -74,7 +74,7 @@
 #endif
 
 /* Frames, and bytes of them, that are captured before others get their turn. */
-#define CAPTURE_BATCH 512
+#define CAPTURE_BATCH 1024
 #define CAPTURE_BATCH_BYTES (256 * KiB)
 
 /*
@@ -83,7 +83,7 @@
  * take at a time.
  */
 #define LOOK_MAX_NS (10 * SCALE_MS)
-#define LOOK_MAX_FRAMES 400
+#define LOOK_MAX_FRAMES 600
 #define LOOK_MAX_BYTES (128 * KiB)
 
 /*
@@ -297,8 +297,10 @@ static bool filter_tap_put_header(FilterTapEndpoints *ep, uint8_t *header,
     size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
 
     if (hdr_len) {
-        memset(header, 0, hdr_len);
         memcpy(header, hdr, sizeof(*hdr));
+        if (hdr_len > sizeof(*hdr)) {
+            memset(header + sizeof(*hdr), 0, hdr_len - sizeof(*hdr));
+        }
         return true;
     }
     return hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE &&

@@ -23,7 +23,7 @@ static int64_t frame_pace_average(int64_t average, int64_t ns, size_t n)
 int64_t frame_pace(FramePace *pace, int64_t now, unsigned frames, size_t bytes)
 {
     /* A long silence shall not take long to forget. */
-    int64_t ns = MIN(now - pace->looked_ns, 50 * PACED_NS);
+    int64_t ns = MIN(now - pace->looked_ns, 2 * pace->max_ns);
     int64_t wait;
 
     pace->looked_ns = now;

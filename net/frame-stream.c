@@ -32,8 +32,8 @@
 /* Between two tries on a device that cannot tell when it takes more. */
 #define FRAME_WRITER_RETRY_MS 10
 
-/* How much is written at a time by who waits for it. */
-#define FRAME_WRITER_WAIT_SIZE (64 * KiB)
+/* The same, for who waits for it */
+#define FRAME_WRITER_WAIT_NS (100 * SCALE_US)
 
 /* How many batches are handed out before others get their turn. */
 #define FRAME_READER_BATCHES 4
@@ -172,12 +172,13 @@ static size_t frame_writer_end(const FrameWriter *fw, size_t at)
 static void frame_writer_advance(FrameWriter *fw, size_t written)
 {
     fw->buf.head += written;
+    if (fw->buf.head == fw->buf.tail) {
+        fw->first = fw->buf.head = fw->buf.tail = 0;
+        return;
+    }
     while (fw->first < fw->buf.head &&
            frame_writer_end(fw, fw->first) <= fw->buf.head) {
         fw->first = frame_writer_end(fw, fw->first);
-    }
-    if (fw->first == fw->buf.tail) {
-        fw->first = fw->buf.head = fw->buf.tail = 0;
     }
 }
 
@@ -229,58 +230,55 @@ int frame_writer_flush(FrameWriter *fw)
     return 0;
 }
 
-typedef struct FrameWriterWaitCo {
-    CharFrontend *chr;
-    uint8_t *data;
-    int size;
-    int ret;
-    bool done;
-} FrameWriterWaitCo;
-
-/* In a coroutine qemu_chr_fe_write_all() lets others run while it waits. */
-static void coroutine_fn frame_writer_wait_co(void *opaque)
+static void coroutine_fn frame_writer_sleep_co(void *opaque)
 {
-    FrameWriterWaitCo *co = opaque;
-    int ret = qemu_chr_fe_write_all(co->chr, co->data, co->size);
+    bool *done = opaque;
 
-    co->ret = ret == co->size ? 0 : ret < 0 ? -errno : -EIO;
-    co->done = true;
+    qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, FRAME_WRITER_WAIT_NS);
+    *done = true;
     aio_wait_kick();
+}
+
+/* Others run meanwhile. */
+static void frame_writer_sleep(void)
+{
+    bool done = false;
+
+    qemu_coroutine_enter(qemu_coroutine_create(frame_writer_sleep_co, &done));
+    while (!done) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
 }
 
 int frame_writer_flush_wait(FrameWriter *fw, size_t limit)
 {
     FrameBuffer *buf = &fw->buf;
-    g_autofree uint8_t *data = NULL;
-    int ret = 0;
+    int err = 0;
 
     if (fw->flushing) {
         return 0;
     }
     frame_writer_unwatch(fw);
     fw->flushing = true;
-    while (!ret && buf->tail - buf->head > limit) {
+    while (!err && buf->tail - buf->head > limit) {
         unsigned generation = fw->generation;
-        FrameWriterWaitCo co = {
-            .chr = fw->chr,
-            .size = MIN(buf->tail - buf->head, FRAME_WRITER_WAIT_SIZE),
-        };
+        int ret = qemu_chr_fe_write(fw->chr, buf->data + buf->head,
+                                    MIN(buf->tail - buf->head, INT_MAX));
 
-        /* A copy: while it waits, others may stage, and the buffer move. */
-        data = data ?: g_malloc(FRAME_WRITER_WAIT_SIZE);
-        co.data = memcpy(data, buf->data + buf->head, co.size);
-        qemu_coroutine_enter(qemu_coroutine_create(frame_writer_wait_co, &co));
-        while (!co.done) {
-            aio_poll(qemu_get_aio_context(), true);
+        if (generation != fw->generation) {
+            /* The write ended the connection, and its handler came first. */
+            continue;
         }
-        ret = co.ret;
-        if (!ret && generation == fw->generation) {
-            frame_writer_advance(fw, co.size);
+        if (ret > 0) {
+            frame_writer_advance(fw, ret);
+        } else if (ret < 0 && errno == EAGAIN) {
+            frame_writer_sleep();
+        } else {
+            err = ret < 0 ? -errno : -EIO;
         }
     }
     fw->flushing = false;
-    /* The rest goes without waiting. */
-    return ret ?: frame_writer_flush(fw);
+    return err ?: frame_writer_flush(fw);
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)

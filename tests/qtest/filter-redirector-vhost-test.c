@@ -981,6 +981,78 @@ static void test_stopped_only_late_peer(void)
     fixture_close(&f);
 }
 
+static void expect_status(Fixture *f, const char *command, const char *status)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    bool same = false;
+
+    while (!same) {
+        QDict *rsp = qtest_qmp(f->qts, "{'execute': %s}", command);
+
+        same = !g_strcmp0(qdict_get_try_str(qdict_get_qdict(rsp, "return"),
+                                            "status"), status);
+        qobject_unref(rsp);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+/* Start a migration to nowhere, up to where the VM has stopped. */
+static void migration_start(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts,
+        "{'execute': 'migrate-set-capabilities', 'arguments':"
+        " {'capabilities': [{'capability': 'pause-before-switchover',"
+        "                    'state': true}]}}");
+    qtest_qmp_assert_success(f->qts, "{'execute': 'migrate', 'arguments':"
+                             " {'uri': 'exec:cat > /dev/null'}}");
+    expect_status(f, "query-migrate", "pre-switchover");
+}
+
+static void migration_cancel(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'migrate_cancel'}");
+    expect_status(f, "query-migrate", "cancelled");
+    expect_status(f, "query-status", "running");
+}
+
+/*
+ * What was handed over is gone for the guest, what was not is the guest's; and
+ * all of it is while the filter was off.
+ */
+static void test_migration_cancelled(void)
+{
+    Fixture f;
+
+    fixture_start(&f, CAPTURE STOPPED_ONLY);
+    guest_start(&f);
+    guest_post(&f, 100);
+    host_send(&f, 0, 10);
+    expect_guest(&f, 0, 10);
+    for (int i = 0; i < 3; i++) {
+        uint32_t n = 10 + 40 * i;
+
+        set_status(&f, "cap", "on");
+        migration_start(&f);
+        expect_source(&f, "cap", "chain");
+        host_send(&f, n, 10);
+        expect_out(&f, n, 10);
+        migration_cancel(&f);
+        expect_source(&f, "cap", "none");
+        g_assert_true(vhost_started(&f));
+        host_send(&f, n + 10, 10);
+        expect_guest(&f, n + 10, 10);
+
+        set_status(&f, "cap", "off");
+        migration_start(&f);
+        host_send(&f, n + 20, 10);
+        migration_cancel(&f);
+        host_send(&f, n + 30, 10);
+        expect_guest(&f, n + 20, 20);
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 30);
+    fixture_close(&f);
+}
+
 /* A peer that does not read: packets wait, and go one way or the other. */
 static void test_stopped_only_slow_peer(void)
 {
@@ -2067,6 +2139,7 @@ int main(int argc, char **argv)
     add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
     add("stop/stopped-only-late-peer", test_stopped_only_late_peer);
     add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
+    add("stop/migration-cancelled", test_migration_cancelled);
     add("inject/tx", test_inject_tx);
     add("inject/rx", test_inject_rx);
     add("inject/all", test_inject_all);
