@@ -2,12 +2,13 @@
 #
 # Names for what Meson and Ninja do; see meson.build.
 
-.PHONY: help demo check bench bench-vhost qemu clean
+.PHONY: help demo check check-long bench bench-vhost qemu clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo   live migration with and without the redirector'
 	@echo 'make check  all tests'
+	@echo 'make check-long  the same with more rounds'
 	@echo 'make bench  what the redirector costs, beside others; as root'
 	@echo 'make bench-vhost  the same for the capture, beside a vhost worker'
 	@echo 'make qemu   the patched QEMU, and where it is'
@@ -17,7 +18,7 @@ help:
 	@echo 'VHOST_HOST=1     use the kernel of the host, which needs'
 	@echo '                 /dev/vhost-net, and not that of a virtual machine'
 
-demo check bench bench-vhost qemu:
+demo check check-long bench bench-vhost qemu:
 	@dev/make $@
 
 clean:
