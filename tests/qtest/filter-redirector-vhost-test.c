@@ -2,469 +2,24 @@
  * QTest testcase for filter-redirector on a TAP with vhost
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
- *
- * Real TAPs and the real vhost worker: it needs root and /dev/vhost-net, and
- * skips all tests without.  The guest's driver is libqos.  The host's side is
- * a packet socket on the TAP.
- *
- * Frames carry a number.  To see that a frame does not come, a test never
- * waits for a while: it sends another one behind it that must come, and looks
- * at which one is first.
  */
 
 #include "qemu/osdep.h"
 #include <net/if.h>
-#include <poll.h>
 #include <sched.h>
 #include <sys/ioctl.h>
-#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <linux/capability.h>
 #include <linux/if_ether.h>
-#include <linux/if_packet.h>
-#include <linux/if_tun.h>
-#include "libqtest.h"
-#include "libqos/malloc-pc.h"
-#include "libqos/pci-pc.h"
+#include "filter-redirector-rig.h"
 #include "libqos/virtio.h"
-#include "libqos/virtio-pci.h"
 #include "qemu/bswap.h"
-#include "qemu/cutils.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "qobject/qjson.h"
 #include "standard-headers/linux/virtio_config.h"
-#include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_net.h"
-#include "standard-headers/linux/virtio_pci.h"
-
-#define TEST_ETHERTYPE 0x88b5   /* local experimental */
-#define FRAME_LEN 64
-#define BUFFER_LEN 2048
-#define RING_LEN 256
-#define NIC_SLOT 5
-#define TIMEOUT_US (20 * G_USEC_PER_SEC)
-#define NIC_PATH "/machine/peripheral/nic/virtio-backend"
-
-/* VIRTIO_NET_F_MQ guests put their queue pairs at 2i (rx) and 2i+1 (tx). */
-typedef struct Guest {
-    QVirtQueue *rx;
-    QVirtQueue *tx;
-    uint64_t buffer[RING_LEN];
-} Guest;
-
-typedef struct Fixture {
-    QTestState *qts;
-    QGuestAllocator alloc;
-    QPCIBus *bus;
-    QVirtioPCIDevice *dev;
-    Guest guest;
-    char *dir;
-    char ifname[IFNAMSIZ];
-    int host;       /* the host's packet socket on the TAP */
-    int out;        /* peer of outdev */
-    int in;         /* peer of indev */
-} Fixture;
-
-static bool have_vhost;
-
-/* The host's side */
-
-static void set_interface_up(const char *ifname, bool up)
-{
-    int fd = socket(AF_INET, SOCK_DGRAM, 0);
-    struct ifreq ifr = { };
-
-    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), ifname);
-    g_assert_cmpint(ioctl(fd, SIOCGIFFLAGS, &ifr), ==, 0);
-    ifr.ifr_flags = up ? ifr.ifr_flags | IFF_UP : ifr.ifr_flags & ~IFF_UP;
-    g_assert_cmpint(ioctl(fd, SIOCSIFFLAGS, &ifr), ==, 0);
-    close(fd);
-}
-
-static int open_host(const char *ifname)
-{
-    struct sockaddr_ll addr = {
-        .sll_family = AF_PACKET,
-        .sll_protocol = htons(TEST_ETHERTYPE),
-        .sll_ifindex = if_nametoindex(ifname),
-    };
-    int fd = socket(AF_PACKET, SOCK_RAW, 0);
-
-    g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
-    return fd;
-}
-
-static void make_frame(uint8_t *frame, uint32_t number)
-{
-    static const uint8_t head[] = {
-        0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 0x02, 0, 0, 0, 0, 1,
-        TEST_ETHERTYPE >> 8, TEST_ETHERTYPE & 0xff,
-    };
-
-    memset(frame, 0x5a, FRAME_LEN);
-    memcpy(frame, head, sizeof(head));
-    stl_be_p(frame + sizeof(head), number);
-}
-
-static uint32_t frame_number(const uint8_t *frame)
-{
-    g_assert_cmphex(lduw_be_p(frame + 12), ==, TEST_ETHERTYPE);
-    return ldl_be_p(frame + 14);
-}
-
-static void host_send(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint8_t frame[FRAME_LEN];
-
-    for (uint32_t i = 0; i < count; i++) {
-        make_frame(frame, first + i);
-        g_assert_cmpint(send(f->host, frame, FRAME_LEN, 0), ==, FRAME_LEN);
-    }
-}
-
-static void wait_readable(int fd)
-{
-    struct pollfd pfd = { .fd = fd, .events = POLLIN };
-
-    g_assert_cmpint(poll(&pfd, 1, TIMEOUT_US / 1000), ==, 1);
-}
-
-/* Frames that came in from the guest; what we sent ourselves does not count. */
-static void expect_host(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint8_t frame[BUFFER_LEN];
-    struct sockaddr_ll from;
-    socklen_t from_len;
-
-    for (uint32_t i = 0; i < count;) {
-        from_len = sizeof(from);
-        wait_readable(f->host);
-        g_assert_cmpint(recvfrom(f->host, frame, sizeof(frame), 0,
-                                 (struct sockaddr *)&from, &from_len),
-                        >=, FRAME_LEN);
-        if (from.sll_pkttype != PACKET_OUTGOING) {
-            g_assert_cmpuint(frame_number(frame), ==, first + i);
-            i++;
-        }
-    }
-}
-
-/* The chardevs' peers */
-
-static int connect_to(Fixture *f, const char *name)
-{
-    g_autofree char *path = g_build_filename(f->dir, name, NULL);
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
-    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    pstrcpy(addr.sun_path, sizeof(addr.sun_path), path);
-    while (connect(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        g_usleep(1000);
-    }
-    return fd;
-}
-
-static void read_full(int fd, void *buf, size_t size)
-{
-    for (size_t done = 0; done < size;) {
-        ssize_t n;
-
-        wait_readable(fd);
-        n = read(fd, buf + done, size - done);
-        g_assert_cmpint(n, >, 0);
-        done += n;
-    }
-}
-
-/* Read one frame of the stream, which has vnet_hdr_support=on. */
-static size_t read_stream(int fd, uint8_t *frame, size_t size,
-                          uint8_t *header, uint32_t *header_len)
-{
-    uint8_t prefix[8];
-    uint32_t len;
-
-    read_full(fd, prefix, sizeof(prefix));
-    len = ldl_be_p(prefix);
-    *header_len = ldl_be_p(prefix + 4);
-    g_assert_cmpuint(*header_len, <=, 24);
-    g_assert_cmpuint(len, >, *header_len);
-    g_assert_cmpuint(len - *header_len, <=, size);
-    read_full(fd, header, *header_len);
-    read_full(fd, frame, len - *header_len);
-    return len - *header_len;
-}
-
-static void expect_out(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint8_t frame[BUFFER_LEN], header[24];
-    uint32_t header_len;
-
-    for (uint32_t i = 0; i < count; i++) {
-        g_assert_cmpuint(read_stream(f->out, frame, sizeof(frame), header,
-                                     &header_len), ==, FRAME_LEN);
-        g_assert_cmpuint(frame_number(frame), ==, first + i);
-        g_assert_cmphex(frame[FRAME_LEN - 1], ==, 0x5a);
-    }
-}
-
-static void in_send(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint8_t record[8 + 12 + FRAME_LEN] = { };
-
-    for (uint32_t i = 0; i < count; i++) {
-        stl_be_p(record, 12 + FRAME_LEN);
-        stl_be_p(record + 4, 12);
-        make_frame(record + 8 + 12, first + i);
-        g_assert_cmpint(write(f->in, record, sizeof(record)), ==,
-                        sizeof(record));
-    }
-}
-
-/* The guest's driver */
-
-static void guest_start_queues(Fixture *f, uint64_t features)
-{
-    QVirtioDevice *vdev = &f->dev->vdev;
-
-    qvirtio_start_device(vdev);
-    qvirtio_set_features(vdev, qvirtio_get_features(vdev) & features);
-    f->guest.rx = qvirtqueue_setup(vdev, &f->alloc, 0);
-    f->guest.tx = qvirtqueue_setup(vdev, &f->alloc, 1);
-}
-
-static void guest_start(Fixture *f)
-{
-    guest_start_queues(f, 1ull << VIRTIO_F_VERSION_1 |
-                          1ull << VIRTIO_NET_F_MRG_RXBUF);
-    qvirtio_set_driver_ok(&f->dev->vdev);
-}
-
-static void guest_stop(Fixture *f)
-{
-    QVirtioDevice *vdev = &f->dev->vdev;
-
-    qvirtio_reset(vdev);
-    qvirtqueue_cleanup(vdev->bus, f->guest.rx, &f->alloc);
-    qvirtqueue_cleanup(vdev->bus, f->guest.tx, &f->alloc);
-    f->guest.rx = f->guest.tx = NULL;
-}
-
-static void guest_post(Fixture *f, int count)
-{
-    for (int i = 0; i < count; i++) {
-        uint64_t addr = guest_alloc(&f->alloc, BUFFER_LEN);
-        uint32_t head = qvirtqueue_add(f->qts, f->guest.rx, addr, BUFFER_LEN,
-                                       true, false);
-
-        f->guest.buffer[head] = addr;
-        qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.rx, head);
-    }
-}
-
-static void expect_guest(Fixture *f, uint32_t first, uint32_t count)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    uint8_t buf[12 + FRAME_LEN];
-    uint32_t head, len;
-
-    for (uint32_t i = 0; i < count; i++) {
-        while (!qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len)) {
-            g_assert_cmpint(g_get_monotonic_time(), <, end);
-        }
-        g_assert_cmpuint(len, ==, sizeof(buf));
-        qtest_memread(f->qts, f->guest.buffer[head], buf, sizeof(buf));
-        guest_free(&f->alloc, f->guest.buffer[head]);
-        g_assert_cmpuint(frame_number(buf + 12), ==, first + i);
-    }
-}
-
-static void guest_send(Fixture *f, uint32_t first, uint32_t count)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    uint8_t buf[12 + FRAME_LEN] = { };
-    uint32_t head, len;
-
-    for (uint32_t i = 0; i < count; i++) {
-        uint64_t addr = guest_alloc(&f->alloc, sizeof(buf));
-
-        make_frame(buf + 12, first + i);
-        qtest_memwrite(f->qts, addr, buf, sizeof(buf));
-        head = qvirtqueue_add(f->qts, f->guest.tx, addr, sizeof(buf),
-                              false, false);
-        qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
-        while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
-            g_assert_cmpint(g_get_monotonic_time(), <, end);
-        }
-        guest_free(&f->alloc, addr);
-    }
-}
-
-/* QEMU */
-
-/* The query succeeds only while vhost has the queue. */
-static bool vhost_started(Fixture *f)
-{
-    QDict *rsp = qtest_qmp(f->qts,
-        "{'execute': 'x-query-virtio-vhost-queue-status',"
-        " 'arguments': {'path': %s, 'queue': 0}}", NIC_PATH);
-    bool started = qdict_haskey(rsp, "return");
-
-    qobject_unref(rsp);
-    return started;
-}
-
-static uint64_t counter(Fixture *f, const char *id, const char *name)
-{
-    g_autofree char *path = g_strdup_printf("/objects/%s", id);
-    QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
-                           " {'path': %s, 'property': %s}}", path, name);
-    uint64_t value = qdict_get_uint(rsp, "return");
-
-    qobject_unref(rsp);
-    return value;
-}
-
-static void expect_source(Fixture *f, const char *id, const char *source)
-{
-    g_autofree char *path = g_strdup_printf("/objects/%s", id);
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    for (;;) {
-        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
-                               " {'path': %s, 'property': 'source'}}", path);
-        bool same = g_str_equal(qdict_get_str(rsp, "return"), source);
-
-        qobject_unref(rsp);
-        if (same) {
-            return;
-        }
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
-static void wait_counter(Fixture *f, const char *id, const char *name,
-                         uint64_t value)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    while (counter(f, id, name) != value) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
-static void set_status(Fixture *f, const char *id, const char *status)
-{
-    g_autofree char *path = g_strdup_printf("/objects/%s", id);
-
-    qtest_qmp_assert_success(f->qts, "{'execute': 'qom-set', 'arguments':"
-                             " {'path': %s, 'property': 'status',"
-                             "  'value': %s}}", path, status);
-}
-
-static void del_object(Fixture *f, const char *id)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'object-del', 'arguments':"
-                             " {'id': %s}}", id);
-}
-
-static void vm_stop(Fixture *f)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'stop'}");
-}
-
-static void vm_cont(Fixture *f)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'cont'}");
-}
-
-static void fixture_connect(Fixture *f)
-{
-    f->out = connect_to(f, "out");
-    f->in = connect_to(f, "in");
-}
-
-static void fixture_attach_nic(Fixture *f)
-{
-    QPCIAddress addr = { .devfn = QPCI_DEVFN(NIC_SLOT, 0) };
-
-    pc_alloc_init(&f->alloc, f->qts, 0);
-    f->bus = qpci_new_pc(f->qts, &f->alloc);
-    f->dev = virtio_pci_new(f->bus, &addr);
-    g_assert_nonnull(f->dev);
-    qvirtio_pci_device_enable(f->dev);
-}
-
-/*
- * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
- * whose peers are connected.  @args come behind.
- */
-static void fixture_init(Fixture *f, const char *netdev_opts,
-                         const char *nic_opts, const char *args)
-{
-    static unsigned number;
-
-    memset(f, 0, sizeof(*f));
-    f->host = f->out = f->in = -1;
-    f->dir = g_dir_make_tmp("filter-redirector-vhost-XXXXXX", NULL);
-    g_assert_nonnull(f->dir);
-    snprintf(f->ifname, sizeof(f->ifname), "tapq%u", number++);
-    f->qts = qtest_initf("-nodefaults -machine pc "
-                         "-netdev tap,id=n0,ifname=%s,script=no,downscript=no,"
-                         "%s "
-                         "-device virtio-net-pci,id=nic,netdev=n0,addr=0x%x,"
-                         "mac=52:54:00:12:34:56%s "
-                         "-chardev socket,id=out,path=%s/out,server=on,"
-                         "wait=off "
-                         "-chardev socket,id=in,path=%s/in,server=on,wait=off "
-                         "%s", f->ifname, netdev_opts, NIC_SLOT, nic_opts,
-                         f->dir, f->dir, args);
-    set_interface_up(f->ifname, true);
-    f->host = open_host(f->ifname);
-    fixture_connect(f);
-    fixture_attach_nic(f);
-}
-
-static void fixture_start(Fixture *f, const char *args)
-{
-    fixture_init(f, "vhost=on", "", args);
-}
-
-static void fixture_close(Fixture *f)
-{
-    const char *names[] = { "out", "in" };
-
-    if (f->guest.rx) {
-        guest_stop(f);
-    }
-    if (f->dev) {
-        g_free(f->dev->pdev);
-        g_free(f->dev);
-        qpci_free_pc(f->bus);
-        alloc_destroy(&f->alloc);
-    }
-    qtest_quit(f->qts);
-    close(f->host);
-    close(f->out);
-    close(f->in);
-    for (int i = 0; i < ARRAY_SIZE(names); i++) {
-        g_autofree char *path = g_build_filename(f->dir, names[i], NULL);
-
-        unlink(path);
-    }
-    rmdir(f->dir);
-    g_free(f->dir);
-}
-
-#define CAPTURE "-object filter-redirector,id=cap,netdev=n0,outdev=out," \
-                "vnet_hdr_support=on,queue="
-#define INJECT "-object filter-redirector,id=inj,netdev=n0,indev=in," \
-               "vnet_hdr_support=on,queue="
 
 /* Capture */
 
@@ -620,14 +175,6 @@ static void test_capture_bursts(void)
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, n);
     g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
     fixture_close(&f);
-}
-
-static void swap_peers(Fixture *f)
-{
-    int out = f->out;
-
-    f->out = f->in;
-    f->in = out;
 }
 
 /* Two filters are looked at together, whoever's packets call for it. */
@@ -793,8 +340,6 @@ static void test_stop_both(void)
     fixture_close(&f);
 }
 
-#define STOPPED_ONLY "tx,enable_when_running=off,enable_when_stopped=on"
-
 /* What the guest did not take, once: from the TAP, which vhost gave back. */
 static void test_stopped_only(void)
 {
@@ -839,43 +384,6 @@ static void test_stopped_only_no_vhost(void)
     vm_cont(&f);
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 40);
     fixture_close(&f);
-}
-
-/* Turn on both queue pairs; the control queue is the fifth. */
-static void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
-{
-    struct virtio_net_ctrl_hdr hdr = {
-        .class = VIRTIO_NET_CTRL_MQ,
-        .cmd = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
-    };
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    QVirtioDevice *vdev = &f->dev->vdev;
-    uint64_t addr = guest_alloc(&f->alloc, 16);
-    uint32_t head, len;
-
-    qvirtio_start_device(vdev);
-    qvirtio_set_features(vdev, qvirtio_get_features(vdev) &
-                               (1ull << VIRTIO_F_VERSION_1 |
-                                1ull << VIRTIO_NET_F_MRG_RXBUF |
-                                1ull << VIRTIO_NET_F_CTRL_VQ |
-                                1ull << VIRTIO_NET_F_MQ));
-    for (int i = 0; i < 5; i++) {
-        queues[i] = qvirtqueue_setup(vdev, &f->alloc, i);
-    }
-    qvirtio_set_driver_ok(vdev);
-
-    qtest_memwrite(f->qts, addr, &hdr, sizeof(hdr));
-    qtest_writew(f->qts, addr + 2, 2);
-    qtest_writeb(f->qts, addr + 4, 0xff);
-    head = qvirtqueue_add(f->qts, queues[4], addr, sizeof(hdr), false, true);
-    qvirtqueue_add(f->qts, queues[4], addr + 2, 2, false, true);
-    qvirtqueue_add(f->qts, queues[4], addr + 4, 1, true, false);
-    qvirtqueue_kick(f->qts, vdev, queues[4], head);
-    while (!qvirtqueue_get_buf(f->qts, queues[4], &head, &len)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-    g_assert_cmphex(qtest_readb(f->qts, addr + 4), ==, VIRTIO_NET_OK);
-    guest_free(&f->alloc, addr);
 }
 
 /* UDP packets of many flows, so that they spread over the queues. */
@@ -979,40 +487,6 @@ static void test_stopped_only_late_peer(void)
     f.out = connect_to(&f, "out");
     expect_out(&f, 0, 5);
     fixture_close(&f);
-}
-
-static void expect_status(Fixture *f, const char *command, const char *status)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    bool same = false;
-
-    while (!same) {
-        QDict *rsp = qtest_qmp(f->qts, "{'execute': %s}", command);
-
-        same = !g_strcmp0(qdict_get_try_str(qdict_get_qdict(rsp, "return"),
-                                            "status"), status);
-        qobject_unref(rsp);
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
-/* Start a migration to nowhere, up to where the VM has stopped. */
-static void migration_start(Fixture *f)
-{
-    qtest_qmp_assert_success(f->qts,
-        "{'execute': 'migrate-set-capabilities', 'arguments':"
-        " {'capabilities': [{'capability': 'pause-before-switchover',"
-        "                    'state': true}]}}");
-    qtest_qmp_assert_success(f->qts, "{'execute': 'migrate', 'arguments':"
-                             " {'uri': 'exec:cat > /dev/null'}}");
-    expect_status(f, "query-migrate", "pre-switchover");
-}
-
-static void migration_cancel(Fixture *f)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'migrate_cancel'}");
-    expect_status(f, "query-migrate", "cancelled");
-    expect_status(f, "query-status", "running");
 }
 
 /*
@@ -1213,26 +687,6 @@ static void test_inject_status(void)
     fixture_close(&f);
 }
 
-/* The number of packet sockets on the interface, by protocol and hook. */
-static int packet_sockets(const char *ifname, unsigned protocol, int hooked)
-{
-    g_autofree char *text = NULL;
-    g_auto(GStrv) lines = NULL;
-    int count = 0;
-
-    g_assert_true(g_file_get_contents("/proc/net/packet", &text, NULL, NULL));
-    lines = g_strsplit(text, "\n", -1);
-    for (int i = 1; lines[i] && *lines[i]; i++) {
-        unsigned proto, ifindex, running;
-
-        g_assert_cmpint(sscanf(lines[i], "%*s %*s %*s %x %u %u",
-                               &proto, &ifindex, &running), ==, 3);
-        count += ifindex == if_nametoindex(ifname) && proto == protocol &&
-                 running == hooked;
-    }
-    return count;
-}
-
 static void test_inject_receives_nothing(void)
 {
     Fixture f;
@@ -1393,20 +847,6 @@ static void test_inject_bad_gso(void)
 }
 
 /* Life cycle */
-
-static void add_capture(Fixture *f)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'object-add', 'arguments':"
-        " {'qom-type': 'filter-redirector', 'id': 'cap', 'netdev': 'n0',"
-        "  'outdev': 'out', 'queue': 'tx', 'vnet_hdr_support': true}}");
-}
-
-static void add_inject(Fixture *f)
-{
-    qtest_qmp_assert_success(f->qts, "{'execute': 'object-add', 'arguments':"
-        " {'qom-type': 'filter-redirector', 'id': 'inj', 'netdev': 'n0',"
-        "  'indev': 'in', 'queue': 'tx', 'vnet_hdr_support': true}}");
-}
 
 static void test_hotplug(void)
 {
@@ -1607,18 +1047,6 @@ static void test_device_del(void)
     fixture_close(&f);
 }
 
-static int count_fds(Fixture *f)
-{
-    g_autofree char *path = g_strdup_printf("/proc/%d/fd", qtest_pid(f->qts));
-    g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
-    int count = 0;
-
-    while (g_dir_read_name(dir)) {
-        count++;
-    }
-    return count;
-}
-
 static void test_no_leak(void)
 {
     Fixture f;
@@ -1660,17 +1088,6 @@ static void *flood_thread(void *opaque)
         send(flood->fd, frame, sizeof(frame), 0);
     }
     return NULL;
-}
-
-static int open_tap(const char *ifname)
-{
-    struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR };
-    int fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
-
-    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), ifname);
-    g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(ioctl(fd, TUNSETIFF, &ifr), ==, 0);
-    return fd;
 }
 
 static void test_no_foreign_frames(void)
@@ -1818,28 +1235,6 @@ static void test_chain_slow_peer(void)
     fixture_close(&f);
 }
 
-static void expect_connected(Fixture *f, const char *label, bool connected)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    bool is_connected = !connected;
-
-    while (is_connected != connected) {
-        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'query-chardev'}");
-        QListEntry *entry;
-
-        QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
-            QDict *chr = qobject_to(QDict, qlist_entry_obj(entry));
-
-            if (g_str_equal(qdict_get_str(chr, "label"), label)) {
-                is_connected = !g_str_has_prefix(qdict_get_str(chr, "filename"),
-                                                 "disconnected:");
-            }
-        }
-        qobject_unref(rsp);
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
 /* The peer leaves in the middle of a frame; the next one gets whole ones. */
 static void test_chain_reconnect(void)
 {
@@ -1980,20 +1375,6 @@ static void test_error_interface_gone(void)
     fixture_close(&f);
 }
 
-/* Run @func in a child that has its own namespaces and capabilities. */
-static void in_child(void (*func)(void))
-{
-    int status;
-    pid_t pid = fork();
-
-    if (!pid) {
-        func();
-        _exit(0);
-    }
-    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
-    g_assert_cmpint(status, ==, 0);
-}
-
 static void no_cap_net_raw(void)
 {
     Fixture f;
@@ -2088,95 +1469,71 @@ static void test_info_network(void)
     fixture_close(&f);
 }
 
-static void skip(void)
-{
-    g_test_skip("needs root and /dev/vhost-net");
-}
-
-static void add(const char *path, void (*func)(void))
-{
-    g_autofree char *full = g_strdup_printf("/filter-redirector-vhost/%s",
-                                            path);
-
-    qtest_add_func(full, have_vhost ? func : skip);
-}
-
 int main(int argc, char **argv)
 {
-    g_test_init(&argc, &argv, NULL);
+    rig_init(&argc, &argv, "filter-redirector-vhost");
 
-    have_vhost = access("/dev/vhost-net", R_OK | W_OK) == 0 &&
-                 unshare(CLONE_NEWNET | CLONE_NEWNS) == 0;
-    if (have_vhost) {
-        /* An interface that comes up shall not send anything by itself. */
-        g_assert_cmpint(system("mount --make-rprivate / && "
-                               "mount -t sysfs sysfs /sys && "
-                               "ip link set lo up && "
-                               "sysctl -q -w net.ipv6.conf.all.disable_ipv6=1 "
-                               "net.ipv6.conf.default.disable_ipv6=1"), ==, 0);
-    }
-
-    add("capture/tx", test_capture_tx);
-    add("capture/rx", test_capture_rx);
-    add("capture/tx-only", test_capture_tx_only);
-    add("capture/all", test_capture_all);
-    add("capture/driver-reload", test_capture_driver_reload);
-    add("capture/chain-reads", test_capture_chain_reads);
-    add("capture/multiqueue", test_capture_multiqueue);
-    add("capture/bursts", test_capture_bursts);
-    add("capture/two", test_capture_two);
-    add("capture/header", test_capture_header);
-    add("capture/stream-format", test_capture_stream_format);
-    add("status/on-off", test_status);
-    add("status/off-at-start", test_status_off_at_start);
-    add("status/not-connected", test_not_connected);
-    add("status/unhooked", test_unhooked);
-    add("stop/running-only", test_stop_running_only);
-    add("stop/both", test_stop_both);
-    add("stop/stopped-only", test_stopped_only);
-    add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
-    add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
-    add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
-    add("stop/stopped-only-late-peer", test_stopped_only_late_peer);
-    add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
-    add("stop/migration-cancelled", test_migration_cancelled);
-    add("inject/tx", test_inject_tx);
-    add("inject/rx", test_inject_rx);
-    add("inject/all", test_inject_all);
-    add("inject/full", test_inject_full);
-    add("inject/hold", test_inject_hold);
-    add("inject/hold-peer-gone", test_inject_hold_peer_gone);
-    add("inject/when-stopped", test_inject_when_stopped);
-    add("inject/status", test_inject_status);
-    add("inject/receives-nothing", test_inject_receives_nothing);
-    add("inject/no-loop", test_no_loop);
-    add("inject/no-loop-rx", test_no_loop_rx);
-    add("inject/relay", test_relay);
-    add("inject/bad-frames", test_inject_bad_frames);
-    add("inject/bad-gso", test_inject_bad_gso);
-    add("inject/rx-waits", test_inject_rx_waits);
-    add("stop/nothing-lost", test_stop_nothing_lost);
-    add("stop/nothing-read", test_stop_nothing_read);
-    add("stop/two-filters", test_stopped_only_two);
-    add("life/framing", test_framing_after_del);
-    add("life/hotplug", test_hotplug);
-    add("life/netdev-del", test_netdev_del);
-    add("life/device-del", test_device_del);
-    add("life/no-leak", test_no_leak);
-    add("life/no-foreign-frames", test_no_foreign_frames);
-    add("peer/slow", test_slow_peer);
-    add("peer/buffer-size", test_buffer_size);
-    add("peer/reconnect", test_reconnect);
-    add("chain/mirror", test_chain_mirror);
-    add("chain/mirror-no-peer", test_chain_mirror_no_peer);
-    add("chain/slow-peer", test_chain_slow_peer);
-    add("chain/reconnect", test_chain_reconnect);
-    add("interface/down-up", test_interface_down_up);
-    add("error/options", test_errors);
-    add("error/interface-gone", test_error_interface_gone);
-    add("error/no-cap-net-raw", test_error_no_cap_net_raw);
-    add("error/netns", test_error_netns);
-    add("error/not-a-tap", test_error_not_a_tap);
-    add("info/network", test_info_network);
+    rig_add("capture/tx", test_capture_tx);
+    rig_add("capture/rx", test_capture_rx);
+    rig_add("capture/tx-only", test_capture_tx_only);
+    rig_add("capture/all", test_capture_all);
+    rig_add("capture/driver-reload", test_capture_driver_reload);
+    rig_add("capture/chain-reads", test_capture_chain_reads);
+    rig_add("capture/multiqueue", test_capture_multiqueue);
+    rig_add("capture/bursts", test_capture_bursts);
+    rig_add("capture/two", test_capture_two);
+    rig_add("capture/header", test_capture_header);
+    rig_add("capture/stream-format", test_capture_stream_format);
+    rig_add("status/on-off", test_status);
+    rig_add("status/off-at-start", test_status_off_at_start);
+    rig_add("status/not-connected", test_not_connected);
+    rig_add("status/unhooked", test_unhooked);
+    rig_add("stop/running-only", test_stop_running_only);
+    rig_add("stop/both", test_stop_both);
+    rig_add("stop/stopped-only", test_stopped_only);
+    rig_add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
+    rig_add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
+    rig_add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
+    rig_add("stop/stopped-only-late-peer", test_stopped_only_late_peer);
+    rig_add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
+    rig_add("stop/migration-cancelled", test_migration_cancelled);
+    rig_add("inject/tx", test_inject_tx);
+    rig_add("inject/rx", test_inject_rx);
+    rig_add("inject/all", test_inject_all);
+    rig_add("inject/full", test_inject_full);
+    rig_add("inject/hold", test_inject_hold);
+    rig_add("inject/hold-peer-gone", test_inject_hold_peer_gone);
+    rig_add("inject/when-stopped", test_inject_when_stopped);
+    rig_add("inject/status", test_inject_status);
+    rig_add("inject/receives-nothing", test_inject_receives_nothing);
+    rig_add("inject/no-loop", test_no_loop);
+    rig_add("inject/no-loop-rx", test_no_loop_rx);
+    rig_add("inject/relay", test_relay);
+    rig_add("inject/bad-frames", test_inject_bad_frames);
+    rig_add("inject/bad-gso", test_inject_bad_gso);
+    rig_add("inject/rx-waits", test_inject_rx_waits);
+    rig_add("stop/nothing-lost", test_stop_nothing_lost);
+    rig_add("stop/nothing-read", test_stop_nothing_read);
+    rig_add("stop/two-filters", test_stopped_only_two);
+    rig_add("life/framing", test_framing_after_del);
+    rig_add("life/hotplug", test_hotplug);
+    rig_add("life/netdev-del", test_netdev_del);
+    rig_add("life/device-del", test_device_del);
+    rig_add("life/no-leak", test_no_leak);
+    rig_add("life/no-foreign-frames", test_no_foreign_frames);
+    rig_add("peer/slow", test_slow_peer);
+    rig_add("peer/buffer-size", test_buffer_size);
+    rig_add("peer/reconnect", test_reconnect);
+    rig_add("chain/mirror", test_chain_mirror);
+    rig_add("chain/mirror-no-peer", test_chain_mirror_no_peer);
+    rig_add("chain/slow-peer", test_chain_slow_peer);
+    rig_add("chain/reconnect", test_chain_reconnect);
+    rig_add("interface/down-up", test_interface_down_up);
+    rig_add("error/options", test_errors);
+    rig_add("error/interface-gone", test_error_interface_gone);
+    rig_add("error/no-cap-net-raw", test_error_no_cap_net_raw);
+    rig_add("error/netns", test_error_netns);
+    rig_add("error/not-a-tap", test_error_not_a_tap);
+    rig_add("info/network", test_info_network);
     return g_test_run();
 }

@@ -1,0 +1,627 @@
+/*
+ * What the tests of filter-redirector on a TAP with vhost share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <poll.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <linux/if_packet.h>
+#include <linux/if_tun.h>
+#include "filter-redirector-rig.h"
+#include "libqos/malloc-pc.h"
+#include "libqos/pci-pc.h"
+#include "libqos/virtio.h"
+#include "qemu/bswap.h"
+#include "qemu/cutils.h"
+#include "qobject/qdict.h"
+#include "standard-headers/linux/virtio_config.h"
+#include "standard-headers/linux/virtio_net.h"
+#include "standard-headers/linux/virtio_pci.h"
+
+#define NIC_SLOT 5
+#define NIC_PATH "/machine/peripheral/nic/virtio-backend"
+
+static bool have_vhost;
+static const char *test_name;
+
+/* The host's side */
+
+void set_interface_up(const char *ifname, bool up)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    struct ifreq ifr = { };
+
+    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), ifname);
+    g_assert_cmpint(ioctl(fd, SIOCGIFFLAGS, &ifr), ==, 0);
+    ifr.ifr_flags = up ? ifr.ifr_flags | IFF_UP : ifr.ifr_flags & ~IFF_UP;
+    g_assert_cmpint(ioctl(fd, SIOCSIFFLAGS, &ifr), ==, 0);
+    close(fd);
+}
+
+int open_host(const char *ifname)
+{
+    struct sockaddr_ll addr = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons(TEST_ETHERTYPE),
+        .sll_ifindex = if_nametoindex(ifname),
+    };
+    int fd = socket(AF_PACKET, SOCK_RAW, 0);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    return fd;
+}
+
+void make_frame(uint8_t *frame, uint32_t number)
+{
+    static const uint8_t head[] = {
+        0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 0x02, 0, 0, 0, 0, 1,
+        TEST_ETHERTYPE >> 8, TEST_ETHERTYPE & 0xff,
+    };
+
+    memset(frame, 0x5a, FRAME_LEN);
+    memcpy(frame, head, sizeof(head));
+    stl_be_p(frame + sizeof(head), number);
+}
+
+uint32_t frame_number(const uint8_t *frame)
+{
+    g_assert_cmphex(lduw_be_p(frame + 12), ==, TEST_ETHERTYPE);
+    return ldl_be_p(frame + 14);
+}
+
+void host_send(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t frame[FRAME_LEN];
+
+    for (uint32_t i = 0; i < count; i++) {
+        make_frame(frame, first + i);
+        g_assert_cmpint(send(f->host, frame, FRAME_LEN, 0), ==, FRAME_LEN);
+    }
+}
+
+void wait_readable(int fd)
+{
+    struct pollfd pfd = { .fd = fd, .events = POLLIN };
+
+    g_assert_cmpint(poll(&pfd, 1, TIMEOUT_US / 1000), ==, 1);
+}
+
+/* Frames that came in from the guest; what we sent ourselves does not count. */
+void expect_host(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t frame[BUFFER_LEN];
+    struct sockaddr_ll from;
+    socklen_t from_len;
+
+    for (uint32_t i = 0; i < count;) {
+        from_len = sizeof(from);
+        wait_readable(f->host);
+        g_assert_cmpint(recvfrom(f->host, frame, sizeof(frame), 0,
+                                 (struct sockaddr *)&from, &from_len),
+                        >=, FRAME_LEN);
+        if (from.sll_pkttype != PACKET_OUTGOING) {
+            g_assert_cmpuint(frame_number(frame), ==, first + i);
+            i++;
+        }
+    }
+}
+
+int open_tap(const char *ifname)
+{
+    struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR };
+    int fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+
+    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), ifname);
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(ioctl(fd, TUNSETIFF, &ifr), ==, 0);
+    return fd;
+}
+
+/* The number of packet sockets on the interface, by protocol and hook. */
+int packet_sockets(const char *ifname, unsigned protocol, int hooked)
+{
+    g_autofree char *text = NULL;
+    g_auto(GStrv) lines = NULL;
+    int count = 0;
+
+    g_assert_true(g_file_get_contents("/proc/net/packet", &text, NULL, NULL));
+    lines = g_strsplit(text, "\n", -1);
+    for (int i = 1; lines[i] && *lines[i]; i++) {
+        unsigned proto, ifindex, running;
+
+        g_assert_cmpint(sscanf(lines[i], "%*s %*s %*s %x %u %u",
+                               &proto, &ifindex, &running), ==, 3);
+        count += ifindex == if_nametoindex(ifname) && proto == protocol &&
+                 running == hooked;
+    }
+    return count;
+}
+
+/* The chardevs' peers */
+
+int connect_to(Fixture *f, const char *name)
+{
+    g_autofree char *path = g_build_filename(f->dir, name, NULL);
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    pstrcpy(addr.sun_path, sizeof(addr.sun_path), path);
+    while (connect(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        g_usleep(1000);
+    }
+    return fd;
+}
+
+void read_full(int fd, void *buf, size_t size)
+{
+    for (size_t done = 0; done < size;) {
+        ssize_t n;
+
+        wait_readable(fd);
+        n = read(fd, buf + done, size - done);
+        g_assert_cmpint(n, >, 0);
+        done += n;
+    }
+}
+
+/* Read one frame of the stream, which has vnet_hdr_support=on. */
+size_t read_stream(int fd, uint8_t *frame, size_t size,
+                   uint8_t *header, uint32_t *header_len)
+{
+    uint8_t prefix[8];
+    uint32_t len;
+
+    read_full(fd, prefix, sizeof(prefix));
+    len = ldl_be_p(prefix);
+    *header_len = ldl_be_p(prefix + 4);
+    g_assert_cmpuint(*header_len, <=, 24);
+    g_assert_cmpuint(len, >, *header_len);
+    g_assert_cmpuint(len - *header_len, <=, size);
+    read_full(fd, header, *header_len);
+    read_full(fd, frame, len - *header_len);
+    return len - *header_len;
+}
+
+void expect_out(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t frame[BUFFER_LEN], header[24];
+    uint32_t header_len;
+
+    for (uint32_t i = 0; i < count; i++) {
+        g_assert_cmpuint(read_stream(f->out, frame, sizeof(frame), header,
+                                     &header_len), ==, FRAME_LEN);
+        g_assert_cmpuint(frame_number(frame), ==, first + i);
+        g_assert_cmphex(frame[FRAME_LEN - 1], ==, 0x5a);
+    }
+}
+
+void in_send(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t record[8 + 12 + FRAME_LEN] = { };
+
+    for (uint32_t i = 0; i < count; i++) {
+        stl_be_p(record, 12 + FRAME_LEN);
+        stl_be_p(record + 4, 12);
+        make_frame(record + 8 + 12, first + i);
+        g_assert_cmpint(write(f->in, record, sizeof(record)), ==,
+                        sizeof(record));
+    }
+}
+
+void swap_peers(Fixture *f)
+{
+    int out = f->out;
+
+    f->out = f->in;
+    f->in = out;
+}
+
+/* The guest's driver */
+
+void guest_start_queues(Fixture *f, uint64_t features)
+{
+    QVirtioDevice *vdev = &f->dev->vdev;
+
+    qvirtio_start_device(vdev);
+    qvirtio_set_features(vdev, qvirtio_get_features(vdev) & features);
+    f->guest.rx = qvirtqueue_setup(vdev, &f->alloc, 0);
+    f->guest.tx = qvirtqueue_setup(vdev, &f->alloc, 1);
+}
+
+void guest_start(Fixture *f)
+{
+    guest_start_queues(f, 1ull << VIRTIO_F_VERSION_1 |
+                          1ull << VIRTIO_NET_F_MRG_RXBUF);
+    qvirtio_set_driver_ok(&f->dev->vdev);
+}
+
+/* Turn on both queue pairs; the control queue is the fifth. */
+void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
+{
+    struct virtio_net_ctrl_hdr hdr = {
+        .class = VIRTIO_NET_CTRL_MQ,
+        .cmd = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    };
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    QVirtioDevice *vdev = &f->dev->vdev;
+    uint64_t addr = guest_alloc(&f->alloc, 16);
+    uint32_t head, len;
+
+    qvirtio_start_device(vdev);
+    qvirtio_set_features(vdev, qvirtio_get_features(vdev) &
+                               (1ull << VIRTIO_F_VERSION_1 |
+                                1ull << VIRTIO_NET_F_MRG_RXBUF |
+                                1ull << VIRTIO_NET_F_CTRL_VQ |
+                                1ull << VIRTIO_NET_F_MQ));
+    for (int i = 0; i < 5; i++) {
+        queues[i] = qvirtqueue_setup(vdev, &f->alloc, i);
+    }
+    qvirtio_set_driver_ok(vdev);
+
+    qtest_memwrite(f->qts, addr, &hdr, sizeof(hdr));
+    qtest_writew(f->qts, addr + 2, 2);
+    qtest_writeb(f->qts, addr + 4, 0xff);
+    head = qvirtqueue_add(f->qts, queues[4], addr, sizeof(hdr), false, true);
+    qvirtqueue_add(f->qts, queues[4], addr + 2, 2, false, true);
+    qvirtqueue_add(f->qts, queues[4], addr + 4, 1, true, false);
+    qvirtqueue_kick(f->qts, vdev, queues[4], head);
+    while (!qvirtqueue_get_buf(f->qts, queues[4], &head, &len)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    g_assert_cmphex(qtest_readb(f->qts, addr + 4), ==, VIRTIO_NET_OK);
+    guest_free(&f->alloc, addr);
+}
+
+void guest_stop(Fixture *f)
+{
+    QVirtioDevice *vdev = &f->dev->vdev;
+
+    qvirtio_reset(vdev);
+    qvirtqueue_cleanup(vdev->bus, f->guest.rx, &f->alloc);
+    qvirtqueue_cleanup(vdev->bus, f->guest.tx, &f->alloc);
+    f->guest.rx = f->guest.tx = NULL;
+}
+
+void guest_post(Fixture *f, int count)
+{
+    for (int i = 0; i < count; i++) {
+        uint64_t addr = guest_alloc(&f->alloc, BUFFER_LEN);
+        uint32_t head = qvirtqueue_add(f->qts, f->guest.rx, addr, BUFFER_LEN,
+                                       true, false);
+
+        f->guest.buffer[head] = addr;
+        qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.rx, head);
+    }
+}
+
+void expect_guest(Fixture *f, uint32_t first, uint32_t count)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint8_t buf[12 + FRAME_LEN];
+    uint32_t head, len;
+
+    for (uint32_t i = 0; i < count; i++) {
+        while (!qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len)) {
+            g_assert_cmpint(g_get_monotonic_time(), <, end);
+        }
+        g_assert_cmpuint(len, ==, sizeof(buf));
+        qtest_memread(f->qts, f->guest.buffer[head], buf, sizeof(buf));
+        guest_free(&f->alloc, f->guest.buffer[head]);
+        g_assert_cmpuint(frame_number(buf + 12), ==, first + i);
+    }
+}
+
+void guest_send(Fixture *f, uint32_t first, uint32_t count)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint8_t buf[12 + FRAME_LEN] = { };
+    uint32_t head, len;
+
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t addr = guest_alloc(&f->alloc, sizeof(buf));
+
+        make_frame(buf + 12, first + i);
+        qtest_memwrite(f->qts, addr, buf, sizeof(buf));
+        head = qvirtqueue_add(f->qts, f->guest.tx, addr, sizeof(buf),
+                              false, false);
+        qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
+        while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
+            g_assert_cmpint(g_get_monotonic_time(), <, end);
+        }
+        guest_free(&f->alloc, addr);
+    }
+}
+
+/* QEMU */
+
+/* The query succeeds only while vhost has the queue. */
+bool vhost_started(Fixture *f)
+{
+    QDict *rsp = qtest_qmp(f->qts,
+        "{'execute': 'x-query-virtio-vhost-queue-status',"
+        " 'arguments': {'path': %s, 'queue': 0}}", NIC_PATH);
+    bool started = qdict_haskey(rsp, "return");
+
+    qobject_unref(rsp);
+    return started;
+}
+
+uint64_t counter(Fixture *f, const char *id, const char *name)
+{
+    g_autofree char *path = g_strdup_printf("/objects/%s", id);
+    QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
+                           " {'path': %s, 'property': %s}}", path, name);
+    uint64_t value = qdict_get_uint(rsp, "return");
+
+    qobject_unref(rsp);
+    return value;
+}
+
+void expect_source(Fixture *f, const char *id, const char *source)
+{
+    g_autofree char *path = g_strdup_printf("/objects/%s", id);
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    for (;;) {
+        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
+                               " {'path': %s, 'property': 'source'}}", path);
+        bool same = g_str_equal(qdict_get_str(rsp, "return"), source);
+
+        qobject_unref(rsp);
+        if (same) {
+            return;
+        }
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+void wait_counter(Fixture *f, const char *id, const char *name,
+                  uint64_t value)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (counter(f, id, name) != value) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+void set_status(Fixture *f, const char *id, const char *status)
+{
+    g_autofree char *path = g_strdup_printf("/objects/%s", id);
+
+    qtest_qmp_assert_success(f->qts, "{'execute': 'qom-set', 'arguments':"
+                             " {'path': %s, 'property': 'status',"
+                             "  'value': %s}}", path, status);
+}
+
+void del_object(Fixture *f, const char *id)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'object-del', 'arguments':"
+                             " {'id': %s}}", id);
+}
+
+void vm_stop(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'stop'}");
+}
+
+void vm_cont(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'cont'}");
+}
+
+void add_capture(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'object-add', 'arguments':"
+        " {'qom-type': 'filter-redirector', 'id': 'cap', 'netdev': 'n0',"
+        "  'outdev': 'out', 'queue': 'tx', 'vnet_hdr_support': true}}");
+}
+
+void add_inject(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'object-add', 'arguments':"
+        " {'qom-type': 'filter-redirector', 'id': 'inj', 'netdev': 'n0',"
+        "  'indev': 'in', 'queue': 'tx', 'vnet_hdr_support': true}}");
+}
+
+void expect_status(Fixture *f, const char *command, const char *status)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    bool same = false;
+
+    while (!same) {
+        QDict *rsp = qtest_qmp(f->qts, "{'execute': %s}", command);
+
+        same = !g_strcmp0(qdict_get_try_str(qdict_get_qdict(rsp, "return"),
+                                            "status"), status);
+        qobject_unref(rsp);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+/* Start a migration to nowhere, up to where the VM has stopped. */
+void migration_start(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts,
+        "{'execute': 'migrate-set-capabilities', 'arguments':"
+        " {'capabilities': [{'capability': 'pause-before-switchover',"
+        "                    'state': true}]}}");
+    qtest_qmp_assert_success(f->qts, "{'execute': 'migrate', 'arguments':"
+                             " {'uri': 'exec:cat > /dev/null'}}");
+    expect_status(f, "query-migrate", "pre-switchover");
+}
+
+void migration_cancel(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'migrate_cancel'}");
+    expect_status(f, "query-migrate", "cancelled");
+    expect_status(f, "query-status", "running");
+}
+
+void expect_connected(Fixture *f, const char *label, bool connected)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    bool is_connected = !connected;
+
+    while (is_connected != connected) {
+        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'query-chardev'}");
+        QListEntry *entry;
+
+        QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
+            QDict *chr = qobject_to(QDict, qlist_entry_obj(entry));
+
+            if (g_str_equal(qdict_get_str(chr, "label"), label)) {
+                is_connected = !g_str_has_prefix(qdict_get_str(chr, "filename"),
+                                                 "disconnected:");
+            }
+        }
+        qobject_unref(rsp);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+int count_fds(Fixture *f)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/fd", qtest_pid(f->qts));
+    g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+    int count = 0;
+
+    while (g_dir_read_name(dir)) {
+        count++;
+    }
+    return count;
+}
+
+/* The whole */
+
+static void fixture_connect(Fixture *f)
+{
+    f->out = connect_to(f, "out");
+    f->in = connect_to(f, "in");
+}
+
+static void fixture_attach_nic(Fixture *f)
+{
+    QPCIAddress addr = { .devfn = QPCI_DEVFN(NIC_SLOT, 0) };
+
+    pc_alloc_init(&f->alloc, f->qts, 0);
+    f->bus = qpci_new_pc(f->qts, &f->alloc);
+    f->dev = virtio_pci_new(f->bus, &addr);
+    g_assert_nonnull(f->dev);
+    qvirtio_pci_device_enable(f->dev);
+}
+
+/*
+ * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
+ * whose peers are connected.  @args come behind.
+ */
+void fixture_init(Fixture *f, const char *netdev_opts,
+                  const char *nic_opts, const char *args)
+{
+    static unsigned number;
+
+    memset(f, 0, sizeof(*f));
+    f->host = f->out = f->in = -1;
+    f->dir = g_dir_make_tmp("filter-redirector-vhost-XXXXXX", NULL);
+    g_assert_nonnull(f->dir);
+    snprintf(f->ifname, sizeof(f->ifname), "tapq%u", number++);
+    f->qts = qtest_initf("-nodefaults -machine pc "
+                         "-netdev tap,id=n0,ifname=%s,script=no,downscript=no,"
+                         "%s "
+                         "-device virtio-net-pci,id=nic,netdev=n0,addr=0x%x,"
+                         "mac=52:54:00:12:34:56%s "
+                         "-chardev socket,id=out,path=%s/out,server=on,"
+                         "wait=off "
+                         "-chardev socket,id=in,path=%s/in,server=on,wait=off "
+                         "%s", f->ifname, netdev_opts, NIC_SLOT, nic_opts,
+                         f->dir, f->dir, args);
+    set_interface_up(f->ifname, true);
+    f->host = open_host(f->ifname);
+    fixture_connect(f);
+    fixture_attach_nic(f);
+}
+
+void fixture_start(Fixture *f, const char *args)
+{
+    fixture_init(f, "vhost=on", "", args);
+}
+
+void fixture_close(Fixture *f)
+{
+    const char *names[] = { "out", "in" };
+
+    if (f->guest.rx) {
+        guest_stop(f);
+    }
+    if (f->dev) {
+        g_free(f->dev->pdev);
+        g_free(f->dev);
+        qpci_free_pc(f->bus);
+        alloc_destroy(&f->alloc);
+    }
+    qtest_quit(f->qts);
+    close(f->host);
+    close(f->out);
+    close(f->in);
+    for (int i = 0; i < ARRAY_SIZE(names); i++) {
+        g_autofree char *path = g_build_filename(f->dir, names[i], NULL);
+
+        unlink(path);
+    }
+    rmdir(f->dir);
+    g_free(f->dir);
+}
+
+/* The program */
+
+/* Run @func in a child that has its own namespaces and capabilities. */
+void in_child(void (*func)(void))
+{
+    int status;
+    pid_t pid = fork();
+
+    if (!pid) {
+        func();
+        _exit(0);
+    }
+    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
+    g_assert_cmpint(status, ==, 0);
+}
+
+static void skip(void)
+{
+    g_test_skip("needs root and /dev/vhost-net");
+}
+
+void rig_init(int *argc, char ***argv, const char *name)
+{
+    g_test_init(argc, argv, NULL);
+    test_name = name;
+
+    have_vhost = access("/dev/vhost-net", R_OK | W_OK) == 0 &&
+                 unshare(CLONE_NEWNET | CLONE_NEWNS) == 0;
+    if (have_vhost) {
+        /* An interface that comes up shall not send anything by itself. */
+        g_assert_cmpint(system("mount --make-rprivate / && "
+                               "mount -t sysfs sysfs /sys && "
+                               "ip link set lo up && "
+                               "sysctl -q -w net.ipv6.conf.all.disable_ipv6=1 "
+                               "net.ipv6.conf.default.disable_ipv6=1"), ==, 0);
+    }
+}
+
+void rig_add(const char *path, void (*func)(void))
+{
+    g_autofree char *full = g_strdup_printf("/%s/%s", test_name, path);
+
+    qtest_add_func(full, have_vhost ? func : skip);
+}

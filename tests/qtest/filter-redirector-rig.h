@@ -1,0 +1,145 @@
+/*
+ * What the tests of filter-redirector on a TAP with vhost share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Real TAPs and the real vhost worker: it needs root and /dev/vhost-net, and
+ * skips all tests without.  The guest's driver is libqos.  The host's side is
+ * a packet socket on the TAP.
+ *
+ * Frames carry a number.  To see that a frame does not come, a test never
+ * waits for a while: it sends another one behind it that must come, and looks
+ * at which one is first.
+ *
+ * Whatever is waited for must come within TIMEOUT_US; what is expected and
+ * does not come as it should fails the test.
+ */
+
+#ifndef TESTS_FILTER_REDIRECTOR_RIG_H
+#define TESTS_FILTER_REDIRECTOR_RIG_H
+
+#include <net/if.h>
+#include "libqtest.h"
+#include "libqos/virtio-pci.h"
+
+#define TEST_ETHERTYPE 0x88b5   /* local experimental */
+#define FRAME_LEN 64
+#define BUFFER_LEN 2048         /* of the guest */
+#define RING_LEN 256
+#define TIMEOUT_US (20 * G_USEC_PER_SEC)
+
+/* VIRTIO_NET_F_MQ guests put their queue pairs at 2i (rx) and 2i+1 (tx). */
+typedef struct Guest {
+    QVirtQueue *rx;
+    QVirtQueue *tx;
+    uint64_t buffer[RING_LEN];
+} Guest;
+
+typedef struct Fixture {
+    QTestState *qts;
+    QGuestAllocator alloc;
+    QPCIBus *bus;
+    QVirtioPCIDevice *dev;
+    Guest guest;
+    char *dir;
+    char ifname[IFNAMSIZ];
+    int host;       /* the host's packet socket on the TAP */
+    int out;        /* peer of outdev */
+    int in;         /* peer of indev */
+} Fixture;
+
+/* Objects for the command line; the direction comes behind. */
+#define CAPTURE "-object filter-redirector,id=cap,netdev=n0,outdev=out," \
+                "vnet_hdr_support=on,queue="
+#define INJECT "-object filter-redirector,id=inj,netdev=n0,indev=in," \
+               "vnet_hdr_support=on,queue="
+#define STOPPED_ONLY "tx,enable_when_running=off,enable_when_stopped=on"
+
+/* The program: instead of g_test_init() and qtest_add_func() */
+
+/* Tests are named /@name/... and run in namespaces of their own. */
+void rig_init(int *argc, char ***argv, const char *name);
+void rig_add(const char *path, void (*func)(void));
+
+/* Run @func in a child that has its own namespaces and capabilities. */
+void in_child(void (*func)(void));
+
+/* The whole */
+
+/*
+ * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
+ * whose peers are connected.  @args come behind.  There may be several.
+ */
+void fixture_init(Fixture *f, const char *netdev_opts, const char *nic_opts,
+                  const char *args);
+/* The same, with vhost. */
+void fixture_start(Fixture *f, const char *args);
+void fixture_close(Fixture *f);
+
+/* The host's side */
+
+void set_interface_up(const char *ifname, bool up);
+int open_host(const char *ifname);
+int open_tap(const char *ifname);
+
+/* FRAME_LEN bytes */
+void make_frame(uint8_t *frame, uint32_t number);
+uint32_t frame_number(const uint8_t *frame);
+
+void wait_readable(int fd);
+void host_send(Fixture *f, uint32_t first, uint32_t count);
+/* Frames that came in from the guest; what we sent ourselves does not count. */
+void expect_host(Fixture *f, uint32_t first, uint32_t count);
+
+/* The number of packet sockets on the interface, by protocol and hook. */
+int packet_sockets(const char *ifname, unsigned protocol, int hooked);
+
+/* The chardevs' peers */
+
+int connect_to(Fixture *f, const char *name);
+void read_full(int fd, void *buf, size_t size);
+/* Read one frame of the stream, which has vnet_hdr_support=on. */
+size_t read_stream(int fd, uint8_t *frame, size_t size,
+                   uint8_t *header, uint32_t *header_len);
+void expect_out(Fixture *f, uint32_t first, uint32_t count);
+void in_send(Fixture *f, uint32_t first, uint32_t count);
+/* Exchange what f->out and f->in are. */
+void swap_peers(Fixture *f);
+
+/* The guest's driver */
+
+/* Start the driver with those of @features that there are ... */
+void guest_start_queues(Fixture *f, uint64_t features);
+/* ... or with what is usual, up to DRIVER_OK. */
+void guest_start(Fixture *f);
+/* Turn on both queue pairs; the control queue is the fifth. */
+void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5]);
+void guest_stop(Fixture *f);
+
+/* Give the device @count buffers of BUFFER_LEN. */
+void guest_post(Fixture *f, int count);
+void expect_guest(Fixture *f, uint32_t first, uint32_t count);
+void guest_send(Fixture *f, uint32_t first, uint32_t count);
+
+/* QEMU */
+
+bool vhost_started(Fixture *f);
+uint64_t counter(Fixture *f, const char *id, const char *name);
+void wait_counter(Fixture *f, const char *id, const char *name,
+                  uint64_t value);
+void expect_source(Fixture *f, const char *id, const char *source);
+void set_status(Fixture *f, const char *id, const char *status);
+void add_capture(Fixture *f);   /* "cap", queue=tx */
+void add_inject(Fixture *f);    /* "inj", queue=tx */
+void del_object(Fixture *f, const char *id);
+void vm_stop(Fixture *f);
+void vm_cont(Fixture *f);
+void expect_status(Fixture *f, const char *command, const char *status);
+void expect_connected(Fixture *f, const char *label, bool connected);
+int count_fds(Fixture *f);
+
+/* Start a migration to nowhere, up to where the VM has stopped. */
+void migration_start(Fixture *f);
+void migration_cancel(Fixture *f);
+
+#endif /* TESTS_FILTER_REDIRECTOR_RIG_H */
