@@ -50,6 +50,7 @@
 #include <linux/if_packet.h>
 #include <linux/sockios.h>
 #include "net/filter-tap.h"
+#include "net/frame-offload.h"
 #include "net/frame-pace.h"
 #include "net/frame-stream.h"
 #include "net/packet-socket.h"
@@ -71,6 +72,10 @@
 
 #ifndef TUNGETDEVNETNS
 #define TUNGETDEVNETNS _IO('T', 227)    /* Linux 5.2 */
+#endif
+#ifndef TUNGETVNETLE
+#define TUNGETVNETLE _IOR('T', 221, int)
+#define TUNGETVNETBE _IOR('T', 223, int)
 #endif
 
 /* Frames, and bytes of them, that are captured before others get their turn. */
@@ -95,6 +100,9 @@
 #define BUFFER_SIZE_MAX (1 * GiB)
 #define BUFFER_SIZE_WRITER(size) ((size) / 8)
 #define BUFFER_SIZE_SOCKET(size) ((size) / 32 * 27)
+
+/* Room for the segments that are sent at a time, in bytes. */
+#define INJECT_SEGMENTS_SIZE (128 * KiB)
 
 /* Between two looks at a TAP that was full. */
 #define INJECT_RETRY_MIN_MS 1
@@ -141,6 +149,8 @@ struct FilterTapEndpoints {
     bool when_running;
     bool when_stopped;
     uint64_t buffer_size;
+    bool may_swap;
+    bool swap;                  /* see filter_tap_header_swapped() */
     bool running;
     VMChangeStateEntry *vm_state;
     VMChangeStateEntry *vm_state_last;
@@ -165,6 +175,8 @@ struct FilterTapEndpoints {
     bool vnet_hdr;
     FrameReader *reader;
     PacketSocket *inject;       /* NULL if nothing goes to the guest */
+    uint8_t *segments;          /* room for some */
+    unsigned segments_sent;     /* of the frame that comes next */
     QEMUTimer *inject_retry;
     unsigned inject_waited_ms;
 };
@@ -286,25 +298,24 @@ static void filter_tap_stage(FilterTapEndpoints *ep, size_t size)
     ep->stats.capture_bytes += size - ep->nf->netdev->vnet_hdr_len;
 }
 
-/*
- * Write the kernel's header of a frame to @header in the size that the
- * guest's driver negotiated.  Returns false if that cannot be.
- */
-static bool filter_tap_put_header(FilterTapEndpoints *ep, uint8_t *header,
-                                  struct virtio_net_hdr *hdr,
-                                  uint8_t *frame, size_t len)
+/* Returns false if the kernel never lets a guest have the other byte order. */
+static bool filter_tap_get_other_order(NetClientState *netdev, int *value)
 {
-    size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
+    return ioctl(tap_get_fd(netdev),
+                 HOST_BIG_ENDIAN ? TUNGETVNETLE : TUNGETVNETBE, value) == 0;
+}
 
-    if (hdr_len) {
-        memcpy(header, hdr, sizeof(*hdr));
-        if (hdr_len > sizeof(*hdr)) {
-            memset(header + sizeof(*hdr), 0, hdr_len - sizeof(*hdr));
-        }
-        return true;
-    }
-    return hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE &&
-           packet_socket_finish_checksum(hdr, frame, len);
+/*
+ * Whether the headers that go through the TAP are not in the host's byte
+ * order, but in the guest's.  (If the kernel cannot do that, QEMU swaps them,
+ * and vhost is not used.)
+ */
+static bool filter_tap_header_swapped(FilterTapEndpoints *ep)
+{
+    int value;
+
+    return ep->may_swap &&
+           filter_tap_get_other_order(ep->nf->netdev, &value) && value;
 }
 
 static void filter_tap_capture_error(FilterTapEndpoints *ep, int err)
@@ -345,8 +356,8 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
     } else if (len == ep->echo_len &&
                !memcmp(payload + hdr_len, ep->echo, len)) {
         ep->echo_len = 0;
-    } else if (filter_tap_put_header(ep, payload, &hdr,
-                                     payload + hdr_len, len)) {
+    } else if (frame_offload_to_guest(&hdr, payload + hdr_len, len, payload,
+                                      hdr_len, ep->swap)) {
         filter_tap_stage(ep, hdr_len + len);
     } else {
         ep->stats.capture_skipped_gso++;
@@ -355,21 +366,27 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
 }
 
 /* Returns the number of frames, and puts their bytes to @bytes. */
-static unsigned filter_tap_capture_turn(FilterTapEndpoints *ep,
-                                        unsigned max_frames,
-                                        size_t max_bytes, size_t *bytes)
+static unsigned filter_tap_capture(FilterTapEndpoints *ep, unsigned max_frames,
+                                   size_t max_bytes, size_t *bytes)
 {
     uint64_t before = ep->stats.capture_bytes;
     unsigned frames = 0;
 
+    ep->swap = filter_tap_header_swapped(ep);
     while (frames < max_frames &&
            ep->stats.capture_bytes - before < max_bytes &&
            !frame_writer_full(ep->writer) && filter_tap_capture_one(ep)) {
         frames++;
     }
-    frame_writer_flush(ep->writer);
     *bytes = ep->stats.capture_bytes - before;
     return frames;
+}
+
+static void filter_tap_capture_all(FilterTapEndpoints *ep)
+{
+    size_t bytes;
+
+    filter_tap_capture(ep, UINT_MAX, SIZE_MAX, &bytes);
 }
 
 /*
@@ -402,9 +419,9 @@ static void filter_tap_look_readable(void *opaque)
         size_t turn = 0;
 
         if (filter_tap_capture_wanted(ep)) {
-            frames += filter_tap_capture_turn(ep, CAPTURE_BATCH - frames,
-                                              CAPTURE_BATCH_BYTES - bytes,
-                                              &turn);
+            frames += filter_tap_capture(ep, CAPTURE_BATCH - frames,
+                                         CAPTURE_BATCH_BYTES - bytes, &turn);
+            frame_writer_flush(ep->writer);
             bytes += turn;
         }
         ep = QLIST_NEXT(ep, next) ?: QLIST_FIRST(&filter_tap_list);
@@ -434,9 +451,7 @@ static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
 {
     packet_socket_unhook(ep->capture);
     if (qemu_chr_fe_backend_open(ep->chr_out)) {
-        while (!frame_writer_full(ep->writer) && filter_tap_capture_one(ep)) {
-            /* until the queue is empty */
-        }
+        filter_tap_capture_all(ep);
         frame_writer_flush(ep->writer);
     }
     ep->stats.capture_peer_drops += packet_socket_discard(ep->capture);
@@ -635,17 +650,71 @@ static void filter_tap_inject_failed(FilterTapEndpoints *ep, int err)
     }
 }
 
+/*
+ * Send the segments of a GSO frame that the TAP does not take.  The kernel
+ * could make them too, but behind it a full TAP loses them, silently.
+ *
+ * Returns as packet_socket_send() does for one frame.
+ */
+static int filter_tap_inject_segments(FilterTapEndpoints *ep,
+                                      const PacketSocketFrame *frame)
+{
+    PacketSocketFrame batch[PACKET_SOCKET_BATCH];
+    FrameSegments fs;
+
+    if (!frame_segments_init(&fs, &frame->hdr, frame->data, frame->len)) {
+        int ret = packet_socket_send_plain(ep->inject, frame);
+
+        return ret < 0 ? ret : 1;
+    }
+    ep->segments = ep->segments ?: g_malloc(INJECT_SEGMENTS_SIZE);
+    while (ep->segments_sent < fs.count) {
+        uint8_t *buf = ep->segments;
+        size_t n = MIN(MIN(fs.count - ep->segments_sent, PACKET_SOCKET_BATCH),
+                       INJECT_SEGMENTS_SIZE / (fs.headers + fs.size));
+        int ret;
+
+        for (size_t i = 0; i < n; i++) {
+            batch[i].data = buf;
+            batch[i].len = frame_segments_get(&fs, ep->segments_sent + i, buf,
+                                              &batch[i].hdr);
+            buf += batch[i].len;
+        }
+        ret = packet_socket_send(ep->inject, batch, n);
+        if (ret < 0) {
+            return ret;
+        }
+        ep->segments_sent += ret;
+    }
+    return 1;
+}
+
+static int filter_tap_inject_send(FilterTapEndpoints *ep,
+                                  const PacketSocketFrame *frames, size_t n)
+{
+    int ret = -EOPNOTSUPP;
+
+    /* What has been begun in segments goes on so. */
+    if (!ep->segments_sent) {
+        ret = packet_socket_send(ep->inject, frames, n);
+    }
+    if (ret == -EOPNOTSUPP) {
+        ret = filter_tap_inject_segments(ep, frames);
+    } else if (ret == -EAGAIN &&
+               frames->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
+               ep->inject_waited_ms >= INJECT_GSO_PATIENCE_MS) {
+        ret = packet_socket_send_plain(ep->inject, frames) < 0 ? -EINVAL : 1;
+    }
+    return ret;
+}
+
 /* Returns how many frames are dealt with; 0: they have to wait. */
 static size_t filter_tap_inject_to_guest(FilterTapEndpoints *ep,
                                          const PacketSocketFrame *frames,
                                          size_t n)
 {
-    int ret = packet_socket_send(ep->inject, frames, n);
+    int ret = filter_tap_inject_send(ep, frames, n);
 
-    if (ret == -EAGAIN && frames->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
-        ep->inject_waited_ms >= INJECT_GSO_PATIENCE_MS) {
-        ret = packet_socket_send_plain(ep->inject, frames) < 0 ? -EINVAL : 1;
-    }
     if (ret == -EAGAIN) {
         int wait = MIN(MAX(ep->inject_waited_ms, INJECT_RETRY_MIN_MS),
                        INJECT_RETRY_MAX_MS);
@@ -657,6 +726,7 @@ static size_t filter_tap_inject_to_guest(FilterTapEndpoints *ep,
         return 0;
     }
     ep->inject_waited_ms = 0;
+    ep->segments_sent = 0;
     if (ret < 0) {
         filter_tap_inject_failed(ep, -ret);
         return 1;
@@ -688,10 +758,7 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
         }
         other->echo = echo;
         other->echo_len = echo_len;
-        while (!frame_writer_full(other->writer) &&
-               filter_tap_capture_one(other)) {
-            /* until the queue is empty */
-        }
+        filter_tap_capture_all(other);
         other->echo_len = 0;
         qemu_bh_schedule(other->flush_bh);
     }
@@ -703,8 +770,8 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
                                          size_t hdr_len)
 {
     NetFilterState *nf = ep->nf;
-    uint8_t header[sizeof(struct virtio_net_hdr_v1_hash_tunnel)] = { };
-    struct virtio_net_hdr hdr = { };
+    uint8_t header[FRAME_OFFLOAD_MAX_HEADER];
+    struct virtio_net_hdr hdr;
     struct iovec iov[] = {
         { .iov_base = header, .iov_len = nf->netdev->vnet_hdr_len },
         { .iov_base = frame->payload + hdr_len,
@@ -715,13 +782,12 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
         ep->stats.inject_interface_drops++;
         return;
     }
-    if (hdr_len) {
-        memcpy(&hdr, frame->payload, sizeof(hdr));
-    }
     if (iov[0].iov_len == hdr_len) {
         memcpy(header, frame->payload, hdr_len);
-    } else if (!filter_tap_put_header(ep, header, &hdr, iov[1].iov_base,
-                                      iov[1].iov_len)) {
+    } else if (!frame_offload_from_guest(&hdr, frame->payload, hdr_len,
+                                         ep->swap) ||
+               !frame_offload_to_guest(&hdr, iov[1].iov_base, iov[1].iov_len,
+                                       header, iov[0].iov_len, ep->swap)) {
         ep->stats.inject_skipped_header++;
         return;
     }
@@ -740,20 +806,27 @@ static size_t filter_tap_stream_hdr_len(FilterTapEndpoints *ep,
     return ep->vnet_hdr ? frame->vnet_hdr_len : ep->nf->netdev->vnet_hdr_len;
 }
 
-/* The counter of what is wrong with the frame, or NULL. */
-static uint64_t *filter_tap_inject_flaw(FilterTapEndpoints *ep,
-                                        const StreamFrame *frame)
+/*
+ * Make a frame of the stream one for the packet socket.  Returns the counter
+ * of what is wrong with it, or NULL.
+ */
+static uint64_t *filter_tap_inject_prepare(FilterTapEndpoints *ep,
+                                           const StreamFrame *frame,
+                                           PacketSocketFrame *out)
 {
     size_t hdr_len = filter_tap_stream_hdr_len(ep, frame);
 
-    if (hdr_len > sizeof(struct virtio_net_hdr_v1_hash_tunnel) ||
-        (hdr_len && hdr_len < sizeof(struct virtio_net_hdr))) {
-        return &ep->stats.inject_skipped_header;
-    }
-    if (frame->size < hdr_len + ETH_HLEN) {
+    if (hdr_len > frame->size) {
         return &ep->stats.inject_skipped_runt;
     }
-    return NULL;
+    if (!frame_offload_from_guest(&out->hdr, frame->payload, hdr_len,
+                                  ep->swap) &&
+        (ep->inject || hdr_len != ep->nf->netdev->vnet_hdr_len)) {
+        return &ep->stats.inject_skipped_header;
+    }
+    out->data = frame->payload + hdr_len;
+    out->len = frame->size - hdr_len;
+    return out->len < ETH_HLEN ? &ep->stats.inject_skipped_runt : NULL;
 }
 
 /*
@@ -765,7 +838,7 @@ static size_t filter_tap_inject_some(FilterTapEndpoints *ep,
 {
     PacketSocketFrame batch[PACKET_SOCKET_BATCH];
     bool to_network = filter_tap_wants(ep, NET_FILTER_DIRECTION_RX);
-    uint64_t *flaw = filter_tap_inject_flaw(ep, frames);
+    uint64_t *flaw = filter_tap_inject_prepare(ep, frames, batch);
     size_t done = 1;
 
     if (flaw) {
@@ -778,18 +851,9 @@ static size_t filter_tap_inject_some(FilterTapEndpoints *ep,
     }
     if (ep->inject) {
         n = to_network ? 1 : MIN(n, PACKET_SOCKET_BATCH);
-        for (done = 0; done < n; done++) {
-            size_t hdr_len = filter_tap_stream_hdr_len(ep, &frames[done]);
-            PacketSocketFrame *frame = &batch[done];
-
-            if (filter_tap_inject_flaw(ep, &frames[done])) {
-                break;
-            }
-            memset(&frame->hdr, 0, sizeof(frame->hdr));
-            memcpy(&frame->hdr, frames[done].payload,
-                   MIN(hdr_len, sizeof(frame->hdr)));
-            frame->data = frames[done].payload + hdr_len;
-            frame->len = frames[done].size - hdr_len;
+        while (done < n && !filter_tap_inject_prepare(ep, &frames[done],
+                                                      &batch[done])) {
+            done++;
         }
         done = filter_tap_inject_to_guest(ep, batch, done);
     }
@@ -806,6 +870,7 @@ static size_t filter_tap_inject_frames(void *opaque, const StreamFrame *frames,
     FilterTapEndpoints *ep = opaque;
     size_t done = 0, some;
 
+    ep->swap = filter_tap_header_swapped(ep);
     while (done < n && filter_tap_injects(ep)) {
         some = filter_tap_inject_some(ep, frames + done, n - done);
         if (!some) {
@@ -848,6 +913,7 @@ static void filter_tap_in_event(void *opaque, QEMUChrEvent event)
 
     if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
         frame_reader_reset(ep->reader);
+        ep->segments_sent = 0;
     }
 }
 
@@ -1163,6 +1229,7 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
     ep->chr_in = chr_in;
     ep->chr_out = chr_out;
     ep->vnet_hdr = vnet_hdr;
+    ep->may_swap = filter_tap_get_other_order(nf->netdev, &(int){ 0 });
 
     if (!ep->when_running && !ep->when_stopped) {
         error_setg(errp, "'enable_when_running=off' without "
@@ -1236,6 +1303,7 @@ void filter_tap_cleanup(FilterTap *ft)
     }
     packet_socket_free(ep->capture);
     packet_socket_free(ep->inject);
+    g_free(ep->segments);
     g_free(ep);
 }
 

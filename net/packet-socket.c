@@ -47,7 +47,6 @@
 #include <linux/if_packet.h>
 #include <linux/sockios.h>
 #include "qapi/error.h"
-#include "net/checksum.h"
 #include "net/packet-socket.h"
 #include "qemu/atomic.h"
 #include "qemu/bswap.h"
@@ -638,7 +637,7 @@ static bool packet_socket_has_feature(PacketSocket *ps, const char *name)
     return false;
 }
 
-/* Whether the kernel must segment the frame for the interface. */
+/* Whether the frame must be segmented for the interface. */
 static bool packet_socket_must_segment(PacketSocket *ps,
                                        const PacketSocketFrame *frame)
 {
@@ -682,15 +681,11 @@ int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
 {
     int ret = packet_socket_sendmmsg(ps, frames, n);
 
-    /*
-     * The bypass does not segment, so a GSO frame that the TAP's reader did
-     * not ask for fails just as on a full queue.  The plain path segments it.
-     */
-    if (ret == -ENOBUFS && packet_socket_must_segment(ps, frames)) {
-        ret = packet_socket_send_plain(ps, frames);
-        ret = ret < 0 ? ret : 1;
+    /* The bypass does not segment, and says the same as on a full queue. */
+    if (ret == -ENOBUFS) {
+        ret = packet_socket_must_segment(ps, frames) ? -EOPNOTSUPP : -EAGAIN;
     }
-    return ret == -ENOBUFS ? -EAGAIN : ret;
+    return ret;
 }
 
 uint64_t packet_socket_drops(PacketSocket *ps)
@@ -704,24 +699,4 @@ uint64_t packet_socket_drops(PacketSocket *ps)
         ps->drops += stats.tp_drops;
     }
     return ps->drops;
-}
-
-bool packet_socket_finish_checksum(struct virtio_net_hdr *hdr,
-                                   uint8_t *frame, size_t len)
-{
-    size_t at = hdr->csum_start + hdr->csum_offset;
-
-    if (!(hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)) {
-        return true;
-    }
-    if (hdr->csum_start >= len || at + 2 > len) {
-        return false;
-    }
-    /* The field holds the sum of the pseudo header and is summed up too. */
-    stw_be_p(frame + at,
-             net_checksum_finish_nozero(
-                 net_checksum_add(len - hdr->csum_start,
-                                  frame + hdr->csum_start)));
-    hdr->flags &= ~VIRTIO_NET_HDR_F_NEEDS_CSUM;
-    return true;
 }

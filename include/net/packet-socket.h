@@ -150,14 +150,13 @@ typedef struct PacketSocketFrame {
  * @frames: the frames
  * @n: their number, not 0; no more than PACKET_SOCKET_BATCH are sent
  *
- * Send frames out of the interface, past its queueing discipline unless the
- * kernel has to segment them.  (Then a full queue of the interface shows only
- * in the interface's tx_dropped.)
+ * Send frames out of the interface, past its queueing discipline.
  *
  * Returns: how many of the frames were sent, or a negative errno that is about
  * the first of them, with nothing sent: -EAGAIN when the interface cannot take
- * it now (a TAP's queue is full) and it is worth to try again later; -EINVAL
- * for a bad header; -EMSGSIZE for a frame longer than the MTU allows;
+ * it now (a TAP's queue is full) and it is worth to try again later;
+ * -EOPNOTSUPP when the interface cannot take it unless it is segmented;
+ * -EINVAL for a bad header; -EMSGSIZE for a frame longer than the MTU allows;
  * -ENETDOWN, -ENXIO or -ENODEV when the interface is down or gone.
  */
 int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
@@ -171,8 +170,9 @@ int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
  * Send one frame through the interface's queueing discipline.  The kernel
  * segments it at need; when the interface cannot take it, it gets lost there
  * and shows only in the interface's tx_dropped.  For a GSO frame that
- * packet_socket_send() cannot send for ever: the kernel does not tell it from
- * one that has to wait.
+ * packet_socket_send() cannot send and frame_segments_init() does not know, or
+ * that has been waiting too long: the kernel does not tell a full queue from a
+ * frame that it cannot send for ever.
  *
  * Returns: 0, or a negative errno.
  */
@@ -186,19 +186,5 @@ int packet_socket_send_plain(PacketSocket *ps, const PacketSocketFrame *frame);
  * its queue was full.
  */
 uint64_t packet_socket_drops(PacketSocket *ps);
-
-/**
- * packet_socket_finish_checksum:
- * @hdr: a frame's header; its VIRTIO_NET_HDR_F_NEEDS_CSUM is cleared
- * @frame: the frame
- * @len: its length in bytes
- *
- * Compute the checksum that was left to the hardware, for a receiver that
- * gets no header.
- *
- * Returns: false if @hdr points outside of the frame.
- */
-bool packet_socket_finish_checksum(struct virtio_net_hdr *hdr,
-                                   uint8_t *frame, size_t len);
 
 #endif /* QEMU_NET_PACKET_SOCKET_H */

@@ -1,0 +1,102 @@
+/*
+ * Work on frames that their virtio-net header leaves to others
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * There are two kinds of header.  The kernel's is that of a packet socket: a
+ * struct virtio_net_hdr in the host's byte order.  The guest's is what goes
+ * through the TAP and a frame stream: of the length that the guest's driver
+ * has negotiated, in the guest's byte order.
+ *
+ * All functions may be called from any thread.
+ */
+
+#ifndef QEMU_NET_FRAME_OFFLOAD_H
+#define QEMU_NET_FRAME_OFFLOAD_H
+
+#include "standard-headers/linux/virtio_net.h"
+
+/* The longest header that a guest's driver can negotiate, in bytes. */
+#define FRAME_OFFLOAD_MAX_HEADER sizeof(struct virtio_net_hdr_v1_hash_tunnel)
+
+/**
+ * frame_offload_to_guest:
+ * @hdr: the kernel's header; what is done here is cleared in it
+ * @frame: the frame, whose checksum is completed if there is no header
+ * @len: its length in bytes
+ * @guest: filled with the guest's header
+ * @guest_len: its length in bytes, 0 or from 10 to FRAME_OFFLOAD_MAX_HEADER
+ * @swap: whether the guest's byte order is not the host's
+ *
+ * Express the kernel's header as the guest's.
+ *
+ * Returns: false if it cannot be: a frame yet to be segmented without a
+ * header, or, with a header that is too short for it, in a tunnel; or a
+ * checksum outside of the frame.
+ */
+bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
+                            size_t len, uint8_t *guest, size_t guest_len,
+                            bool swap);
+
+/**
+ * frame_offload_from_guest:
+ * @hdr: filled with the kernel's header
+ * @guest: the guest's header
+ * @guest_len: its length in bytes
+ * @swap: whether the guest's byte order is not the host's
+ *
+ * Express the guest's header as the kernel's.  What it says is not checked
+ * against the frame: the kernel does that.
+ *
+ * Returns: false if it cannot be: no header has @guest_len bytes, or the
+ * frame is in a tunnel and yet to be segmented.
+ */
+bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
+                              const uint8_t *guest, size_t guest_len,
+                              bool swap);
+
+/* A frame that is being segmented */
+typedef struct FrameSegments {
+    const uint8_t *frame;
+    size_t l3;                  /* offsets in the frame, in bytes */
+    size_t l4;
+    size_t headers;             /* length of all headers, in bytes */
+    size_t payload;             /* length of what is to be cut, in bytes */
+    size_t size;                /* of the payload of one segment, in bytes */
+    unsigned count;
+    bool ip6;
+    bool tcp;
+} FrameSegments;
+
+/* More bytes of headers are not copied for each segment. */
+#define FRAME_SEGMENTS_MAX_HEADERS 256
+
+/**
+ * frame_segments_init:
+ * @fs: filled with what frame_segments_get() needs
+ * @hdr: the frame's header, as the kernel has it
+ * @frame: the frame, which must stay as long as @fs is used
+ * @len: its length in bytes
+ *
+ * Prepare to cut a frame into what its header says.  TCP and UDP
+ * (VIRTIO_NET_HDR_GSO_UDP_L4) are known, over IPv4 and IPv6, with VLAN tags,
+ * options and extension headers, but in no tunnel.
+ *
+ * Returns: false if the frame is of another kind, or malformed.
+ */
+bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
+                         const uint8_t *frame, size_t len);
+
+/**
+ * frame_segments_get:
+ * @fs: of frame_segments_init()
+ * @index: of the segment, less than @fs->count
+ * @buf: filled with the segment; has room for @fs->headers + @fs->size bytes
+ * @hdr: filled with its header, which leaves the checksum to the kernel
+ *
+ * Returns: the segment's length in bytes.
+ */
+size_t frame_segments_get(const FrameSegments *fs, unsigned index,
+                          uint8_t *buf, struct virtio_net_hdr *hdr);
+
+#endif /* QEMU_NET_FRAME_OFFLOAD_H */
