@@ -37,7 +37,8 @@
  *
  * Injected packets are put into the TAP by a packet socket (queue=tx), from
  * where vhost or QEMU brings them to the guest, or passed along the chain to
- * the network (queue=rx).  When the TAP is full they wait.
+ * the network (queue=rx).  When the TAP is full they wait.  What the TAP does
+ * not take whole is segmented here.
  */
 
 #include "qemu/osdep.h"
@@ -694,8 +695,12 @@ static int filter_tap_inject_send(FilterTapEndpoints *ep,
 {
     int ret = -EOPNOTSUPP;
 
-    /* What has been begun in segments goes on so. */
-    if (!ep->segments_sent) {
+    /*
+     * What has been begun in segments goes on so.  And a packet socket cannot
+     * send a frame in a tunnel otherwise.
+     */
+    if (!ep->segments_sent &&
+        !(frames->hdr.gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL)) {
         ret = packet_socket_send(ep->inject, frames, n);
     }
     if (ret == -EOPNOTSUPP) {
@@ -820,8 +825,7 @@ static uint64_t *filter_tap_inject_prepare(FilterTapEndpoints *ep,
         return &ep->stats.inject_skipped_runt;
     }
     if (!frame_offload_from_guest(&out->hdr, frame->payload, hdr_len,
-                                  ep->swap) &&
-        (ep->inject || hdr_len != ep->nf->netdev->vnet_hdr_len)) {
+                                  ep->swap)) {
         return &ep->stats.inject_skipped_header;
     }
     out->data = frame->payload + hdr_len;

@@ -18,12 +18,13 @@
 #define TCP_MIN_SIZE 48
 #define UDP_MAX_SEGMENTS 128
 
+/* Where the headers of TCP or UDP, and of IP before them, are */
 typedef struct FrameLayout {
     size_t l3;                  /* offsets in the frame, in bytes */
     size_t l4;
     size_t payload;
-    EthL4HdrProto proto;
     bool ip6;
+    bool tcp;
 } FrameLayout;
 
 /* Returns false if the frame has no header of TCP or UDP, or only a part. */
@@ -36,21 +37,23 @@ static bool frame_offload_parse(FrameLayout *layout, const uint8_t *frame,
     eth_l4_hdr_info l4;
     bool has_ip4;
 
+    if (len < ETH_HLEN) {
+        return false;
+    }
     eth_get_protocols(&iov, 1, 0, &has_ip4, &layout->ip6, &layout->l3,
                       &layout->l4, &layout->payload, &ip6, &ip4, &l4);
-    layout->proto = l4.proto;
-    if (l4.proto == ETH_L4_HDR_PROTO_TCP) {
-        return layout->l4 >= layout->l3 + sizeof(struct ip_header) &&
-               layout->payload >= layout->l4 + sizeof(struct tcp_hdr) &&
-               layout->payload <= len;
-    }
-    return l4.proto == ETH_L4_HDR_PROTO_UDP &&
-           layout->l4 >= layout->l3 + sizeof(struct ip_header);
+    layout->tcp = l4.proto == ETH_L4_HDR_PROTO_TCP;
+    return (layout->tcp || l4.proto == ETH_L4_HDR_PROTO_UDP) &&
+           layout->l4 >= layout->l3 + sizeof(struct ip_header) &&
+           layout->payload <= len &&
+           (!layout->tcp ||
+            layout->payload >= layout->l4 + sizeof(struct tcp_hdr));
 }
 
-static uint8_t frame_offload_gso_type(const struct virtio_net_hdr *hdr)
+/* 0 stands for none. */
+static bool frame_offload_has_udp_checksum(const uint8_t *udp)
 {
-    return hdr->gso_type & ~VIRTIO_NET_HDR_GSO_ECN;
+    return lduw_be_p(udp + offsetof(udp_header, uh_sum));
 }
 
 /* Headers */
@@ -84,61 +87,93 @@ static bool frame_offload_finish_checksum(struct virtio_net_hdr *hdr,
     return true;
 }
 
-/* Whether the IP header of a frame that ends at @len begins at @at. */
-static bool frame_offload_is_ip_header(const uint8_t *frame, size_t len,
-                                       size_t at, size_t end)
+/* Whether TCP or UDP at @l4 follows an IP header at @l3. */
+static bool frame_offload_parse_inner(FrameLayout *inner, const uint8_t *frame,
+                                      size_t len, size_t l3, size_t l4)
 {
-    switch (frame[at] >> 4) {
-    case 4:
-        return at + (frame[at] & 0xf) * 4 == end &&
-               lduw_be_p(frame + at + 2) == len - at;
-    case 6:
-        return at + sizeof(struct ip6_header) == end &&
-               lduw_be_p(frame + at + 4) == len - end;
-    default:
-        return false;
+    const uint8_t *ip = frame + l3;
+    uint8_t proto;
+
+    *inner = (FrameLayout) { .l3 = l3, .l4 = l4, .ip6 = ip[0] >> 4 == 6 };
+    if (inner->ip6) {
+        if (l3 + sizeof(struct ip6_header) != l4 ||
+            lduw_be_p(ip + 4) != len - l4) {
+            return false;
+        }
+        proto = ip[6];
+    } else {
+        if (ip[0] >> 4 != 4 || l3 + IP_HDR_GET_LEN(ip) != l4 ||
+            lduw_be_p(ip + 2) != len - l3) {
+            return false;
+        }
+        proto = ip[9];
     }
+    inner->tcp = proto == IP_PROTO_TCP;
+    if (inner->tcp && l4 + sizeof(struct tcp_hdr) <= len) {
+        size_t size = (frame[l4 + 12] >> 4) * 4;
+
+        inner->payload = l4 + size;
+        return size >= sizeof(struct tcp_hdr) && inner->payload <= len;
+    }
+    inner->payload = l4 + sizeof(udp_header);
+    return proto == IP_PROTO_UDP && inner->payload <= len;
 }
 
 /*
  * A packet socket's header does not tell (Linux 6.18) that the frame is in a
  * UDP tunnel: it speaks of the inner frame alone, and so do the offsets.  But
- * it can be seen: what is to be checksummed is not what follows the IP
- * header.  @tunnel is left alone if the frame is in no tunnel.
+ * it can be seen: what is to be checksummed is not what follows the IP header.
  *
- * Returns false if it is in one that cannot be expressed.
+ * Returns false unless the frame is in a tunnel, yet to be segmented, and of
+ * a kind that a virtio-net header can express.
  */
-static bool
-frame_offload_find_tunnel(const struct virtio_net_hdr *hdr,
-                          const uint8_t *frame, size_t len,
-                          struct virtio_net_hdr_v1_hash_tunnel *tunnel)
+static bool frame_offload_find_tunnel(const FrameLayout *outer,
+                                      FrameLayout *inner,
+                                      const struct virtio_net_hdr *hdr,
+                                      const uint8_t *frame, size_t len)
 {
-    struct virtio_net_hdr_v1 *guest = &tunnel->hash_hdr.hdr;
-    size_t end = hdr->csum_start;
-    FrameLayout outer;
-    size_t at;
+    size_t l4 = hdr->csum_start;
 
-    if (hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE ||
-        !(hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) || end > len ||
-        !frame_offload_parse(&outer, frame, len) ||
-        outer.proto != ETH_L4_HDR_PROTO_UDP || outer.l4 >= end) {
-        return true;
+    if (outer->tcp || l4 > len ||
+        l4 < outer->payload + sizeof(struct ip_header)) {
+        return false;
     }
-    for (at = end - sizeof(struct ip_header);
-         at >= outer.payload && at + ETH_MAX_IP4_HDR_LEN >= end; at -= 4) {
-        if (frame_offload_is_ip_header(frame, len, at, end)) {
-            guest->gso_type |= outer.ip6 ? VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV6
-                                         : VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4;
-            /* A tunnel without a checksum has 0 there. */
-            if (lduw_be_p(frame + outer.l4 + 6)) {
-                guest->flags |= VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM;
-            }
-            tunnel->outer_th_offset = cpu_to_le16(outer.l4);
-            tunnel->inner_nh_offset = cpu_to_le16(at);
+    for (size_t l3 = l4 - sizeof(struct ip_header);
+         l3 >= outer->payload && l3 + ETH_MAX_IP4_HDR_LEN >= l4; l3 -= 4) {
+        if (frame_offload_parse_inner(inner, frame, len, l3, l4)) {
             return true;
         }
     }
     return false;
+}
+
+/* Returns false if the frame is in a tunnel and that cannot be expressed. */
+static bool frame_offload_put_tunnel(struct virtio_net_hdr_v1_hash_tunnel *all,
+                                     const struct virtio_net_hdr *hdr,
+                                     const uint8_t *frame, size_t len)
+{
+    struct virtio_net_hdr_v1 *guest = &all->hash_hdr.hdr;
+    FrameLayout outer, inner;
+
+    if (hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE) {
+        return true;
+    }
+    if (!(hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) ||
+        !frame_offload_parse(&outer, frame, len) || outer.tcp ||
+        outer.l4 == hdr->csum_start) {
+        return !(hdr->gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL);
+    }
+    if (!frame_offload_find_tunnel(&outer, &inner, hdr, frame, len)) {
+        return false;
+    }
+    guest->gso_type |= outer.ip6 ? VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV6 :
+                                   VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4;
+    if (frame_offload_has_udp_checksum(frame + outer.l4)) {
+        guest->flags |= VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM;
+    }
+    all->outer_th_offset = cpu_to_le16(outer.l4);
+    all->inner_nh_offset = cpu_to_le16(inner.l3);
+    return true;
 }
 
 bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
@@ -152,7 +187,7 @@ bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
                frame_offload_finish_checksum(hdr, frame, len);
     }
     memcpy(&all, hdr, sizeof(*hdr));
-    if (!frame_offload_find_tunnel(hdr, frame, len, &all) ||
+    if (!frame_offload_put_tunnel(&all, hdr, frame, len) ||
         (guest_len < sizeof(all) && all.outer_th_offset)) {
         return false;
     }
@@ -178,35 +213,54 @@ bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
     if (swap) {
         frame_offload_swap(hdr);
     }
-    return !(hdr->gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL);
+    return true;
 }
 
 /* Segments */
 
+static bool frame_segments_find(FrameSegments *fs,
+                                const struct virtio_net_hdr *hdr,
+                                const uint8_t *frame, size_t len)
+{
+    FrameLayout outer, inner;
+
+    if (!frame_offload_parse(&outer, frame, len)) {
+        return false;
+    }
+    inner = outer;
+    if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM &&
+        hdr->csum_start != outer.l4) {
+        if (!frame_offload_find_tunnel(&outer, &inner, hdr, frame, len)) {
+            return false;
+        }
+        fs->tunnel_l3 = outer.l3;
+        fs->tunnel_l4 = outer.l4;
+        fs->tunnel_ip6 = outer.ip6;
+    }
+    fs->l3 = inner.l3;
+    fs->l4 = inner.l4;
+    fs->headers = inner.payload;
+    fs->ip6 = inner.ip6;
+    fs->tcp = inner.tcp;
+    return true;
+}
+
 bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
                          const uint8_t *frame, size_t len)
 {
-    uint8_t type = frame_offload_gso_type(hdr);
-    FrameLayout layout;
+    uint8_t type = hdr->gso_type & ~(VIRTIO_NET_HDR_GSO_ECN |
+                                     VIRTIO_NET_HDR_GSO_UDP_TUNNEL);
 
-    if (!frame_offload_parse(&layout, frame, len) ||
-        layout.payload > FRAME_SEGMENTS_MAX_HEADERS ||
-        layout.payload >= len || !hdr->gso_size ||
-        (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM &&
-         hdr->csum_start != layout.l4)) {
+    *fs = (FrameSegments) { .frame = frame, .size = hdr->gso_size };
+    if (!frame_segments_find(fs, hdr, frame, len) || !fs->size ||
+        fs->headers > FRAME_SEGMENTS_MAX_HEADERS || fs->headers >= len) {
         return false;
     }
-    *fs = (FrameSegments) {
-        .frame = frame,
-        .l3 = layout.l3,
-        .l4 = layout.l4,
-        .headers = layout.payload,
-        .payload = len - layout.payload,
-        .size = hdr->gso_size,
-        .count = DIV_ROUND_UP(len - layout.payload, hdr->gso_size),
-        .ip6 = layout.ip6,
-        .tcp = layout.proto == ETH_L4_HDR_PROTO_TCP,
-    };
+    if (hdr->gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL && !fs->tunnel_l4) {
+        return false;
+    }
+    fs->payload = len - fs->headers;
+    fs->count = DIV_ROUND_UP(fs->payload, fs->size);
     switch (type) {
     case VIRTIO_NET_HDR_GSO_TCPV4:
     case VIRTIO_NET_HDR_GSO_TCPV6:
@@ -219,16 +273,17 @@ bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
     }
 }
 
-static void frame_segments_put_ip(const FrameSegments *fs, unsigned index,
-                                  uint8_t *ip, size_t len)
+/* @len is from the IP header on, @header that header's. */
+static void frame_segments_put_ip(uint8_t *ip, bool ip6, size_t header,
+                                  size_t len, unsigned index)
 {
-    if (fs->ip6) {
+    if (ip6) {
         stw_be_p(ip + 4, len - sizeof(struct ip6_header));
     } else {
         stw_be_p(ip + 2, len);
         stw_be_p(ip + 4, lduw_be_p(ip + 4) + index);
         stw_be_p(ip + 10, 0);
-        stw_be_p(ip + 10, net_raw_checksum(ip, fs->l4 - fs->l3));
+        stw_be_p(ip + 10, net_raw_checksum(ip, header));
     }
 }
 
@@ -246,15 +301,40 @@ static void frame_segments_put_tcp(const FrameSegments *fs, unsigned index,
     }
 }
 
-/* The sum of the pseudo header, as it is before the rest is added. */
-static uint16_t frame_segments_pseudo_sum(const FrameSegments *fs,
-                                          const uint8_t *ip, size_t len)
+static void frame_segments_put_udp(uint8_t *udp, size_t len)
 {
-    size_t at = fs->ip6 ? 8 : 12, size = fs->ip6 ? 32 : 8;
-    uint32_t sum = net_checksum_add(size, (uint8_t *)ip + at);
+    stw_be_p(udp + offsetof(udp_header, uh_ulen), len);
+}
 
-    sum += len + (fs->tcp ? IP_PROTO_TCP : IP_PROTO_UDP);
-    return ~net_checksum_finish(sum);
+/* The sum of the pseudo header, as it is before the rest is added. */
+static uint16_t frame_segments_pseudo_sum(const uint8_t *ip, bool ip6,
+                                          uint8_t proto, size_t len)
+{
+    size_t at = ip6 ? 8 : 12, size = ip6 ? 32 : 8;
+
+    return ~net_checksum_finish(net_checksum_add(size, (uint8_t *)ip + at) +
+                                len + proto);
+}
+
+static void frame_segments_put_tunnel(const FrameSegments *fs, unsigned index,
+                                      uint8_t *buf, size_t len,
+                                      struct virtio_net_hdr *hdr)
+{
+    uint8_t *ip = buf + fs->tunnel_l3, *udp = buf + fs->tunnel_l4;
+
+    frame_segments_put_ip(ip, fs->tunnel_ip6, fs->tunnel_l4 - fs->tunnel_l3,
+                          len - fs->tunnel_l3, index);
+    frame_segments_put_udp(udp, len - fs->tunnel_l4);
+    if (frame_offload_has_udp_checksum(udp)) {
+        /* The outer checksum covers the inner one, which has to be done. */
+        frame_offload_finish_checksum(hdr, buf, len);
+        hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+        hdr->csum_start = fs->tunnel_l4;
+        hdr->csum_offset = offsetof(udp_header, uh_sum);
+        stw_be_p(udp + hdr->csum_offset,
+                 frame_segments_pseudo_sum(ip, fs->tunnel_ip6, IP_PROTO_UDP,
+                                           len - fs->tunnel_l4));
+    }
 }
 
 size_t frame_segments_get(const FrameSegments *fs, unsigned index,
@@ -263,15 +343,15 @@ size_t frame_segments_get(const FrameSegments *fs, unsigned index,
     size_t at = index * fs->size;
     size_t payload = MIN(fs->size, fs->payload - at);
     size_t len = fs->headers + payload;
-    uint8_t *l4 = buf + fs->l4;
+    uint8_t *ip = buf + fs->l3, *l4 = buf + fs->l4;
 
     memcpy(buf, fs->frame, fs->headers);
     memcpy(buf + fs->headers, fs->frame + fs->headers + at, payload);
-    frame_segments_put_ip(fs, index, buf + fs->l3, len - fs->l3);
+    frame_segments_put_ip(ip, fs->ip6, fs->l4 - fs->l3, len - fs->l3, index);
     if (fs->tcp) {
         frame_segments_put_tcp(fs, index, l4);
     } else {
-        stw_be_p(l4 + 4, len - fs->l4);
+        frame_segments_put_udp(l4, len - fs->l4);
     }
     *hdr = (struct virtio_net_hdr) {
         .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
@@ -280,6 +360,11 @@ size_t frame_segments_get(const FrameSegments *fs, unsigned index,
                                  offsetof(udp_header, uh_sum),
     };
     stw_be_p(l4 + hdr->csum_offset,
-             frame_segments_pseudo_sum(fs, buf + fs->l3, len - fs->l4));
+             frame_segments_pseudo_sum(ip, fs->ip6,
+                                       fs->tcp ? IP_PROTO_TCP : IP_PROTO_UDP,
+                                       len - fs->l4));
+    if (fs->tunnel_l4) {
+        frame_segments_put_tunnel(fs, index, buf, len, hdr);
+    }
     return len;
 }

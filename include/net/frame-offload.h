@@ -46,10 +46,10 @@ bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
  * @swap: whether the guest's byte order is not the host's
  *
  * Express the guest's header as the kernel's.  What it says is not checked
- * against the frame: the kernel does that.
+ * against the frame: the kernel does that.  It refuses a frame in a tunnel
+ * that is yet to be segmented (VIRTIO_NET_HDR_GSO_UDP_TUNNEL).
  *
- * Returns: false if it cannot be: no header has @guest_len bytes, or the
- * frame is in a tunnel and yet to be segmented.
+ * Returns: false if no header has @guest_len bytes.
  */
 bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
                               const uint8_t *guest, size_t guest_len,
@@ -66,6 +66,9 @@ typedef struct FrameSegments {
     unsigned count;
     bool ip6;
     bool tcp;
+    size_t tunnel_l3;           /* the same of the tunnel; 0: none */
+    size_t tunnel_l4;
+    bool tunnel_ip6;
 } FrameSegments;
 
 /* More bytes of headers are not copied for each segment. */
@@ -80,7 +83,7 @@ typedef struct FrameSegments {
  *
  * Prepare to cut a frame into what its header says.  TCP and UDP
  * (VIRTIO_NET_HDR_GSO_UDP_L4) are known, over IPv4 and IPv6, with VLAN tags,
- * options and extension headers, but in no tunnel.
+ * options and extension headers, also in a UDP tunnel.
  *
  * Returns: false if the frame is of another kind, or malformed.
  */
