@@ -22,8 +22,9 @@ CACHE = pathlib.Path(
     os.environ.get('VHOST_NETFILTER_CACHE')
     or pathlib.Path(os.environ.get('XDG_CACHE_HOME')
                     or pathlib.Path.home() / '.cache') / 'vhost-netfilter')
-# Unpacked packages; dev/apt-other-suites makes it.
+# Unpacked packages; dev/apt-other-suites makes both.
 ROOT = CACHE / 'packages'
+KERNELS = CACHE / 'kernels'
 
 DIRECTORIES = ('bin', 'dev', 'lib', 'mnt', 'proc', 'run', 'sys', 'tmp')
 
@@ -33,16 +34,30 @@ class Missing(Exception):
 
 
 def find_kernel(version=None):
-    """Return (VERSION, path of its file); the newest kernel if not named."""
-    images = {path.name.partition('-')[2]: path
-              for path in (ROOT / 'boot').glob('vmlinuz-*')}
-    if version is None and images:
-        version = max(images, key=lambda name: [
-            int(number) for number in re.findall(r'\d+', name)])
-    if version not in images:
-        raise Missing(f'no kernel {version or ""} in {ROOT}/boot: '
-                      'run dev/apt-other-suites to fetch one')
-    return version, uncompressed_kernel(version, images[version])
+    """
+    Return (VERSION, path of its file): the kernel that all tools use, or the
+    newest of those whose version begins with the numbers of VERSION, or the
+    newest of all if VERSION is 'newest'.
+    """
+    def numbers(name):
+        return [int(number) for number in re.findall(r'\d+', name)]
+
+    images = {}
+    for root in (ROOT, KERNELS) if version else (ROOT,):
+        images.update((path.name.partition('-')[2], path)
+                      for path in root.glob('boot/vmlinuz-*'))
+        # Where Debian has it since 7.2.
+        images.update((path.parent.name, path)
+                      for path in root.glob('usr/lib/modules/*/vmlinuz'))
+    found = [name for name in images
+             if version in (None, 'newest', name)
+             or re.match(re.escape(version) + r'\b', name)]
+    if not found:
+        raise Missing(f'no kernel {version or ""} in the cache: run '
+                      f'dev/apt-other-suites{" --kernels" if version else ""} '
+                      'to fetch one')
+    name = max(found, key=numbers)
+    return name, uncompressed_kernel(name, images[name])
 
 
 def uncompressed_kernel(version, image):
@@ -93,6 +108,15 @@ def read_module(path):
     return lzma.decompress(contents) if path.suffix == '.xz' else contents
 
 
+def directory_of(version):
+    """The directory of the modules of the kernel VERSION."""
+    for root in (ROOT, KERNELS):
+        for place in ('lib/modules', 'usr/lib/modules'):
+            if (root / place / version).exists():
+                return root / place / version
+    raise Missing(f'no modules of the kernel {version} in the cache')
+
+
 def modules(version, wanted):
     """
     Return {name: contents} of the modules WANTED and those that they need,
@@ -101,7 +125,7 @@ def modules(version, wanted):
     # The unpacked package has no modules.dep, which depmod makes when it is
     # installed.  The modules name their dependencies themselves.
     files = {path.name.partition('.')[0].replace('-', '_'): path
-             for path in (ROOT / 'lib/modules' / version).rglob('*.ko*')}
+             for path in directory_of(version).rglob('*.ko*')}
     loaded = {}
 
     def load(name):
@@ -175,8 +199,8 @@ def cached(kind, version, wanted_modules, init, extra=None):
     for part in (version, *wanted_modules, init,
                  *(f'{name}={value!r}' for name, value in
                    (extra or {}).items()),
-                 str((ROOT / '.list').stat().st_mtime_ns
-                     if (ROOT / '.list').exists() else 0)):
+                 *(str(path.stat().st_mtime_ns) for path in
+                   (ROOT / '.list', directory_of(version)))):
         key.update(part.encode() + b'\0')
     target = BUILD / kind / f'initramfs-{version}-{key.hexdigest()[:16]}.cpio'
     if not target.exists():
