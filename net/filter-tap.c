@@ -292,6 +292,20 @@ static void filter_tap_update_polling(FilterTapEndpoints *ep)
     filter_tap_update_tap(ep);
 }
 
+/*
+ * An error that does not end the connection, as of a datagram socket or a full
+ * disk, is one of what is waiting: keeping it would stop all for ever.
+ */
+static void filter_tap_flush(FilterTapEndpoints *ep)
+{
+    int ret = frame_writer_flush(ep->writer);
+
+    if (ret < 0) {
+        trace_filter_tap_peer_error(ep->ifname, -ret);
+        ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+    }
+}
+
 static void filter_tap_stage(FilterTapEndpoints *ep, size_t size)
 {
     frame_writer_commit(ep->writer, ep->nf->netdev->vnet_hdr_len, size);
@@ -422,7 +436,7 @@ static void filter_tap_look_readable(void *opaque)
         if (filter_tap_capture_wanted(ep)) {
             frames += filter_tap_capture(ep, CAPTURE_BATCH - frames,
                                          CAPTURE_BATCH_BYTES - bytes, &turn);
-            frame_writer_flush(ep->writer);
+            filter_tap_flush(ep);
             bytes += turn;
         }
         ep = QLIST_NEXT(ep, next) ?: QLIST_FIRST(&filter_tap_list);
@@ -453,7 +467,7 @@ static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
     packet_socket_unhook(ep->capture);
     if (qemu_chr_fe_backend_open(ep->chr_out)) {
         filter_tap_capture_all(ep);
-        frame_writer_flush(ep->writer);
+        filter_tap_flush(ep);
     }
     ep->stats.capture_peer_drops += packet_socket_discard(ep->capture);
     ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
@@ -589,12 +603,13 @@ static void filter_tap_flush_bh(void *opaque)
 {
     FilterTapEndpoints *ep = opaque;
 
-    frame_writer_flush(ep->writer);
+    filter_tap_flush(ep);
     filter_tap_update_polling(ep);
 }
 
 static void filter_tap_writer_progress(void *opaque)
 {
+    filter_tap_flush(opaque);
     filter_tap_update_polling(opaque);
 }
 
@@ -612,7 +627,7 @@ static void filter_tap_out_event(void *opaque, QEMUChrEvent event)
     if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
         filter_tap_update_source(ep);
         if (event == CHR_EVENT_OPENED) {
-            frame_writer_flush(ep->writer);
+            filter_tap_flush(ep);
         }
     }
 }
@@ -821,7 +836,10 @@ static uint64_t *filter_tap_inject_prepare(FilterTapEndpoints *ep,
 {
     size_t hdr_len = filter_tap_stream_hdr_len(ep, frame);
 
-    if (hdr_len > frame->size) {
+    if (hdr_len > FRAME_OFFLOAD_MAX_HEADER) {
+        return &ep->stats.inject_skipped_header;
+    }
+    if (frame->size < hdr_len + ETH_HLEN) {
         return &ep->stats.inject_skipped_runt;
     }
     if (!frame_offload_from_guest(&out->hdr, frame->payload, hdr_len,
@@ -830,7 +848,7 @@ static uint64_t *filter_tap_inject_prepare(FilterTapEndpoints *ep,
     }
     out->data = frame->payload + hdr_len;
     out->len = frame->size - hdr_len;
-    return out->len < ETH_HLEN ? &ep->stats.inject_skipped_runt : NULL;
+    return NULL;
 }
 
 /*

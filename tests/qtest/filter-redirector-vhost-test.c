@@ -1140,6 +1140,22 @@ static void test_slow_peer(void)
     fixture_close(&f);
 }
 
+/* What cannot be written although the peer stays is dropped, and the rest goes on. */
+static void test_peer_error(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "-chardev file,id=full,path=/dev/full "
+                      "-object filter-redirector,id=cap,netdev=n0,outdev=full,"
+                      "queue=tx");
+    for (int i = 1; i <= 3; i++) {
+        host_send(&f, i, 1);
+        wait_counter(&f, "cap", "capture-peer-drops", i);
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 3);
+    fixture_close(&f);
+}
+
 /* With more memory nothing is dropped. */
 static void test_buffer_size(void)
 {
@@ -1522,6 +1538,7 @@ int main(int argc, char **argv)
     rig_add("life/no-leak", test_no_leak);
     rig_add("life/no-foreign-frames", test_no_foreign_frames);
     rig_add("peer/slow", test_slow_peer);
+    rig_add("peer/error", test_peer_error);
     rig_add("peer/buffer-size", test_buffer_size);
     rig_add("peer/reconnect", test_reconnect);
     rig_add("chain/mirror", test_chain_mirror);
