@@ -1140,7 +1140,7 @@ static void test_slow_peer(void)
     fixture_close(&f);
 }
 
-/* What cannot be written is dropped, although the peer stays: the rest goes on. */
+/* What cannot be written is dropped, although the peer stays, and no more. */
 static void test_peer_error(void)
 {
     Fixture f;
