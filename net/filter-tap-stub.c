@@ -7,7 +7,8 @@
 #include "qemu/osdep.h"
 #include "net/filter-tap.h"
 
-void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset)
+void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset,
+                               bool injects)
 {
 }
 

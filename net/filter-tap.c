@@ -13,7 +13,7 @@
  *                  offers is let pass: it is the same packets again.
  *   CHAIN          the packets themselves, read from the TAP's fd.  Only for
  *                  a filter that captures while the VM is stopped and not
- *                  while it runs.
+ *                  while it runs, and is not one that only copies.
  *
  *                      runs                       stopped
  *   when_running only  PACKET_SOCKET              NONE
@@ -149,6 +149,7 @@ struct FilterTapEndpoints {
     NetFilterDirection direction;       /* as it was at setup */
     bool when_running;
     bool when_stopped;
+    bool takes;                 /* captures from the chain, never copies */
     uint64_t buffer_size;
     bool may_swap;
     bool swap;                  /* see filter_tap_header_swapped() */
@@ -160,7 +161,7 @@ struct FilterTapEndpoints {
     /* capture */
     CharFrontend *chr_out;
     FrameWriter *writer;
-    PacketSocket *capture;      /* NULL if only the chain is ever the source */
+    PacketSocket *capture;      /* NULL if the filter takes */
     FilterTapSource source;
     QEMUBH *flush_bh;
     bool capture_polled;
@@ -527,16 +528,19 @@ static void filter_tap_take_nic_queues(FilterTapEndpoints *ep)
     }
 }
 
+/* Whether the filter is on, and its properties say: now. */
+static bool filter_tap_works(FilterTapEndpoints *ep)
+{
+    return ep->nf->on && (ep->running ? ep->when_running : ep->when_stopped);
+}
+
 static FilterTapSource filter_tap_wanted_source(FilterTapEndpoints *ep)
 {
-    if (!ep->nf->on) {
+    if (!filter_tap_works(ep)) {
         return FILTER_TAP_NONE;
     }
-    if (!ep->when_running) {
-        return ep->running ? FILTER_TAP_NONE : FILTER_TAP_CHAIN;
-    }
-    if (!ep->running && !ep->when_stopped) {
-        return FILTER_TAP_NONE;
+    if (ep->takes) {
+        return FILTER_TAP_CHAIN;
     }
     /* With nobody there to listen, the traffic shall not pay for it. */
     return qemu_chr_fe_backend_open(ep->chr_out) ? FILTER_TAP_PACKET_SOCKET :
@@ -619,7 +623,7 @@ static void filter_tap_out_event(void *opaque, QEMUChrEvent event)
 
     if (event == CHR_EVENT_CLOSED) {
         frame_writer_rewind(ep->writer);
-        if (ep->when_running) {
+        if (!ep->takes) {
             /* What was a copy is stale for the next peer. */
             ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
         }
@@ -643,11 +647,6 @@ static void filter_tap_out_read(void *opaque, const uint8_t *buf, int size)
 }
 
 /* Inject */
-
-static bool filter_tap_injects(FilterTapEndpoints *ep)
-{
-    return ep->nf->on && (ep->running ? ep->when_running : ep->when_stopped);
-}
 
 /* Count why a frame was not sent. */
 static void filter_tap_inject_failed(FilterTapEndpoints *ep, int err)
@@ -893,7 +892,7 @@ static size_t filter_tap_inject_frames(void *opaque, const StreamFrame *frames,
     size_t done = 0, some;
 
     ep->swap = filter_tap_header_swapped(ep);
-    while (done < n && filter_tap_injects(ep)) {
+    while (done < n && filter_tap_works(ep)) {
         some = filter_tap_inject_some(ep, frames + done, n - done);
         if (!some) {
             break;
@@ -945,7 +944,7 @@ static void filter_tap_update(FilterTapEndpoints *ep)
 {
     filter_tap_update_source(ep);
     if (ep->chr_in) {
-        if (filter_tap_injects(ep)) {
+        if (filter_tap_works(ep)) {
             frame_reader_resume(ep->reader);
         }
         qemu_chr_fe_accept_input(ep->chr_in);
@@ -1136,7 +1135,7 @@ static bool filter_tap_open_capture(FilterTapEndpoints *ep, Error **errp)
         (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX) ?
          PACKET_SOCKET_INCOMING : 0);
 
-    if (!ep->when_running) {
+    if (ep->takes) {
         return true;
     }
     ep->capture = packet_socket_new_capture(ep->ifname, ep->ifindex,
@@ -1246,6 +1245,7 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
     ep->direction = nf->direction;
     ep->when_running = ft->when_running != ON_OFF_AUTO_OFF;
     ep->when_stopped = ft->when_stopped == ON_OFF_AUTO_ON;
+    ep->takes = chr_out && !ep->when_running && !ft->copies;
     ep->buffer_size = ft->buffer_size ?: BUFFER_SIZE_DEFAULT;
     ep->running = runstate_is_live(runstate_get());
     ep->chr_in = chr_in;
@@ -1285,7 +1285,7 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
     filter_tap_set_source(ep, FILTER_TAP_NONE);
     frame_writer_flush(ep->writer);
     lost = frame_writer_discard(ep->writer);
-    if (lost && !ep->when_running) {
+    if (lost && ep->takes) {
         warn_report("netdev '%s': %" PRIu64 " packets that the guest did not "
                     "get are lost with the filter", ep->nf->netdev_id, lost);
     }
@@ -1545,7 +1545,8 @@ static void filter_tap_get_counter(Object *obj, Visitor *v, const char *name,
     visit_type_uint64(v, name, &value, errp);
 }
 
-void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset)
+void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset,
+                               bool injects)
 {
     void *opaque = GSIZE_TO_POINTER(offset);
 
@@ -1581,6 +1582,9 @@ void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset)
         "Where captured packets come from now: packet-socket, chain or none");
 
     for (int i = 0; i < ARRAY_SIZE(filter_tap_counters); i++) {
+        if (!injects && strstart(filter_tap_counters[i].name, "inject", NULL)) {
+            continue;
+        }
         object_class_property_add(oc, filter_tap_counters[i].name, "uint64",
                                   filter_tap_counters[i].get ?:
                                   filter_tap_get_counter, NULL, NULL, opaque);

@@ -21,14 +21,16 @@
 typedef struct FilterTapEndpoints FilterTapEndpoints;
 
 /*
- * To be embedded in a filter's state.  The properties are set through QOM and
- * do not change after filter_tap_setup().
+ * To be embedded in a filter's state.  The properties are set through QOM, and
+ * @copies by the filter's instance_init; they do not change after
+ * filter_tap_setup().
  */
 typedef struct FilterTap {
     OnOffAuto packet_socket;
     OnOffAuto when_running;
     OnOffAuto when_stopped;
     uint64_t buffer_size;               /* bytes; 0: the default */
+    bool copies;                        /* the filter never takes a packet */
     FilterTapEndpoints *endpoints;      /* NULL: the chain does it all */
 } FilterTap;
 
@@ -36,11 +38,13 @@ typedef struct FilterTap {
  * filter_tap_add_properties:
  * @oc: the filter's class
  * @offset: where in the filter's state its FilterTap is
+ * @injects: whether the filter can inject, too
  *
  * Add the properties that configure the FilterTap, and those that show what
  * it does.
  */
-void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset);
+void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset,
+                               bool injects);
 
 /**
  * filter_tap_reaches:

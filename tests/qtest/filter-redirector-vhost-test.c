@@ -21,6 +21,9 @@
 #include "standard-headers/linux/virtio_config.h"
 #include "standard-headers/linux/virtio_net.h"
 
+#define MIRROR "-object filter-mirror,id=cap,netdev=n0,outdev=out," \
+               "vnet_hdr_support=on,queue="
+
 /* Capture */
 
 static void test_capture_tx(void)
@@ -174,6 +177,59 @@ static void test_capture_bursts(void)
     }
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, n);
     g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
+    fixture_close(&f);
+}
+
+/* The other filter that captures */
+static void test_capture_mirror(void)
+{
+    Fixture f;
+
+    fixture_start(&f, MIRROR "all");
+    guest_start(&f);
+    g_assert_true(vhost_started(&f));
+    expect_source(&f, "cap", "packet-socket");
+    guest_post(&f, 20);
+    host_send(&f, 0, 10);
+    expect_out(&f, 0, 10);
+    expect_guest(&f, 0, 10);
+    guest_send(&f, 10, 10);
+    expect_out(&f, 10, 10);
+    expect_host(&f, 10, 10);
+    set_status(&f, "cap", "off");
+    expect_source(&f, "cap", "none");
+    host_send(&f, 20, 1);
+    expect_guest(&f, 20, 1);
+    set_status(&f, "cap", "on");
+    host_send(&f, 21, 1);
+    expect_out(&f, 21, 1);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 21);
+    del_object(&f, "cap");
+    g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 0);
+    fixture_close(&f);
+}
+
+/* A mirror takes nothing from the guest, whenever it works. */
+static void test_stop_mirror(void)
+{
+    Fixture f;
+
+    fixture_start(&f, MIRROR STOPPED_ONLY);
+    guest_start(&f);
+    guest_post(&f, 30);
+    host_send(&f, 0, 10);
+    expect_guest(&f, 0, 10);
+    expect_source(&f, "cap", "none");
+    vm_stop(&f);
+    expect_source(&f, "cap", "packet-socket");
+    host_send(&f, 10, 10);
+    expect_out(&f, 10, 10);
+    vm_cont(&f);
+    expect_source(&f, "cap", "none");
+    expect_guest(&f, 10, 10);
+    host_send(&f, 20, 10);
+    expect_guest(&f, 20, 10);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 10);
     fixture_close(&f);
 }
 
@@ -1498,6 +1554,7 @@ int main(int argc, char **argv)
     rig_add("capture/multiqueue", test_capture_multiqueue);
     rig_add("capture/bursts", test_capture_bursts);
     rig_add("capture/two", test_capture_two);
+    rig_add("capture/mirror", test_capture_mirror);
     rig_add("capture/header", test_capture_header);
     rig_add("capture/stream-format", test_capture_stream_format);
     rig_add("status/on-off", test_status);
@@ -1506,6 +1563,7 @@ int main(int argc, char **argv)
     rig_add("status/unhooked", test_unhooked);
     rig_add("stop/running-only", test_stop_running_only);
     rig_add("stop/both", test_stop_both);
+    rig_add("stop/mirror", test_stop_mirror);
     rig_add("stop/stopped-only", test_stopped_only);
     rig_add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
     rig_add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
