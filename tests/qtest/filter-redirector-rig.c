@@ -8,6 +8,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -17,14 +18,18 @@
 #include "libqos/malloc-pc.h"
 #include "libqos/pci-pc.h"
 #include "libqos/virtio.h"
+#include "qemu/atomic.h"
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
+#include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "standard-headers/linux/virtio_config.h"
 #include "standard-headers/linux/virtio_net.h"
 #include "standard-headers/linux/virtio_pci.h"
+#include "standard-headers/linux/virtio_ring.h"
 
 #define NIC_SLOT 5
+#define GUEST_RAM (128 * MiB)
 #define NIC_PATH "/machine/peripheral/nic/virtio-backend"
 
 static bool have_vhost;
@@ -341,6 +346,107 @@ void guest_send(Fixture *f, uint32_t first, uint32_t count)
     }
 }
 
+static int open_guest_memory(pid_t pid)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/fd", pid);
+    g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+    const char *name;
+
+    while ((name = g_dir_read_name(dir))) {
+        g_autofree char *file = g_build_filename(path, name, NULL);
+        g_autofree char *target = g_file_read_link(file, NULL);
+
+        if (target && strstr(target, "memory-backend-memfd")) {
+            return open(file, O_RDWR);
+        }
+    }
+    g_assert_not_reached();
+}
+
+void guest_map(Fixture *f)
+{
+    Guest *guest = &f->guest;
+    int fd;
+
+    if (!guest->ram) {
+        fd = open_guest_memory(qtest_pid(f->qts));
+        g_assert_cmpint(fd, >=, 0);
+        guest->ram = mmap(NULL, GUEST_RAM, PROT_READ | PROT_WRITE, MAP_SHARED,
+                          fd, 0);
+        g_assert_true(guest->ram != MAP_FAILED);
+        close(fd);
+    }
+    guest_post(f, RING_LEN);
+    guest->tx_head = qvirtqueue_add(f->qts, guest->tx,
+                                    guest_alloc(&f->alloc, BUFFER_LEN),
+                                    12 + FRAME_LEN, false, false);
+}
+
+static uint16_t used_idx(Guest *guest, QVirtQueue *vq)
+{
+    struct vring_used *used = (void *)(guest->ram + vq->used);
+
+    return le16_to_cpu(qatomic_load_acquire(&used->idx));
+}
+
+static void make_available(Guest *guest, QVirtQueue *vq, uint16_t head)
+{
+    struct vring_avail *avail = (void *)(guest->ram + vq->avail);
+    uint16_t idx = le16_to_cpu(avail->idx);
+
+    avail->ring[idx % vq->size] = cpu_to_le16(head);
+    qatomic_store_release(&avail->idx, cpu_to_le16(idx + 1));
+}
+
+static void notify(Fixture *f, QVirtQueue *vq)
+{
+    struct vring_used *used = (void *)(f->guest.ram + vq->used);
+
+    smp_mb();
+    if (!(le16_to_cpu(used->flags) & VRING_USED_F_NO_NOTIFY)) {
+        f->dev->vdev.bus->virtqueue_kick(&f->dev->vdev, vq);
+    }
+}
+
+unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
+                    void *opaque)
+{
+    Guest *guest = &f->guest;
+    QVirtQueue *rx = guest->rx;
+    struct vring_used *used = (void *)(guest->ram + rx->used);
+    unsigned count = 0;
+
+    for (; rx->last_used_idx != used_idx(guest, rx); count++) {
+        uint32_t head = le32_to_cpu(used->ring[rx->last_used_idx % rx->size].id);
+
+        func(opaque, frame_number(guest->ram + guest->buffer[head] + 12));
+        make_available(guest, rx, head);
+        rx->last_used_idx++;
+    }
+    if (count) {
+        notify(f, rx);
+    }
+    return count;
+}
+
+void guest_put(Fixture *f, uint32_t number)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    Guest *guest = &f->guest;
+    QVirtQueue *tx = guest->tx;
+    struct vring_desc *desc = (void *)(guest->ram + tx->desc);
+    uint8_t *packet = guest->ram + le64_to_cpu(desc[guest->tx_head].addr);
+
+    memset(packet, 0, 12);
+    make_frame(packet + 12, number);
+    make_available(guest, tx, guest->tx_head);
+    notify(f, tx);
+    while (tx->last_used_idx == used_idx(guest, tx)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    tx->last_used_idx++;
+}
+
 /* QEMU */
 
 /* The query succeeds only while vhost has the queue. */
@@ -567,6 +673,9 @@ void fixture_close(Fixture *f)
         g_free(f->dev);
         qpci_free_pc(f->bus);
         alloc_destroy(&f->alloc);
+    }
+    if (f->guest.ram) {
+        munmap(f->guest.ram, GUEST_RAM);
     }
     qtest_quit(f->qts);
     close(f->host);

@@ -1,0 +1,1407 @@
+/*
+ * QTest testcase for filter-redirector on a TAP with vhost: faults
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Peers, interfaces, the kernel and the guest let QEMU down, and the VM, its
+ * monitor and its other filters go on.  System calls fail by way of
+ * fault-preload.so.
+ *
+ * Each VM has a second TAP with a redirector that nothing is done to.
+ */
+
+#include "qemu/osdep.h"
+#include <poll.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <linux/if_ether.h>
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
+#include "fault-preload.h"
+#include "filter-redirector-rig.h"
+#include "libqos/pci-pc.h"
+#include "libqos/virtio.h"
+#include "qemu/atomic.h"
+#include "qemu/bswap.h"
+#include "qemu/cutils.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+#include "qobject/qjson.h"
+
+#define OTHER_TAP "tapother"
+#define LONG_FRAME 1500
+#define BUFFER_SIZE (8 * MiB)           /* the default of buffer-size */
+#define FOREVER UINT_MAX
+
+/* Of QEMU's CPU time: a loop that does not wait takes all. */
+#define IDLE_PERCENT 40
+
+typedef struct Vm {
+    Fixture f;
+    int other;              /* peer of the other redirector */
+    int other_host;
+    uint32_t other_number;
+    int monitor_fd[2];      /* a monitor of its own: ours, QEMU's */
+    GThread *monitor;
+    bool monitor_stop;
+    gint64 monitor_us;      /* the longest that it took to answer */
+    unsigned monitor_rounds;
+} Vm;
+
+static FaultControl *faults;
+
+static int seconds(int quick, int slow)
+{
+    return g_test_slow() ? slow : quick;
+}
+
+/* System calls that fail */
+
+static void fail_after(FaultCall call, int error, unsigned skip,
+                       unsigned times)
+{
+    Fault *fault = &faults->fault[call];
+
+    fault->error = error;
+    fault->skip = skip;
+    qatomic_set(&fault->failed, 0);
+    qatomic_set(&fault->times, times);
+}
+
+static void fail(FaultCall call, int error, unsigned times)
+{
+    fail_after(call, error, 0, times);
+}
+
+/* Returns how many did fail. */
+static unsigned fail_no_more(FaultCall call)
+{
+    qatomic_set(&faults->fault[call].times, 0);
+    return qatomic_read(&faults->fault[call].failed);
+}
+
+static void expect_failed(FaultCall call, unsigned times)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (qatomic_read(&faults->fault[call].failed) < times) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        g_usleep(1000);
+    }
+}
+
+/* The monitor */
+
+static void *monitor_thread(void *opaque)
+{
+    static const char command[] = "{\"execute\": \"query-status\"}\n";
+    Vm *vm = opaque;
+    FILE *stream = fdopen(dup(vm->monitor_fd[0]), "r+");
+    g_autofree char *line = g_malloc(64 * KiB);
+
+    g_assert_nonnull(fgets(line, 64 * KiB, stream));
+    fputs("{\"execute\": \"qmp_capabilities\"}\n", stream);
+    g_assert_nonnull(fgets(line, 64 * KiB, stream));
+    while (!qatomic_read(&vm->monitor_stop)) {
+        gint64 start = g_get_monotonic_time();
+
+        fputs(command, stream);
+        fflush(stream);
+        do {
+            g_assert_nonnull(fgets(line, 64 * KiB, stream));
+        } while (!g_str_has_prefix(line, "{\"return\""));
+        vm->monitor_us = MAX(vm->monitor_us, g_get_monotonic_time() - start);
+        vm->monitor_rounds++;
+        g_usleep(2000);
+    }
+    fclose(stream);
+    return NULL;
+}
+
+static void monitor_begin(Vm *vm)
+{
+    vm->monitor_stop = false;
+    vm->monitor = g_thread_new("monitor", monitor_thread, vm);
+}
+
+static void monitor_end(Vm *vm)
+{
+    qatomic_set(&vm->monitor_stop, true);
+    g_thread_join(vm->monitor);
+    g_test_message("longest monitor round trip of %u: %.1f ms",
+                   vm->monitor_rounds, vm->monitor_us / 1e3);
+    g_assert_cmpuint(vm->monitor_rounds, >, 0);
+    if (g_test_slow()) {
+        g_assert_cmpint(vm->monitor_us, <, 100 * 1000);
+    }
+}
+
+/* What QEMU uses */
+
+static int64_t clock_ns(clockid_t clock)
+{
+    struct timespec ts;
+
+    g_assert_cmpint(clock_gettime(clock, &ts), ==, 0);
+    return ts.tv_sec * 1000000000ll + ts.tv_nsec;
+}
+
+/* This one does sleep, since it is time that it looks at. */
+static void expect_idle(Vm *vm, const char *what)
+{
+    clockid_t cpu;
+    int64_t used, passed;
+    double percent;
+
+    g_assert_cmpint(clock_getcpuclockid(qtest_pid(vm->f.qts), &cpu), ==, 0);
+    used = clock_ns(cpu);
+    passed = clock_ns(CLOCK_MONOTONIC);
+    g_usleep(seconds(500, 5000) * 1000);
+    used = clock_ns(cpu) - used;
+    passed = clock_ns(CLOCK_MONOTONIC) - passed;
+    percent = 100.0 * used / passed;
+    g_test_message("%s: QEMU uses %.1f %% of a CPU", what, percent);
+    g_assert_cmpfloat(percent, <, IDLE_PERCENT);
+}
+
+/* In bytes */
+static size_t memory(Vm *vm)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/status",
+                                            qtest_pid(vm->f.qts));
+    g_autofree char *text = NULL;
+    const char *line;
+
+    g_assert_true(g_file_get_contents(path, &text, NULL, NULL));
+    line = strstr(text, "RssAnon:");
+    g_assert_nonnull(line);
+    return g_ascii_strtoull(line + strlen("RssAnon:"), NULL, 10) * KiB;
+}
+
+/* What waits in the queues of the capturing sockets, as the kernel counts */
+static size_t socket_memory(void)
+{
+    g_autofree char *text = NULL;
+    g_auto(GStrv) lines = NULL;
+    size_t sum = 0;
+
+    g_assert_true(g_file_get_contents("/proc/net/packet", &text, NULL, NULL));
+    lines = g_strsplit(text, "\n", -1);
+    for (int i = 1; lines[i] && *lines[i]; i++) {
+        unsigned protocol, bytes;
+
+        g_assert_cmpint(sscanf(lines[i], "%*s %*s %*s %x %*s %*s %u",
+                               &protocol, &bytes), ==, 2);
+        sum += protocol == ETH_P_ALL ? bytes : 0;
+    }
+    return sum;
+}
+
+/* VM */
+
+static void G_GNUC_PRINTF(1, 2) ip(const char *format, ...)
+{
+    g_autofree char *args = NULL;
+    g_autofree char *command = NULL;
+    va_list ap;
+
+    va_start(ap, format);
+    args = g_strdup_vprintf(format, ap);
+    va_end(ap);
+    command = g_strdup_printf("ip %s", args);
+    g_assert_cmpint(system(command), ==, 0);
+}
+
+static void expect_other(Vm *vm)
+{
+    int host = vm->f.host, out = vm->f.out;
+
+    vm->f.host = vm->other_host;
+    vm->f.out = vm->other;
+    host_send(&vm->f, vm->other_number, 10);
+    expect_out(&vm->f, vm->other_number, 10);
+    vm->other_number += 10;
+    vm->f.host = host;
+    vm->f.out = out;
+}
+
+static void add_chardev(Vm *vm, const char *name, bool server)
+{
+    g_autofree char *path = g_build_filename(vm->f.dir, name, NULL);
+
+    if (server) {
+        qtest_qmp_assert_success(vm->f.qts, "{'execute': 'chardev-add',"
+            " 'arguments': {'id': %s, 'backend': {'type': 'socket', 'data': {"
+            "  'addr': {'type': 'unix', 'data': {'path': %s}},"
+            "  'server': true, 'wait': false}}}}", name, path);
+    } else {
+        qtest_qmp_assert_success(vm->f.qts, "{'execute': 'chardev-add',"
+            " 'arguments': {'id': %s, 'backend': {'type': 'socket', 'data': {"
+            "  'addr': {'type': 'unix', 'data': {'path': %s}},"
+            "  'server': false, 'reconnect-ms': 1}}}}", name, path);
+    }
+}
+
+/* Start a VM with @args, and with @netdev_opts for the first TAP. */
+static void vm_start_with(Vm *vm, const char *netdev_opts, const char *args)
+{
+    g_autofree char *all = NULL;
+
+    memset(vm, 0, sizeof(*vm));
+    memset(faults, 0, sizeof(*faults));
+    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, vm->monitor_fd), ==,
+                    0);
+    all = g_strdup_printf(GUEST_MAP_ARGS
+                          "-chardev socket,id=mon,fd=%d "
+                          "-mon chardev=mon,mode=control "
+                          "-netdev tap,id=other,ifname=" OTHER_TAP ","
+                          "script=no,downscript=no %s",
+                          vm->monitor_fd[1], args);
+    fixture_init(&vm->f, netdev_opts, "", all);
+
+    add_chardev(vm, "other", true);
+    vm->other = connect_to(&vm->f, "other");
+    set_interface_up(OTHER_TAP, true);
+    vm->other_host = open_host(OTHER_TAP);
+    qtest_qmp_assert_success(vm->f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'filter-redirector', 'id': 'other',"
+        "  'netdev': 'other', 'outdev': 'other', 'queue': 'tx',"
+        "  'vnet_hdr_support': true, 'packet-socket': 'on'}}");
+    expect_other(vm);
+}
+
+static void vm_start(Vm *vm, const char *args)
+{
+    vm_start_with(vm, "vhost=on", args);
+}
+
+static void vm_quit(Vm *vm)
+{
+    g_autofree char *path = g_build_filename(vm->f.dir, "other", NULL);
+
+    expect_other(vm);
+    close(vm->other);
+    close(vm->other_host);
+    unlink(path);
+    close(vm->monitor_fd[0]);
+    close(vm->monitor_fd[1]);
+    fixture_close(&vm->f);
+}
+
+/* Traffic that is checked: a peer that reads what it wants, and a guest */
+
+typedef struct Traffic {
+    Vm *vm;
+    uint32_t sent;              /* by the host; also the next one's number */
+    uint32_t guest;             /* the guest got */
+    uint64_t offered;           /* to the capture, while it was on */
+    uint64_t received;          /* by the peers */
+    uint32_t first;             /* no less may come to the peer */
+    uint8_t buf[64 * KiB];      /* what the peer got and is not a frame yet */
+    size_t fill;
+} Traffic;
+
+static void traffic_guest_frame(void *opaque, uint32_t number)
+{
+    Traffic *t = opaque;
+
+    g_assert_cmpuint(number, ==, t->guest);
+    t->guest++;
+}
+
+/* Send some of the long frames; the guest takes what has come. */
+static void traffic_send(Traffic *t, unsigned count, bool offered)
+{
+    uint8_t frame[LONG_FRAME] = { };
+
+    for (unsigned i = 0; i < count; i++) {
+        make_frame(frame, t->sent++);
+        g_assert_cmpint(send(t->vm->f.host, frame, sizeof(frame), 0), ==,
+                        sizeof(frame));
+        t->offered += offered;
+    }
+    guest_take(&t->vm->f, traffic_guest_frame, t);
+}
+
+/* Read up to @max bytes.  Returns false at the end of the connection. */
+static bool traffic_read(Traffic *t, size_t max)
+{
+    const size_t size = 8 + 12 + LONG_FRAME;
+    ssize_t n = recv(t->vm->f.out, t->buf + t->fill,
+                     MIN(max, sizeof(t->buf) - t->fill), MSG_DONTWAIT);
+    size_t at = 0;
+
+    if (n <= 0) {
+        return n < 0 && errno == EAGAIN;
+    }
+    t->fill += n;
+    for (; t->fill - at >= size; at += size) {
+        uint32_t number;
+
+        g_assert_cmpuint(ldl_be_p(t->buf + at), ==, 12 + LONG_FRAME);
+        g_assert_cmpuint(ldl_be_p(t->buf + at + 4), ==, 12);
+        number = frame_number(t->buf + at + 8 + 12);
+        g_assert_cmpuint(number, >=, t->first);
+        g_assert_cmpuint(number, <, t->sent);
+        t->first = number + 1;
+        t->received++;
+    }
+    memmove(t->buf, t->buf + at, t->fill - at);
+    t->fill -= at;
+    return true;
+}
+
+/* Send for a while; the peer reads @rate bytes in between. */
+static void traffic_run(Traffic *t, int ms, size_t rate, bool offered)
+{
+    gint64 end = g_get_monotonic_time() + ms * 1000;
+
+    while (g_get_monotonic_time() < end) {
+        traffic_send(t, 20, offered);
+        if (rate) {
+            g_assert_true(traffic_read(t, rate));
+        }
+        g_usleep(1000);
+    }
+}
+
+/* The peer gets all that there is for it; the counters tell how much. */
+static void traffic_settle(Traffic *t)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    Fixture *f = &t->vm->f;
+    uint64_t captured = 0, kernel = 0, peer = 0;
+
+    do {
+        if (g_get_monotonic_time() > end) {
+            g_test_message("offered %" PRIu64 ", captured %" PRIu64
+                           ", received %" PRIu64 ", kernel %" PRIu64
+                           ", peer %" PRIu64 ", sent %u, guest %u",
+                           t->offered, captured, t->received, kernel, peer,
+                           t->sent, t->guest);
+            g_assert_not_reached();
+        }
+        for (int i = 0; i < 100; i++) {
+            traffic_read(t, sizeof(t->buf));
+        }
+        guest_take(f, traffic_guest_frame, t);
+        captured = counter(f, "cap", "capture-packets");
+        kernel = counter(f, "cap", "capture-kernel-drops");
+        peer = counter(f, "cap", "capture-peer-drops");
+    } while (t->received + kernel + peer != t->offered || t->guest != t->sent);
+    g_assert_cmpuint(t->received, <=, captured);
+    g_assert_cmpuint(captured, <=, t->offered - kernel);
+    g_test_message("%" PRIu64 " offered = %" PRIu64 " received + %" PRIu64
+                   " dropped by the kernel + %" PRIu64 " for the peer",
+                   t->offered, t->received, kernel, peer);
+}
+
+/*
+ * The peer says that it leaves, so that QEMU closes the connection, wherever
+ * it is; what was written before is counted.  Returns how many bytes came of
+ * a frame that was cut off.
+ */
+static size_t traffic_peer_leaves(Traffic *t)
+{
+    size_t cut_off;
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    g_assert_cmpint(shutdown(t->vm->f.out, SHUT_WR), ==, 0);
+    expect_source(&t->vm->f, "cap", "none");
+    while (traffic_read(t, sizeof(t->buf))) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    close(t->vm->f.out);
+    cut_off = t->fill;
+    t->fill = 0;
+    return cut_off;
+}
+
+static void traffic_peer_comes(Traffic *t)
+{
+    t->vm->f.out = connect_to(&t->vm->f, "out");
+    expect_source(&t->vm->f, "cap", "packet-socket");
+    t->first = t->sent;
+}
+
+/* Peers of outdev */
+
+/* Slow, stalled, gone in the middle of a frame, not there, and well again */
+static void test_peer_all(void)
+{
+    g_autofree Traffic *t = g_new0(Traffic, 1);
+    size_t before, most = 0, cut_off = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "tx");
+    ip("link set %s txqueuelen 10000", vm.f.ifname);
+    guest_start(&vm.f);
+    guest_map(&vm.f);
+    t->vm = &vm;
+    expect_source(&vm.f, "cap", "packet-socket");
+    before = memory(&vm);
+    monitor_begin(&vm);
+
+    traffic_run(t, seconds(1000, 10000), 4096, true);
+    for (int i = 0; i < seconds(6, 120); i++) {
+        traffic_run(t, 500, 0, true);
+        most = MAX(most, memory(&vm));
+        g_assert_cmpuint(socket_memory(), <=, BUFFER_SIZE / 3);
+    }
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), >, 0);
+    traffic_settle(t);
+
+    for (int i = 0; i < seconds(3, 30); i++) {
+        traffic_run(t, 300, 0, true);
+        /*
+         * So much room that QEMU writes again, all that is staged, of which
+         * the socket takes a part.
+         */
+        for (int j = 0; j < 4; j++) {
+            g_assert_true(traffic_read(t, 48 * KiB));
+        }
+        traffic_run(t, 50, 0, true);
+        cut_off += traffic_peer_leaves(t);
+        traffic_run(t, 300, 0, false);
+        traffic_peer_comes(t);
+    }
+    most = MAX(most, memory(&vm));
+    traffic_run(t, 300, sizeof(t->buf), true);
+    traffic_settle(t);
+    monitor_end(&vm);
+
+    g_test_message("%zu KiB more memory at most", (most - before) / KiB);
+    g_assert_cmpuint(cut_off, >, 0);
+    /* The monitors need some as well. */
+    g_assert_cmpuint(most - before, <, BUFFER_SIZE / 32 * 5 + 3 * MiB);
+    vm_quit(&vm);
+}
+
+static int listen_at(Vm *vm, const char *name)
+{
+    g_autofree char *path = g_build_filename(vm->f.dir, name, NULL);
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    pstrcpy(addr.sun_path, sizeof(addr.sun_path), path);
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    g_assert_cmpint(listen(fd, 1), ==, 0);
+    return fd;
+}
+
+static void unlisten(Vm *vm, int fd, const char *name)
+{
+    g_autofree char *path = g_build_filename(vm->f.dir, name, NULL);
+
+    close(fd);
+    unlink(path);
+}
+
+static void add_capture_to(Vm *vm, const char *outdev, const char *queue)
+{
+    qtest_qmp_assert_success(vm->f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'filter-redirector', 'id': 'cap',"
+        "  'netdev': 'n0', 'outdev': %s, 'queue': %s,"
+        "  'vnet_hdr_support': true}}", outdev, queue);
+}
+
+/* Nobody ever comes. */
+static void test_peer_never(void)
+{
+    Vm vm;
+
+    vm_start(&vm, "");
+    guest_start(&vm.f);
+    guest_post(&vm.f, 20);
+    add_chardev(&vm, "lonely", true);
+    add_capture_to(&vm, "lonely", "all");
+    monitor_begin(&vm);
+    for (int i = 0; i < seconds(10, 600); i++) {
+        host_send(&vm.f, 0, 500);
+        g_assert_cmpuint(socket_memory(), ==, 0);
+    }
+    monitor_end(&vm);
+    expect_source(&vm.f, "cap", "none");
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-packets"), ==, 0);
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), ==, 0);
+    expect_guest(&vm.f, 0, 20);
+    expect_idle(&vm, "nobody listens");
+    unlisten(&vm, -1, "lonely");
+    vm_quit(&vm);
+}
+
+/* QEMU reconnects by itself, again and again. */
+static void test_peer_reconnect(void)
+{
+    const int rounds = seconds(50, 1000);
+    uint8_t part[100];
+    uint32_t n = 0;
+    int listener, fds = 0;
+    Vm vm;
+
+    vm_start(&vm, "");
+    guest_start(&vm.f);
+    listener = listen_at(&vm, "client");
+    add_chardev(&vm, "client", false);
+    add_capture_to(&vm, "client", "tx");
+    close(vm.f.out);
+    monitor_begin(&vm);
+    for (int i = 0; i < rounds; i++) {
+        wait_readable(listener);
+        vm.f.out = accept(listener, NULL, NULL);
+        g_assert_cmpint(vm.f.out, >=, 0);
+        expect_source(&vm.f, "cap", "packet-socket");
+        if (i == 0) {
+            fds = count_fds(&vm.f);
+        }
+        /* The first bytes are a frame's; the last may be any. */
+        host_send(&vm.f, n, 6);
+        expect_out(&vm.f, n, i % 5);
+        read_full(vm.f.out, part, i % sizeof(part));
+        n += 6;
+        close(vm.f.out);
+    }
+    wait_readable(listener);
+    vm.f.out = accept(listener, NULL, NULL);
+    expect_source(&vm.f, "cap", "packet-socket");
+    g_assert_cmpint(count_fds(&vm.f), ==, fds);
+    host_send(&vm.f, n, 10);
+    expect_out(&vm.f, n, 10);
+    g_test_message("%d reconnects", rounds);
+    monitor_end(&vm);
+    unlisten(&vm, listener, "client");
+    vm_quit(&vm);
+}
+
+/* The interface */
+
+/* What is written to "in" comes to the guest, and what is sent to "out". */
+static void expect_working(Vm *vm)
+{
+    static uint32_t number = 1000000;
+    Fixture *f = &vm->f;
+
+    guest_post(f, 10);
+    host_send(f, number, 5);
+    expect_out(f, number, 5);
+    in_send(f, number + 5, 5);
+    expect_guest(f, number, 10);
+    number += 10;
+}
+
+#define BOTH CAPTURE "tx " INJECT "tx"
+
+static void test_interface_down(void)
+{
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    for (int i = 0; i < seconds(5, 20); i++) {
+        set_interface_up(vm.f.ifname, false);
+        in_send(&vm.f, 0, 3);
+        wait_counter(&vm.f, "inj", "inject-interface-drops", 3 * (i + 1));
+        if (i == 0) {
+            expect_idle(&vm, "the interface is down");
+            expect_other(&vm);
+        }
+        set_interface_up(vm.f.ifname, true);
+        close(vm.f.host);
+        vm.f.host = open_host(vm.f.ifname);
+        expect_working(&vm);
+    }
+    vm_quit(&vm);
+}
+
+static void test_interface_deleted(void)
+{
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    monitor_begin(&vm);
+    ip("link del %s", vm.f.ifname);
+    in_send(&vm.f, 0, 3);
+    wait_counter(&vm.f, "inj", "inject-interface-drops", 3);
+    expect_idle(&vm, "the interface is gone");
+    expect_other(&vm);
+    set_status(&vm.f, "cap", "off");
+    set_status(&vm.f, "cap", "on");
+    vm_stop(&vm.f);
+    vm_cont(&vm.f);
+    counter(&vm.f, "cap", "capture-kernel-drops");
+    counter(&vm.f, "cap", "capture-interface-drops");
+    del_object(&vm.f, "cap");
+    del_object(&vm.f, "inj");
+    monitor_end(&vm);
+    vm_quit(&vm);
+}
+
+static void test_interface_renamed(void)
+{
+    uint64_t drops;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    ip("link set %s down", vm.f.ifname);
+    ip("link set %s name renamed", vm.f.ifname);
+    ip("link set renamed up");
+    pstrcpy(vm.f.ifname, sizeof(vm.f.ifname), "renamed");
+    close(vm.f.host);
+    vm.f.host = open_host(vm.f.ifname);
+    expect_working(&vm);
+    /* Its counters are found by the new name. */
+    drops = counter(&vm.f, "cap", "capture-interface-drops");
+    ip("link set renamed txqueuelen 10");
+    host_send(&vm.f, 0, 1000);
+    expect_out(&vm.f, 0, 1000);
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-interface-drops"), >,
+                     drops);
+    guest_stop(&vm.f);
+    del_object(&vm.f, "cap");
+    add_capture(&vm.f);
+    host_send(&vm.f, 5000, 10);
+    expect_out(&vm.f, 5000, 10);
+    vm_quit(&vm);
+}
+
+/* A frame of @len bytes to the interface, or as a record to "in" */
+static void send_long(Vm *vm, uint32_t number, size_t len, bool record)
+{
+    g_autofree uint8_t *buf = g_malloc0(8 + 12 + len);
+
+    stl_be_p(buf, 12 + len);
+    stl_be_p(buf + 4, 12);
+    make_frame(buf + 8 + 12, number);
+    if (record) {
+        g_assert_cmpint(write(vm->f.in, buf, 20 + len), ==, 20 + len);
+    } else {
+        g_assert_cmpint(send(vm->f.host, buf + 20, len, 0), ==, len);
+    }
+}
+
+static void test_interface_mtu(void)
+{
+    g_autofree uint8_t *frame = g_malloc(64 * KiB);
+    uint8_t header[24];
+    uint32_t header_len;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    guest_stop(&vm.f);
+
+    ip("link set %s mtu 9000", vm.f.ifname);
+    send_long(&vm, 1, 9000, false);
+    g_assert_cmpuint(read_stream(vm.f.out, frame, 64 * KiB, header,
+                                 &header_len), ==, 9000);
+    g_assert_cmpuint(frame_number(frame), ==, 1);
+    send_long(&vm, 2, 9000, true);
+    wait_counter(&vm.f, "inj", "inject-packets", 6);
+
+    ip("link set %s mtu 500", vm.f.ifname);
+    send_long(&vm, 3, 1000, true);
+    wait_counter(&vm.f, "inj", "inject-skipped-oversize", 1);
+    send_long(&vm, 4, 400, false);
+    g_assert_cmpuint(read_stream(vm.f.out, frame, 64 * KiB, header,
+                                 &header_len), ==, 400);
+    in_send(&vm.f, 5, 1);
+    wait_counter(&vm.f, "inj", "inject-packets", 7);
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-skipped-oversize"), ==, 0);
+    vm_quit(&vm);
+}
+
+static void test_interface_mac(void)
+{
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    ip("link set %s address 02:00:00:12:34:57", vm.f.ifname);
+    expect_working(&vm);
+    del_object(&vm.f, "cap");
+    del_object(&vm.f, "inj");
+    add_capture(&vm.f);
+    add_inject(&vm.f);
+    expect_working(&vm);
+    vm_quit(&vm);
+}
+
+/* To another network namespace, and back */
+static void test_interface_netns(void)
+{
+    int own = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    int there;
+    QDict *rsp;
+    Vm vm;
+
+    g_assert_cmpint(unshare(CLONE_NEWNET), ==, 0);
+    there = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    g_assert_cmpint(setns(own, CLONE_NEWNET), ==, 0);
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    monitor_begin(&vm);
+    ip("link set %s netns /proc/%d/fd/%d", vm.f.ifname, getpid(), there);
+    in_send(&vm.f, 0, 3);
+    wait_counter(&vm.f, "inj", "inject-interface-drops", 3);
+    expect_idle(&vm, "the interface is in another namespace");
+    expect_other(&vm);
+    del_object(&vm.f, "cap");
+    rsp = qtest_qmp_assert_failure_ref(vm.f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'filter-redirector', 'id': 'cap',"
+        "  'netdev': 'n0', 'outdev': 'out'}}");
+    g_test_message("%s", qdict_get_str(rsp, "desc"));
+    qobject_unref(rsp);
+
+    g_assert_cmpint(setns(there, CLONE_NEWNET), ==, 0);
+    ip("link set %s netns /proc/%d/fd/%d", vm.f.ifname, getpid(), own);
+    g_assert_cmpint(setns(own, CLONE_NEWNET), ==, 0);
+    set_interface_up(vm.f.ifname, true);
+    close(vm.f.host);
+    vm.f.host = open_host(vm.f.ifname);
+    del_object(&vm.f, "inj");
+    add_capture(&vm.f);
+    add_inject(&vm.f);
+    expect_working(&vm);
+    monitor_end(&vm);
+    close(own);
+    close(there);
+    vm_quit(&vm);
+}
+
+/* The guest does not read: what is injected waits, and QEMU with it. */
+static void test_interface_full(void)
+{
+    const uint32_t count = 200;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    ip("link set %s txqueuelen 20", vm.f.ifname);
+    guest_start(&vm.f);
+    in_send(&vm.f, 0, count);
+    while (!counter(&vm.f, "inj", "inject-packets")) {
+        /* until some are in the TAP */
+    }
+    expect_idle(&vm, "the TAP's queue is full");
+    expect_other(&vm);
+    guest_post(&vm.f, count);
+    expect_guest(&vm.f, 0, count);
+    expect_working(&vm);
+    vm_quit(&vm);
+}
+
+/* System calls that fail */
+
+typedef struct ErrorCase {
+    int error;
+    const char *counter;        /* one for each, or NULL: nothing is lost */
+} ErrorCase;
+
+/*
+ * Each call that there is when an object is created fails once: either it can
+ * do without, or there is no object and nothing left of it.
+ */
+static void check_setup(Vm *vm, const char *role, const char *id, bool capture)
+{
+    static const struct {
+        FaultCall call;
+        const char *name;
+        int error;
+    } calls[] = {
+        { FAULT_SOCKET, "socket", ENFILE },
+        { FAULT_SETSOCKOPT, "setsockopt", ENOMEM },
+        { FAULT_GETSOCKOPT, "getsockopt", ENOBUFS },
+        { FAULT_BIND, "bind", ENETDOWN },
+        { FAULT_MMAP, "mmap", ENOMEM },
+        { FAULT_IOCTL, "ioctl", ENODEV },
+        { FAULT_TIMERFD, "timerfd_create", EMFILE },
+    };
+    g_autofree char *json = g_strdup_printf("{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'filter-redirector', 'id': '%s',"
+        " 'netdev': 'n0', 'vnet_hdr_support': true, %s}}", id, role);
+
+    for (int i = 0; i < ARRAY_SIZE(calls); i++) {
+        unsigned refused = 0, done_without = 0;
+
+        for (unsigned skip = 0;; skip++) {
+            int fds = count_fds(&vm->f);
+            QDict *rsp;
+
+            fail_after(calls[i].call, calls[i].error, skip, 1);
+            rsp = qtest_qmp(vm->f.qts, "%p", qobject_from_json(json, NULL));
+            if (!qdict_haskey(rsp, "error")) {
+                bool failed = fail_no_more(calls[i].call);
+
+                qobject_unref(rsp);
+                if (capture && failed && calls[i].call == FAULT_BIND) {
+                    /* It is there and tells that it does not capture. */
+                    expect_source(&vm->f, id, "none");
+                    set_status(&vm->f, id, "off");
+                    set_status(&vm->f, id, "on");
+                }
+                if (capture) {
+                    expect_source(&vm->f, id, "packet-socket");
+                    host_send(&vm->f, skip, 1);
+                    expect_out(&vm->f, skip, 1);
+                }
+                del_object(&vm->f, id);
+                g_assert_cmpint(count_fds(&vm->f), ==, fds);
+                if (!failed) {
+                    break;
+                }
+                done_without++;
+                continue;
+            }
+            g_assert_cmpuint(fail_no_more(calls[i].call), ==, 1);
+            g_assert_nonnull(strstr(qdict_get_str(qdict_get_qdict(rsp,
+                                                                  "error"),
+                                                  "desc"), "netdev 'n0': "));
+            qobject_unref(rsp);
+            g_assert_cmpint(count_fds(&vm->f), ==, fds);
+            refused++;
+        }
+        g_test_message("%s, %s: %u refused, %u done without", role,
+                       calls[i].name, refused, done_without);
+    }
+    g_assert_cmpint(packet_sockets(vm->f.ifname, ETH_P_ALL, 1), ==, 0);
+}
+
+static void test_error_setup(void)
+{
+    Vm vm;
+
+    vm_start(&vm, "");
+    expect_other(&vm);
+    check_setup(&vm, "'outdev': 'out', 'queue': 'tx'", "cap", true);
+    check_setup(&vm, "'outdev': 'out', 'queue': 'all'", "cap", true);
+    check_setup(&vm, "'indev': 'in', 'queue': 'tx'", "inj", false);
+    /* The last of all closes what they share. */
+    del_object(&vm.f, "other");
+    check_setup(&vm, "'outdev': 'out', 'queue': 'tx'", "cap", true);
+    add_capture(&vm.f);
+    add_inject(&vm.f);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    qtest_qmp_assert_success(vm.f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'filter-redirector', 'id': 'other',"
+        "  'netdev': 'other', 'outdev': 'other', 'queue': 'tx',"
+        "  'vnet_hdr_support': true, 'packet-socket': 'on'}}");
+    vm_quit(&vm);
+}
+
+/* Reading from the packet socket: no frame is lost with the error. */
+static void test_error_capture(void)
+{
+    static const ErrorCase cases[] = {
+        { EAGAIN }, { EINTR }, { ENETDOWN }, { ENOBUFS }, { ENOMEM }, { EIO },
+        { EMSGSIZE, "capture-skipped-oversize" },
+    };
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "all");
+    guest_start(&vm.f);
+    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+        fail(FAULT_RECVMSG, cases[i].error, 50);
+        host_send(&vm.f, n, 10);
+        expect_out(&vm.f, n, 10);
+        g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), ==, 50);
+        if (cases[i].counter) {
+            g_assert_cmpuint(counter(&vm.f, "cap", cases[i].counter), ==, 50);
+        }
+        n += 10;
+    }
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-packets"), ==, n);
+
+    /* It goes on and on; the others do not suffer. */
+    monitor_begin(&vm);
+    for (int i = 2; i < 6; i++) {
+        g_autofree char *what = g_strdup_printf("recvmsg: %s",
+                                                strerror(cases[i].error));
+
+        fail(FAULT_RECVMSG, cases[i].error, FOREVER);
+        host_send(&vm.f, n, 10);
+        expect_failed(FAULT_RECVMSG, 1);
+        expect_idle(&vm, what);
+        g_test_message("%u calls failed", fail_no_more(FAULT_RECVMSG));
+        expect_out(&vm.f, n, 10);
+        expect_other(&vm);
+        n += 10;
+    }
+    monitor_end(&vm);
+
+    /* The filter goes off while it lasts. */
+    fail(FAULT_RECVMSG, EIO, FOREVER);
+    host_send(&vm.f, n, 10);
+    set_status(&vm.f, "cap", "off");
+    fail_no_more(FAULT_RECVMSG);
+    set_status(&vm.f, "cap", "on");
+    host_send(&vm.f, n + 10, 10);
+    expect_out(&vm.f, n + 10, 10);
+    vm_quit(&vm);
+}
+
+/* With a ring it is asked for errors. */
+static void test_error_capture_ring(void)
+{
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "tx");
+    guest_start(&vm.f);
+    fail(FAULT_GETSOCKOPT, ENOBUFS, FOREVER);
+    for (int i = 0; i < 10; i++) {
+        host_send(&vm.f, n, 50);
+        expect_out(&vm.f, n, 50);
+        n += 50;
+        g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), ==, 0);
+    }
+    expect_idle(&vm, "getsockopt fails");
+    g_assert_cmpuint(fail_no_more(FAULT_GETSOCKOPT), >, 0);
+    vm_quit(&vm);
+}
+
+static void test_error_inject(void)
+{
+    static const ErrorCase cases[] = {
+        { EAGAIN }, { ENOBUFS }, { EINTR },
+        { ENETDOWN, "inject-interface-drops" },
+        { EMSGSIZE, "inject-skipped-oversize" },
+        { EINVAL, "inject-skipped-header" },
+    };
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, INJECT "tx");
+    guest_start(&vm.f);
+    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+        const unsigned errors = 5, lost = cases[i].counter ? errors : 0;
+
+        guest_post(&vm.f, 10);
+        fail(FAULT_SENDMMSG, cases[i].error, errors);
+        in_send(&vm.f, n, 10 + lost);
+        expect_guest(&vm.f, n + lost, 10);
+        g_assert_cmpuint(fail_no_more(FAULT_SENDMMSG), ==, errors);
+        if (lost) {
+            g_assert_cmpuint(counter(&vm.f, "inj", cases[i].counter), ==, lost);
+        }
+        n += 10 + lost;
+    }
+
+    monitor_begin(&vm);
+    guest_post(&vm.f, 10);
+    fail(FAULT_SENDMMSG, ENOBUFS, FOREVER);
+    in_send(&vm.f, n, 10);
+    expect_failed(FAULT_SENDMMSG, 1);
+    expect_idle(&vm, "sendmmsg: ENOBUFS");
+    g_test_message("%u calls failed", fail_no_more(FAULT_SENDMMSG));
+    expect_guest(&vm.f, n, 10);
+    n += 10;
+
+    fail(FAULT_SENDMMSG, ENETDOWN, FOREVER);
+    in_send(&vm.f, n, 10);
+    wait_counter(&vm.f, "inj", "inject-interface-drops", 15);
+    expect_idle(&vm, "sendmmsg: ENETDOWN");
+    fail_no_more(FAULT_SENDMMSG);
+    monitor_end(&vm);
+    guest_post(&vm.f, 10);
+    in_send(&vm.f, n, 10);
+    expect_guest(&vm.f, n, 10);
+    vm_quit(&vm);
+}
+
+/* Toward the network QEMU writes to the TAP. */
+static void test_error_inject_network(void)
+{
+    Vm vm;
+
+    vm_start(&vm, INJECT "rx");
+    guest_start(&vm.f);
+    fail(FAULT_WRITE_TAP, EINTR, 5);
+    in_send(&vm.f, 0, 10);
+    expect_host(&vm.f, 0, 10);
+    g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, 5);
+    /* It is net.c's queue then where they wait. */
+    fail(FAULT_WRITE_TAP, EAGAIN, 5);
+    in_send(&vm.f, 10, 10);
+    expect_host(&vm.f, 10, 10);
+    g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, 5);
+    /* And these are lost. */
+    fail(FAULT_WRITE_TAP, EIO, 5);
+    in_send(&vm.f, 20, 10);
+    expect_host(&vm.f, 25, 5);
+    vm_quit(&vm);
+}
+
+/* Writing to the peer */
+static void test_error_out(void)
+{
+    static const int errors[] = {
+        EAGAIN, EINTR, ENOBUFS, ENOMEM, ENETDOWN, EMSGSIZE,
+    };
+    const uint32_t many = 20000;
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "tx,buffer-size=16M");
+    guest_start(&vm.f);
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        fail(FAULT_WRITE_OUT, errors[i], 3);
+        host_send(&vm.f, n, 10);
+        expect_out(&vm.f, n, 10);
+        g_assert_cmpuint(fail_no_more(FAULT_WRITE_OUT), ==, 3);
+        n += 10;
+    }
+    expect_source(&vm.f, "cap", "packet-socket");
+
+    /* Until it is full, and then well again */
+    monitor_begin(&vm);
+    fail(FAULT_WRITE_OUT, ENOBUFS, FOREVER);
+    for (int i = 0; i < many; i += 200) {
+        host_send(&vm.f, n + i, 200);
+        counter(&vm.f, "cap", "capture-packets");
+    }
+    expect_failed(FAULT_WRITE_OUT, 1);
+    expect_idle(&vm, "sendmsg: ENOBUFS");
+    g_test_message("%u calls failed", fail_no_more(FAULT_WRITE_OUT));
+    expect_out(&vm.f, n, 10000);
+    monitor_end(&vm);
+    vm_quit(&vm);
+}
+
+/* Reading from the peer: what is no wait is the end of the connection. */
+static void test_error_in(void)
+{
+    static const int errors[] = { EAGAIN, EINTR, ENOBUFS, ENETDOWN };
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, INJECT "tx");
+    guest_start(&vm.f);
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        guest_post(&vm.f, 10);
+        fail(FAULT_READ_IN, errors[i], i < 2 ? 3 : 1);
+        in_send(&vm.f, n, 10);
+        if (i >= 2) {
+            uint8_t byte;
+
+            wait_readable(vm.f.in);
+            g_assert_cmpint(read(vm.f.in, &byte, 1), <=, 0);
+            close(vm.f.in);
+            vm.f.in = connect_to(&vm.f, "in");
+            in_send(&vm.f, n, 10);
+        }
+        expect_guest(&vm.f, n, 10);
+        n += 10;
+    }
+    vm_quit(&vm);
+}
+
+/* The guest */
+
+static void test_guest_reset(void)
+{
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "all " INJECT "tx");
+    for (int i = 0; i < seconds(5, 50); i++) {
+        guest_start(&vm.f);
+        guest_post(&vm.f, 20);
+        host_send(&vm.f, n, 10);
+        expect_out(&vm.f, n, 10);
+        in_send(&vm.f, n + 10, 10);
+        expect_guest(&vm.f, n, 20);
+        guest_send(&vm.f, n + 20, 5);
+        expect_out(&vm.f, n + 20, 5);
+        /* In the middle of all that */
+        in_send(&vm.f, n + 1000, 50);
+        host_send(&vm.f, n + 1000, 50);
+        qtest_system_reset(vm.f.qts);
+        expect_out(&vm.f, n + 1000, 50);
+        qvirtio_pci_device_enable(vm.f.dev);
+        qvirtqueue_cleanup(vm.f.dev->vdev.bus, vm.f.guest.rx, &vm.f.alloc);
+        qvirtqueue_cleanup(vm.f.dev->vdev.bus, vm.f.guest.tx, &vm.f.alloc);
+        /* What is in the TAP is of the time before. */
+        wait_counter(&vm.f, "inj", "inject-packets", 60 * (i + 1));
+        ip("link set %s down", vm.f.ifname);
+        ip("link set %s up", vm.f.ifname);
+        close(vm.f.host);
+        vm.f.host = open_host(vm.f.ifname);
+        n += 2000;
+    }
+    vm.f.guest.rx = vm.f.guest.tx = NULL;
+    expect_idle(&vm, "no driver");
+    vm_quit(&vm);
+}
+
+/* S3 by the PIIX4's registers, as a guest's firmware and system do it */
+static void test_guest_suspend(void)
+{
+    const uint16_t base = 0x600, sleep_enable = 1 << 13, s3 = 1 << 10;
+    QPCIDevice *pm;
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "all " INJECT "all");
+    pm = qpci_device_find(vm.f.bus, QPCI_DEVFN(1, 3));
+    g_assert_nonnull(pm);
+    qpci_config_writel(pm, 0x40, base | 1);
+    qpci_config_writeb(pm, 0x80, 1);
+    g_free(pm);
+    guest_start(&vm.f);
+    guest_post(&vm.f, 200);
+    for (int i = 0; i < 3; i++) {
+        qtest_outw(vm.f.qts, base + 4, sleep_enable | s3);
+        qtest_qmp_eventwait(vm.f.qts, "SUSPEND");
+        expect_status(&vm.f, "query-status", "suspended");
+        host_send(&vm.f, n, 10);
+        expect_out(&vm.f, n, 10);
+        in_send(&vm.f, n + 10, 10);
+        expect_idle(&vm, "suspended");
+        qtest_qmp_assert_success(vm.f.qts, "{'execute': 'system_wakeup'}");
+        expect_status(&vm.f, "query-status", "running");
+        expect_host(&vm.f, n + 10, 10);
+        n += 20;
+    }
+    vm_quit(&vm);
+}
+
+static void set_link(Vm *vm, const char *name, bool up)
+{
+    qtest_qmp_assert_success(vm->f.qts, "{'execute': 'set_link', 'arguments':"
+                             " {'name': %s, 'up': %i}}", name, up);
+}
+
+static void test_guest_set_link(void)
+{
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    expect_working(&vm);
+    for (int i = 0; i < 4; i++) {
+        const char *name = i & 1 ? "n0" : "nic";
+
+        /* A copy is made before the cable. */
+        set_link(&vm, name, false);
+        host_send(&vm.f, n, 10);
+        expect_out(&vm.f, n, 10);
+        in_send(&vm.f, n, 10);
+        if (i & 1) {
+            vm_stop(&vm.f);
+            vm_cont(&vm.f);
+        }
+        expect_idle(&vm, "the link is down");
+        wait_counter(&vm.f, "inj", "inject-packets", 5 + 15 * i + 10);
+        set_link(&vm, name, true);
+        /* What was in the TAP may come, or not. */
+        ip("link set %s down", vm.f.ifname);
+        ip("link set %s up", vm.f.ifname);
+        close(vm.f.host);
+        vm.f.host = open_host(vm.f.ifname);
+        guest_stop(&vm.f);
+        guest_start(&vm.f);
+        g_assert_true(vhost_started(&vm.f));
+        expect_working(&vm);
+        n += 10;
+    }
+    vm_quit(&vm);
+}
+
+/* Whichever step of vhost's start fails: QEMU moves the packets instead. */
+static void test_guest_vhost_fails(void)
+{
+    unsigned skip = 0, failed;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    do {
+        fail_after(FAULT_VHOST, ENOMEM, skip, 1);
+        guest_start(&vm.f);
+        failed = fail_no_more(FAULT_VHOST);
+        expect_working(&vm);
+        vm_stop(&vm.f);
+        vm_cont(&vm.f);
+        expect_working(&vm);
+        guest_stop(&vm.f);
+        skip += g_test_slow() ? 1 : 3;
+    } while (failed);
+    g_test_message("one of %u calls failed", skip);
+    vm_quit(&vm);
+}
+
+/* A guest that writes anything to its rings, and is reset after that */
+static void test_guest_ring_errors(void)
+{
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    for (int i = 0; i < seconds(6, 60); i++) {
+        QVirtQueue *queue;
+        uint64_t bad = i % 3 == 0 ? 1ull << 50 : i % 3 == 1 ? -4096ull : 0;
+
+        guest_start(&vm.f);
+        queue = i & 1 ? vm.f.guest.tx : vm.f.guest.rx;
+        expect_working(&vm);
+        /* Addresses that are none, a loop, and more than the ring has */
+        for (int j = 0; j < 10; j++) {
+            uint32_t head = qvirtqueue_add(vm.f.qts, queue, bad, 0x7fffffff,
+                                           !(i & 1), true);
+
+            qtest_writew(vm.f.qts, queue->desc + 16 * head + 14, head);
+            qvirtqueue_kick(vm.f.qts, &vm.f.dev->vdev, queue, head);
+        }
+        qtest_writew(vm.f.qts, queue->avail + 2, 30000);
+        vm.f.dev->vdev.bus->virtqueue_kick(&vm.f.dev->vdev, queue);
+        host_send(&vm.f, n, 20);
+        expect_out(&vm.f, n, 20);
+        in_send(&vm.f, n, 20);
+        wait_counter(&vm.f, "inj", "inject-packets", 25 * i + 25);
+        if (i < 2) {
+            expect_idle(&vm, "ring error");
+        }
+        expect_other(&vm);
+        guest_stop(&vm.f);
+        ip("link set %s down", vm.f.ifname);
+        ip("link set %s up", vm.f.ifname);
+        close(vm.f.host);
+        vm.f.host = open_host(vm.f.ifname);
+        n += 20;
+    }
+    vm_quit(&vm);
+}
+
+/* Memory */
+
+static void count_guest_frame(void *opaque, uint32_t number)
+{
+    uint32_t *next = opaque;
+
+    g_assert_cmpuint(number, ==, (*next)++);
+}
+
+/* Wait for frames in the guest's mapped memory, and in the peer's socket. */
+static void expect_both(Vm *vm, uint32_t *next, uint32_t end, bool out)
+{
+    gint64 limit = g_get_monotonic_time() + TIMEOUT_US;
+    uint32_t first = *next;
+
+    while (*next < end) {
+        guest_take(&vm->f, count_guest_frame, next);
+        g_assert_cmpint(g_get_monotonic_time(), <, limit);
+    }
+    if (out) {
+        expect_out(&vm->f, first, end - first);
+    }
+}
+
+/* Nothing is allocated for a packet: 10,000 captured, 10,000 injected */
+static void test_allocations(void)
+{
+    const uint32_t frames = 10000, burst = 100;
+    uint64_t allocations[2];
+    uint32_t next = 0;
+    Vm vm;
+
+    vm_start(&vm, BOTH);
+    guest_start(&vm.f);
+    guest_map(&vm.f);
+    if (!qatomic_read(&faults->allocations)) {
+        g_test_skip("QEMU's allocator cannot be replaced");
+        vm_quit(&vm);
+        return;
+    }
+    for (int inject = 0; inject < 2; inject++) {
+        /* The first of them may allocate what lasts. */
+        for (uint32_t i = 0; i < frames + burst; i += burst) {
+            if (i == burst) {
+                allocations[inject] = qatomic_read(&faults->allocations);
+            }
+            if (inject) {
+                in_send(&vm.f, next, burst);
+            } else {
+                host_send(&vm.f, next, burst);
+            }
+            expect_both(&vm, &next, next + burst, !inject);
+        }
+        allocations[inject] = qatomic_read(&faults->allocations) -
+                              allocations[inject];
+    }
+    g_test_message("%u packets captured: %" PRIu64 " allocations", frames,
+                   allocations[0]);
+    g_test_message("%u packets injected: %" PRIu64 " allocations", frames,
+                   allocations[1]);
+    g_assert_cmpuint(allocations[0], <, frames / 10);
+    g_assert_cmpuint(allocations[1], <, frames / 10);
+    vm_quit(&vm);
+}
+
+static char *begin_faults(void)
+{
+    g_autofree char *preload = g_test_build_filename(G_TEST_BUILT,
+                                                     "fault-preload.so", NULL);
+    g_autofree char *binary = NULL;
+    g_autoptr(GError) err = NULL;
+    char *path;
+    int fd = g_file_open_tmp("fault-control-XXXXXX", &path, &err);
+
+    g_assert_no_error(err);
+    g_assert_cmpint(ftruncate(fd, sizeof(*faults)), ==, 0);
+    faults = mmap(NULL, sizeof(*faults), PROT_READ | PROT_WRITE, MAP_SHARED,
+                  fd, 0);
+    g_assert_true(faults != MAP_FAILED);
+    close(fd);
+    /* In QEMU alone */
+    binary = g_strdup_printf("env LD_PRELOAD=%s " FAULT_CONTROL_ENV "=%s %s",
+                             preload, path, getenv("QTEST_QEMU_BINARY"));
+    g_setenv("QTEST_QEMU_BINARY", binary, true);
+    return path;
+}
+
+int main(int argc, char **argv)
+{
+    g_autofree char *path = NULL;
+    int ret;
+
+    rig_init(&argc, &argv, "filter-redirector-faults");
+    path = begin_faults();
+
+    rig_add("peer/all", test_peer_all);
+    rig_add("peer/never", test_peer_never);
+    rig_add("peer/reconnect", test_peer_reconnect);
+    rig_add("interface/down", test_interface_down);
+    rig_add("interface/deleted", test_interface_deleted);
+    rig_add("interface/renamed", test_interface_renamed);
+    rig_add("interface/mtu", test_interface_mtu);
+    rig_add("interface/mac", test_interface_mac);
+    rig_add("interface/netns", test_interface_netns);
+    rig_add("interface/full", test_interface_full);
+    rig_add("error/setup", test_error_setup);
+    rig_add("error/capture", test_error_capture);
+    rig_add("error/capture-ring", test_error_capture_ring);
+    rig_add("error/inject", test_error_inject);
+    rig_add("error/inject-network", test_error_inject_network);
+    rig_add("error/out", test_error_out);
+    rig_add("error/in", test_error_in);
+    rig_add("guest/reset", test_guest_reset);
+    rig_add("guest/suspend", test_guest_suspend);
+    rig_add("guest/set-link", test_guest_set_link);
+    rig_add("guest/vhost-fails", test_guest_vhost_fails);
+    rig_add("guest/ring-errors", test_guest_ring_errors);
+    rig_add("memory/allocations", test_allocations);
+    ret = g_test_run();
+    unlink(path);
+    return ret;
+}
