@@ -1,0 +1,361 @@
+/*
+ * libFuzzer target: the reader of net/frame-stream.c
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The input is a program that writes to connections, in chunks of any size,
+ * and that says when the handler refuses frames, when it goes on, and when a
+ * connection ends.  What the reader hands out is compared with what a trivial
+ * parser finds in all bytes of each connection together.
+ *
+ * The character device and the main loop are replaced by what is below.  What
+ * only the writer calls does not exist.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "chardev/char-fe.h"
+#include "net/frame-stream.h"
+
+/* One run does no more: it is enough to fill the reader. */
+#define MAX_BYTES (5 * MiB / 4)
+#define MAX_FRAMES 400
+#define MAX_CHUNKS 16           /* of a part that is written */
+
+/* Unlike assert() it is never compiled out, and libFuzzer sees it. */
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            abort(); \
+        } \
+    } while (0)
+
+typedef struct Expected {
+    size_t at;                  /* of the payload in bytes[] */
+    size_t size;
+    uint32_t vnet_hdr_len;
+} Expected;
+
+static struct {
+    FrameReader *fr;
+    bool vnet_hdr;
+    bool resets_at_once;        /* whether a disconnect is seen at once */
+    size_t chunk;
+
+    /* What the reference knows: all bytes that the reader took ... */
+    uint8_t bytes[MAX_BYTES];
+    size_t total;
+    size_t start;               /* of the last frame, not complete yet */
+    bool bad;                   /* its length is too large, ... */
+    bool broken;                /* ... and the reader has seen that */
+    unsigned connection;        /* counts them */
+    /* ... and the frames that are in them */
+    Expected frames[MAX_FRAMES];
+    size_t n_frames;
+    size_t n_seen;
+
+    size_t accept;              /* before it refuses */
+    bool refused;
+    bool in_handler;
+} f;
+
+/* What the peer had written of a frame is lost with the connection. */
+static void reconnect(void)
+{
+    frame_reader_reset(f.fr);
+    f.total = f.start;
+    f.bad = f.broken = false;
+    f.connection++;
+}
+
+/* The character device */
+
+static Chardev fuzz_chardev = { .label = (char *)"fuzz" };
+
+void qemu_chr_fe_disconnect(CharFrontend *be)
+{
+    CHECK(!f.in_handler);
+    CHECK(f.bad && !f.broken);
+    CHECK(f.n_seen == f.n_frames);
+    f.broken = true;
+    f.total = f.start;
+    if (f.resets_at_once) {
+        reconnect();
+    }
+}
+
+void error_report(const char *fmt, ...)
+{
+}
+
+/* The main loop: one bottom half */
+
+struct QEMUBH {
+    QEMUBHFunc *cb;
+    void *opaque;
+    bool scheduled;
+};
+
+QEMUBH *qemu_bh_new_full(QEMUBHFunc *cb, void *opaque, const char *name,
+                         MemReentrancyGuard *guard)
+{
+    QEMUBH *bh = g_new0(QEMUBH, 1);
+
+    bh->cb = cb;
+    bh->opaque = opaque;
+    return bh;
+}
+
+static QEMUBH *scheduled;
+
+void qemu_bh_delete(QEMUBH *bh)
+{
+    if (scheduled == bh) {
+        scheduled = NULL;
+    }
+    g_free(bh);
+}
+
+void qemu_bh_cancel(QEMUBH *bh)
+{
+    bh->scheduled = false;
+}
+
+void qemu_bh_schedule(QEMUBH *bh)
+{
+    bh->scheduled = true;
+    scheduled = bh;
+}
+
+static bool run_bh(void)
+{
+    QEMUBH *bh = scheduled;
+
+    if (!bh || !bh->scheduled) {
+        return false;
+    }
+    bh->scheduled = false;
+    bh->cb(bh->opaque);
+    return true;
+}
+
+/* The reference */
+
+static size_t prefix_len(void)
+{
+    return f.vnet_hdr ? 8 : 4;
+}
+
+/* Find the frames that are complete with the bytes that have come. */
+static void parse(void)
+{
+    size_t prefix = prefix_len();
+
+    while (!f.bad && f.total - f.start >= prefix) {
+        uint32_t size = ldl_be_p(f.bytes + f.start);
+
+        if (size > FRAME_STREAM_MAX_PAYLOAD) {
+            f.bad = true;
+        } else if (f.total - f.start < prefix + size) {
+            break;
+        } else {
+            CHECK(f.n_frames < MAX_FRAMES);
+            f.frames[f.n_frames++] = (Expected) {
+                .at = f.start + prefix,
+                .size = size,
+                .vnet_hdr_len = f.vnet_hdr ? ldl_be_p(f.bytes + f.start + 4)
+                                           : 0,
+            };
+            f.start += prefix + size;
+        }
+    }
+}
+
+/* The bytes that the reader must hold. */
+static size_t held(void)
+{
+    return f.total - (f.n_seen < f.n_frames ?
+                      f.frames[f.n_seen].at - prefix_len() : f.start);
+}
+
+static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
+{
+    size_t done = 0;
+
+    CHECK(opaque == &f && !f.in_handler && !f.refused);
+    CHECK(n >= 1 && n <= FRAME_READER_BATCH);
+    f.in_handler = true;
+    for (size_t i = 0; i < n; i++) {
+        Expected *want = &f.frames[f.n_seen + i];
+
+        /* Also of those that are refused. */
+        CHECK(f.n_seen + i < f.n_frames);
+        CHECK(frames[i].size == want->size);
+        CHECK(frames[i].vnet_hdr_len == want->vnet_hdr_len);
+        CHECK(!memcmp(frames[i].payload, f.bytes + want->at, want->size));
+    }
+    done = MIN(n, f.accept);
+    f.accept -= done;
+    f.n_seen += done;
+    f.refused = done < n;
+    /* It may be called from within. */
+    frame_reader_resume(f.fr);
+    f.in_handler = false;
+    return done;
+}
+
+/* The actions */
+
+static void check_room(void)
+{
+    CHECK(frame_reader_room(f.fr) == FRAME_READER_LIMIT - held());
+}
+
+static void resume(size_t accept)
+{
+    f.accept = accept;
+    f.refused = false;
+    frame_reader_resume(f.fr);
+    check_room();
+}
+
+static void finish(void)
+{
+    resume(SIZE_MAX);
+    while (run_bh()) {
+        check_room();
+    }
+    CHECK(f.n_seen == f.n_frames);
+    CHECK(f.broken == f.bad);
+}
+
+static void push(const uint8_t *buf, size_t size)
+{
+    unsigned connection = f.connection;
+    size_t max_chunk = MAX(f.chunk, DIV_ROUND_UP(size, MAX_CHUNKS));
+
+    while (size && connection == f.connection &&
+           f.total < MAX_BYTES && f.n_frames < MAX_FRAMES) {
+        size_t chunk = MIN(MIN(size, max_chunk), MAX_BYTES - f.total);
+        g_autofree uint8_t *copy = NULL;
+
+        /* No more frames than there is room for the expectation. */
+        chunk = MIN(chunk, (MAX_FRAMES - f.n_frames) * prefix_len());
+        chunk = MIN(chunk, frame_reader_room(f.fr));
+        if (!chunk) {
+            CHECK(f.n_seen < f.n_frames);
+            finish();
+            continue;
+        }
+        /* So that the sanitizer sees a read behind it. */
+        copy = g_memdup2(buf, chunk);
+        if (!f.broken) {
+            memcpy(f.bytes + f.total, buf, chunk);
+            f.total += chunk;
+            parse();
+        }
+        frame_reader_push(f.fr, copy, chunk);
+        check_room();
+        buf += chunk;
+        size -= chunk;
+    }
+}
+
+static void push_frame(size_t size)
+{
+    static uint8_t frame[8 + FRAME_STREAM_MAX_PAYLOAD + 1];
+    static uint32_t number;
+    size_t prefix = prefix_len();
+
+    stl_be_p(frame, size);
+    stl_be_p(frame + 4, number++);
+    for (size_t i = 0; i + 4 <= size; i += 512) {
+        stl_be_p(frame + prefix + i, number * 0x9e3779b1 + i);
+    }
+    push(frame, prefix + size);
+}
+
+static void run(const uint8_t *data, size_t size)
+{
+    const uint8_t *end = data + size;
+
+    while (data < end) {
+        unsigned action = *data & 7, arg = *data >> 3;
+
+        data++;
+        switch (action) {
+        case 0:         /* bytes */
+        case 1:
+            arg = MIN(arg + 1, end - data);
+            push(data, arg);
+            data += arg;
+            break;
+        case 2:         /* a frame, which may be one byte too long */
+            if (arg == 31) {
+                push_frame(FRAME_STREAM_MAX_PAYLOAD + 1);
+            } else if (arg >= 28) {
+                push_frame(FRAME_STREAM_MAX_PAYLOAD - (30 - arg) * 1000);
+            } else {
+                push_frame(arg * arg * 2);
+            }
+            break;
+        case 3:         /* small frames */
+            for (unsigned i = 0; i < arg * 8; i++) {
+                push_frame(i % 64);
+            }
+            break;
+        case 4:
+            f.accept = arg < 31 ? arg : SIZE_MAX;
+            break;
+        case 5:
+            resume(arg < 31 ? arg * 8 : SIZE_MAX);
+            break;
+        case 6:
+            if (arg & 1) {
+                reconnect();
+            } else {
+                run_bh();
+            }
+            break;
+        case 7:
+            f.chunk = 1ul << arg;
+            break;
+        }
+        check_room();
+        /* This takes long, so not for each chunk. */
+        CHECK(frame_reader_mid_frame(f.fr) == (f.start < f.total));
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    /* A new one each time would take most of the time, for its buffer. */
+    static FrameReader *readers[2];
+    static CharFrontend chr = { .chr = &fuzz_chardev };
+
+    if (!size) {
+        return 0;
+    }
+    f.vnet_hdr = *data & 1;
+    f.resets_at_once = *data & 2;
+    f.chunk = f.accept = SIZE_MAX;
+    f.total = f.start = f.n_frames = f.n_seen = 0;
+    f.bad = f.broken = f.refused = false;
+    if (!readers[f.vnet_hdr]) {
+        readers[f.vnet_hdr] = frame_reader_new(&chr, f.vnet_hdr, handler, &f);
+    }
+    f.fr = readers[f.vnet_hdr];
+    run(data + 1, size - 1);
+    if (*data & 4) {
+        frame_reader_free(f.fr);
+        readers[f.vnet_hdr] = NULL;
+    } else {
+        finish();
+        reconnect();
+        resume(0);
+    }
+    return 0;
+}
