@@ -17,6 +17,7 @@
 #include "net/frame-offload.h"
 #include "net/packet-socket.h"
 #include "qapi/error.h"
+#include "tap-helpers.h"
 #include <net/if.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -32,16 +33,8 @@
 #include <linux/if_vlan.h>
 #include <linux/sockios.h>
 
-#define LIMIT_MS 20000
-
-#define ETH_P_TEST 0x88b5
-
 #define CAPTURE_MEMORY (6 * MiB)
 #define BOTH (PACKET_SOCKET_OUTGOING | PACKET_SOCKET_INCOMING)
-
-/* The longest IP packet, with an Ethernet header and two tags */
-#define FRAME_MAX (65535 + ETH_HLEN + 8)
-#define FRAME_ROOM (FRAME_MAX + PACKET_SOCKET_TAG_ROOM)
 
 /* The largest of a TAP */
 #define MTU_MAX (65535 - ETH_HLEN)
@@ -51,77 +44,15 @@
 
 #define MSS 1000
 
-typedef struct Tap {
-    int fd;
-    char name[IFNAMSIZ];
-    unsigned index;
-    int sender;                 /* a packet socket, in place of the host */
-} Tap;
-
-typedef struct Frame {
-    struct virtio_net_hdr hdr;
-    uint8_t data[FRAME_ROOM];
-    size_t len;
-} Frame;
-
-/* Why no test can run here, or NULL */
-static const char *no_namespace;
-
 static bool finish_checksum(struct virtio_net_hdr *hdr, uint8_t *frame,
                             size_t len)
 {
     return frame_offload_to_guest(hdr, frame, len, NULL, 0, false);
 }
 
-static bool can_run(void)
-{
-    if (no_namespace) {
-        g_test_skip(no_namespace);
-    }
-    return !no_namespace;
-}
-
 /*
  * The interface, and the two ends of what goes through it
  */
-
-static int control_socket(void)
-{
-    static int fd = -1;
-
-    if (fd < 0) {
-        fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        g_assert_cmpint(fd, >=, 0);
-    }
-    return fd;
-}
-
-static void set_up(const char *name, bool up)
-{
-    struct ifreq ifr = {};
-
-    g_strlcpy(ifr.ifr_name, name, IFNAMSIZ);
-    ifr.ifr_flags = IFF_NOARP | (up ? IFF_UP : 0);
-    g_assert_cmpint(ioctl(control_socket(), SIOCSIFFLAGS, &ifr), ==, 0);
-}
-
-static void set_queue_len(Tap *tap, int len)
-{
-    struct ifreq ifr = {};
-
-    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
-    ifr.ifr_qlen = len;
-    g_assert_cmpint(ioctl(control_socket(), SIOCSIFTXQLEN, &ifr), ==, 0);
-}
-
-static void set_mtu(Tap *tap, int mtu)
-{
-    struct ifreq ifr = {};
-
-    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
-    ifr.ifr_mtu = mtu;
-    g_assert_cmpint(ioctl(control_socket(), SIOCSIFMTU, &ifr), ==, 0);
-}
 
 static void set_address(const char *name, const char *address)
 {
@@ -132,111 +63,6 @@ static void set_address(const char *name, const char *address)
     sin->sin_family = AF_INET;
     g_assert_cmpint(inet_pton(AF_INET, address, &sin->sin_addr), ==, 1);
     g_assert_cmpint(ioctl(control_socket(), SIOCSIFADDR, &ifr), ==, 0);
-}
-
-/* A packet socket that gets nothing */
-static int sender_new(unsigned index)
-{
-    struct sockaddr_ll sll = {
-        .sll_family = AF_PACKET,
-        .sll_ifindex = index,
-    };
-    int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0), on = 1;
-
-    g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &on,
-                               sizeof(on)), ==, 0);
-    g_assert_cmpint(bind(fd, (struct sockaddr *)&sll, sizeof(sll)), ==, 0);
-    return fd;
-}
-
-static void tap_new(Tap *tap)
-{
-    static unsigned number;
-    struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR };
-
-    g_snprintf(ifr.ifr_name, IFNAMSIZ, "test%u", number++);
-    tap->fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC | O_NONBLOCK);
-    g_assert_cmpint(tap->fd, >=, 0);
-    g_assert_cmpint(ioctl(tap->fd, TUNSETIFF, &ifr), ==, 0);
-    g_strlcpy(tap->name, ifr.ifr_name, IFNAMSIZ);
-    tap->index = if_nametoindex(tap->name);
-    g_assert_cmpuint(tap->index, >, 0);
-    set_up(tap->name, true);
-    tap->sender = sender_new(tap->index);
-}
-
-static void tap_delete(Tap *tap)
-{
-    if (tap->fd >= 0) {
-        close(tap->sender);
-        close(tap->fd);
-    }
-    tap->fd = -1;
-}
-
-/* What the guest can take; the host does the rest. */
-static void tap_set_offload(Tap *tap, unsigned offload)
-{
-    g_assert_cmpint(ioctl(tap->fd, TUNSETOFFLOAD, offload), ==, 0);
-}
-
-static bool readable(int fd, int timeout)
-{
-    struct pollfd pfd = { .fd = fd, .events = POLLIN };
-
-    g_assert_cmpint(poll(&pfd, 1, timeout), >=, 0);
-    return pfd.revents;
-}
-
-static bool tap_try_read(Tap *tap, Frame *frame)
-{
-    struct iovec iov[] = {
-        { &frame->hdr, sizeof(frame->hdr) },
-        { frame->data, sizeof(frame->data) },
-    };
-    ssize_t ret = readv(tap->fd, iov, 2);
-
-    if (ret < 0) {
-        g_assert_cmpint(errno, ==, EAGAIN);
-        return false;
-    }
-    g_assert_cmpint(ret, >=, sizeof(frame->hdr));
-    frame->len = ret - sizeof(frame->hdr);
-    return true;
-}
-
-static void tap_read(Tap *tap, Frame *frame)
-{
-    g_assert_true(readable(tap->fd, LIMIT_MS));
-    g_assert_true(tap_try_read(tap, frame));
-}
-
-static void tap_drain(Tap *tap)
-{
-    g_autofree Frame *frame = g_new0(Frame, 1);
-
-    while (tap_try_read(tap, frame)) {
-        /* Nobody wants it */
-    }
-}
-
-static bool frame_write(int fd, const Frame *frame)
-{
-    struct iovec iov[] = {
-        { (void *)&frame->hdr, sizeof(frame->hdr) },
-        { (void *)frame->data, frame->len },
-    };
-    ssize_t ret = writev(fd, iov, 2);
-
-    g_assert(ret < 0 || ret == sizeof(frame->hdr) + frame->len);
-    return ret >= 0;
-}
-
-/* The guest sends. */
-static void tap_write(Tap *tap, const Frame *frame)
-{
-    g_assert_true(frame_write(tap->fd, frame));
 }
 
 /* The host sends. */
@@ -272,28 +98,16 @@ typedef struct Lab {
     unsigned passed;
 } Lab;
 
-static void bridge_add(Lab *lab, const Tap *tap)
-{
-    struct ifreq ifr = { .ifr_ifindex = tap->index };
-
-    g_strlcpy(ifr.ifr_name, lab->bridge, IFNAMSIZ);
-    g_assert_cmpint(ioctl(control_socket(), SIOCBRADDIF, &ifr), ==, 0);
-}
-
 /* With a TAP that takes whatever there is in one piece */
 static bool lab_new(Lab *lab, const Way *way)
 {
-    static unsigned number;
-
     if (!can_run()) {
         return false;
     }
     memset(lab, 0, sizeof(*lab));
     lab->way = way;
     lab->other.fd = -1;
-    g_snprintf(lab->bridge, IFNAMSIZ, "testbr%u", number++);
-    if (way->bridged &&
-        ioctl(control_socket(), SIOCBRADDBR, lab->bridge) < 0) {
+    if (way->bridged && !bridge_new(lab->bridge)) {
         g_test_skip("the kernel has no bridges");
         return false;
     }
@@ -303,9 +117,8 @@ static bool lab_new(Lab *lab, const Way *way)
     if (way->bridged) {
         tap_new(&lab->other);
         set_mtu(&lab->other, MTU_MAX);
-        bridge_add(lab, &lab->tap);
-        bridge_add(lab, &lab->other);
-        set_up(lab->bridge, true);
+        bridge_add(lab->bridge, &lab->tap);
+        bridge_add(lab->bridge, &lab->other);
     }
     return true;
 }
@@ -315,9 +128,7 @@ static void lab_free(Lab *lab)
     tap_delete(&lab->tap);
     tap_delete(&lab->other);
     if (lab->way->bridged) {
-        set_up(lab->bridge, false);
-        g_assert_cmpint(ioctl(control_socket(), SIOCBRDELBR, lab->bridge), ==,
-                        0);
+        bridge_delete(lab->bridge);
     }
 }
 
@@ -409,28 +220,6 @@ static void frame_assert_hdr_equal(const Frame *a, const Frame *b)
     if (a->hdr.gso_type) {
         g_assert_cmpuint(a->hdr.gso_size, ==, b->hdr.gso_size);
     }
-}
-
-/* The sum of RFC 1071, one byte after the other */
-static uint32_t sum_bytes(const uint8_t *data, size_t len)
-{
-    uint32_t sum = 0;
-
-    for (size_t i = 0; i < len; i++) {
-        sum += i & 1 ? data[i] : data[i] << 8;
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    return sum;
-}
-
-/* The sum of the pseudo header of the IP packet at @ip */
-static uint32_t sum_pseudo(const uint8_t *ip, uint32_t len, uint8_t protocol)
-{
-    uint32_t sum = ip[0] >> 4 == 4 ? sum_bytes(ip + 12, 8) :
-                                     sum_bytes(ip + 8, 32);
-
-    sum += protocol + (len & 0xffff) + (len >> 16);
-    return (sum & 0xffff) + (sum >> 16);
 }
 
 static size_t ip_header_len(const uint8_t *ip)
@@ -3075,66 +2864,6 @@ static void test_errors_leak(void)
     g_assert_cmpuint(count_fds(), ==, fds);
     g_assert_cmpuint(address_space(), <, before + 16 * MiB);
     tap_delete(&tap);
-}
-
-static void set_sysctl(const char *name, const char *value)
-{
-    g_autofree char *path = g_strdup_printf("/proc/sys/net/%s", name);
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
-
-    if (fd < 0) {
-        if (errno != ENOENT) {
-            no_namespace = "sysctls are not permitted";
-        }
-        return;
-    }
-    if (write(fd, value, strlen(value)) < 0) {
-        no_namespace = "sysctls are not permitted";
-    }
-    close(fd);
-}
-
-/*
- * No frame may come that the tests did not send, and a bridge is to pass on
- * whatever there is.
- */
-static void set_sysctls(void)
-{
-    set_sysctl("ipv6/conf/all/disable_ipv6", "1");
-    set_sysctl("ipv6/conf/default/disable_ipv6", "1");
-    /* Of a bridge */
-    set_sysctl("ipv4/igmp_link_local_mcast_reports", "0");
-    set_sysctl("bridge/bridge-nf-call-arptables", "0");
-    set_sysctl("bridge/bridge-nf-call-iptables", "0");
-    set_sysctl("bridge/bridge-nf-call-ip6tables", "0");
-}
-
-static void enter_namespace(void)
-{
-    struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR };
-    int fd;
-
-    if (unshare(CLONE_NEWNET) < 0) {
-        no_namespace = "a network namespace is not permitted";
-        return;
-    }
-    fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
-    if (fd < 0 || ioctl(fd, TUNSETIFF, &ifr) < 0) {
-        no_namespace = "a TAP is not permitted, or the kernel has none";
-    }
-    if (fd >= 0) {
-        close(fd);
-    }
-    fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0);
-    if (fd < 0) {
-        no_namespace = "a packet socket is not permitted";
-    } else {
-        close(fd);
-    }
-    set_sysctls();
-    if (!no_namespace) {
-        set_up("lo", true);
-    }
 }
 
 /* A test for each way, or for those to one TAP alone */
