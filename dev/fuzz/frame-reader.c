@@ -22,7 +22,8 @@
 /* One run does no more: it is enough to fill the reader. */
 #define MAX_BYTES (5 * MiB / 4)
 #define MAX_FRAMES 400
-#define MAX_CHUNKS 16           /* of a part that is written */
+#define MAX_PART (8 + FRAME_STREAM_MAX_PAYLOAD + 1)
+#define MAX_CHUNKS 16           /* of a part */
 
 /* Unlike assert() it is never compiled out, and libFuzzer sees it. */
 #define CHECK(condition) \
@@ -234,13 +235,16 @@ static void finish(void)
 
 static void push(const uint8_t *buf, size_t size)
 {
+    /* Bytes are pushed from its end, so that a read behind them is seen. */
+    static uint8_t *room;
     unsigned connection = f.connection;
     size_t max_chunk = MAX(f.chunk, DIV_ROUND_UP(size, MAX_CHUNKS));
 
+    room = room ?: g_malloc(MAX_PART);
     while (size && connection == f.connection &&
            f.total < MAX_BYTES && f.n_frames < MAX_FRAMES) {
         size_t chunk = MIN(MIN(size, max_chunk), MAX_BYTES - f.total);
-        g_autofree uint8_t *copy = NULL;
+        uint8_t *copy;
 
         /* No more frames than there is room for the expectation. */
         chunk = MIN(chunk, (MAX_FRAMES - f.n_frames) * prefix_len());
@@ -250,8 +254,7 @@ static void push(const uint8_t *buf, size_t size)
             finish();
             continue;
         }
-        /* So that the sanitizer sees a read behind it. */
-        copy = g_memdup2(buf, chunk);
+        copy = memcpy(room + MAX_PART - chunk, buf, chunk);
         if (!f.broken) {
             memcpy(f.bytes + f.total, buf, chunk);
             f.total += chunk;
@@ -266,7 +269,7 @@ static void push(const uint8_t *buf, size_t size)
 
 static void push_frame(size_t size)
 {
-    static uint8_t frame[8 + FRAME_STREAM_MAX_PAYLOAD + 1];
+    static uint8_t frame[MAX_PART];
     static uint32_t number;
     size_t prefix = prefix_len();
 
@@ -349,7 +352,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     f.fr = readers[f.vnet_hdr];
     run(data + 1, size - 1);
-    if (*data & 4) {
+    if ((*data & 0x1c) == 0x1c) {
         frame_reader_free(f.fr);
         readers[f.vnet_hdr] = NULL;
     } else {
