@@ -102,6 +102,17 @@
 #define BUFFER_SIZE_WRITER(size) ((size) / 8)
 #define BUFFER_SIZE_SOCKET(size) ((size) / 32 * 27)
 
+/*
+ * How long a packet socket stays hooked when it is not the source any more.
+ * Hooking and unhooking take the kernel some 10 ms each, with the BQL held:
+ * much for a VM that is to stop and go on, and a peer that connects over and
+ * over again must not be able to hold up the main loop.
+ */
+#define LINGER_MS 1000
+
+/* What a frame that waits in a packet socket uses at least, in bytes. */
+#define CAPTURE_MIN_MEMORY 512
+
 /* Room for the segments that are sent at a time, in bytes. */
 #define INJECT_SEGMENTS_SIZE (128 * KiB)
 
@@ -130,6 +141,7 @@ static const char *const filter_tap_source_names[] = {
 typedef struct FilterTapStats {
     uint64_t capture_packets;
     uint64_t capture_bytes;
+    uint64_t capture_kernel_drops;
     uint64_t capture_peer_drops;
     uint64_t capture_skipped_gso;
     uint64_t capture_skipped_oversize;
@@ -164,9 +176,12 @@ struct FilterTapEndpoints {
     PacketSocket *capture;      /* NULL if the filter takes */
     FilterTapSource source;
     QEMUBH *flush_bh;
+    QEMUTimer *linger;
+    bool hooked;
     bool capture_polled;
     bool tap_paused;
     bool interface_lost;
+    uint64_t kernel_drops_seen;
     uint64_t tx_dropped;
     uint32_t tx_dropped_seen;
     const uint8_t *echo;        /* a frame that is not to be captured */
@@ -398,11 +413,13 @@ static unsigned filter_tap_capture(FilterTapEndpoints *ep, unsigned max_frames,
     return frames;
 }
 
+/* All that waits now; and not for ever, however much comes meanwhile. */
 static void filter_tap_capture_all(FilterTapEndpoints *ep)
 {
     size_t bytes;
 
-    filter_tap_capture(ep, UINT_MAX, SIZE_MAX, &bytes);
+    filter_tap_capture(ep, ep->buffer_size / CAPTURE_MIN_MEMORY, SIZE_MAX,
+                       &bytes);
 }
 
 /*
@@ -459,31 +476,62 @@ static void filter_tap_look_readable(void *opaque)
     }
 }
 
+/* What is dropped while the socket lingers does not count. */
+static void filter_tap_update_kernel_drops(FilterTapEndpoints *ep, bool count)
+{
+    uint64_t drops = packet_socket_drops(ep->capture);
+
+    if (count) {
+        ep->stats.capture_kernel_drops += drops - ep->kernel_drops_seen;
+    }
+    ep->kernel_drops_seen = drops;
+}
+
+static void filter_tap_unhook(void *opaque)
+{
+    FilterTapEndpoints *ep = opaque;
+
+    packet_socket_unhook(ep->capture);
+    packet_socket_discard(ep->capture);
+    ep->hooked = false;
+}
+
 /*
  * The filter ceases to capture by packet socket.  Whoever listens still gets
  * what came before, as far as it keeps up; nothing is left for later.
  */
 static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
 {
-    packet_socket_unhook(ep->capture);
-    if (qemu_chr_fe_backend_open(ep->chr_out)) {
+    bool open = qemu_chr_fe_backend_open(ep->chr_out);
+
+    if (open) {
         filter_tap_capture_all(ep);
         filter_tap_flush(ep);
     }
-    ep->stats.capture_peer_drops += packet_socket_discard(ep->capture);
+    if (!open || frame_writer_full(ep->writer)) {
+        ep->stats.capture_peer_drops += packet_socket_discard(ep->capture);
+    }
     ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+    filter_tap_update_kernel_drops(ep, true);
+    timer_mod(ep->linger, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);
 }
 
 static bool filter_tap_enter_packet_socket(FilterTapEndpoints *ep)
 {
+    char name[IF_NAMESIZE];
     Error *err = NULL;
 
-    if (!packet_socket_hook(ep->capture, &err)) {
+    timer_del(ep->linger);
+    if (ep->hooked && if_indextoname(ep->ifindex, name)) {
+        packet_socket_discard(ep->capture);
+    } else if (!packet_socket_hook(ep->capture, &err)) {
         error_prepend(&err, "netdev '%s': nothing is captured: ",
                       ep->nf->netdev_id);
         warn_report_err(err);
         return false;
     }
+    ep->hooked = true;
+    filter_tap_update_kernel_drops(ep, false);
     return true;
 }
 
@@ -1208,6 +1256,7 @@ static void filter_tap_start(FilterTapEndpoints *ep)
         frame_writer_set_limit(ep->writer,
                                BUFFER_SIZE_WRITER(ep->buffer_size));
         ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
+        ep->linger = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_unhook, ep);
         filter_tap_update_tx_dropped(ep);
         ep->tx_dropped = 0;
         qemu_chr_fe_set_handlers(ep->chr_out, filter_tap_out_can_read,
@@ -1296,6 +1345,7 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
         qemu_chr_fe_disconnect(ep->chr_out);
     }
     qemu_bh_delete(ep->flush_bh);
+    timer_free(ep->linger);
     g_clear_pointer(&ep->writer, frame_writer_free);
     ep->chr_out = NULL;
 }
@@ -1468,8 +1518,13 @@ static void filter_tap_get_kernel_drops(Object *obj, Visitor *v,
                                         Error **errp)
 {
     FilterTapEndpoints *ep = filter_tap_of(obj, opaque)->endpoints;
-    uint64_t value = ep && ep->capture ? packet_socket_drops(ep->capture) : 0;
+    uint64_t value = 0;
 
+    if (ep && ep->capture) {
+        filter_tap_update_kernel_drops(ep, ep->source ==
+                                           FILTER_TAP_PACKET_SOCKET);
+        value = ep->stats.capture_kernel_drops;
+    }
     visit_type_uint64(v, name, &value, errp);
 }
 

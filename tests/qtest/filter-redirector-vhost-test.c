@@ -757,7 +757,17 @@ static void test_inject_receives_nothing(void)
     fixture_close(&f);
 }
 
-/* No cost while it is off: it is not on the interface's list. */
+static void wait_hooked(Fixture *f, int count)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (packet_sockets(f->ifname, ETH_P_ALL, 1) != count) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        qtest_qmp_assert_success(f->qts, "{'execute': 'query-status'}");
+    }
+}
+
+/* No cost while it is off: soon it is not on the interface's list. */
 static void test_unhooked(void)
 {
     Fixture f;
@@ -766,11 +776,50 @@ static void test_unhooked(void)
     expect_source(&f, "cap", "packet-socket");
     g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 1);
     set_status(&f, "cap", "off");
-    g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 0);
+    wait_hooked(&f, 0);
     set_status(&f, "cap", "on");
     g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 1);
     vm_stop(&f);
-    g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 0);
+    wait_hooked(&f, 0);
+    fixture_close(&f);
+}
+
+/*
+ * Until then it stays there, for one that comes and goes.  Nothing of what
+ * comes meanwhile is captured later, or counted.
+ */
+static void test_lingers(void)
+{
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "all,buffer-size=1M");
+    guest_start(&f);
+    for (int i = 0; i < 20; i++) {
+        host_send(&f, 2 * i, 1);
+        expect_out(&f, 2 * i, 1);
+        if (i % 2) {
+            set_status(&f, "cap", "off");
+        } else {
+            close(f.out);
+            expect_source(&f, "cap", "none");
+        }
+        g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), <=, 1);
+        host_send(&f, 1000, 5000);
+        g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
+        host_send(&f, 1000, 5000);
+        if (i % 2) {
+            set_status(&f, "cap", "on");
+        } else {
+            f.out = connect_to(&f, "out");
+        }
+        expect_source(&f, "cap", "packet-socket");
+        g_assert_cmpint(packet_sockets(f.ifname, ETH_P_ALL, 1), ==, 1);
+        host_send(&f, 2 * i + 1, 1);
+        expect_out(&f, 2 * i + 1, 1);
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
+    g_assert_cmpuint(counter(&f, "cap", "capture-peer-drops"), ==, 0);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 40);
     fixture_close(&f);
 }
 
@@ -1561,6 +1610,7 @@ int main(int argc, char **argv)
     rig_add("status/off-at-start", test_status_off_at_start);
     rig_add("status/not-connected", test_not_connected);
     rig_add("status/unhooked", test_unhooked);
+    rig_add("status/lingers", test_lingers);
     rig_add("stop/running-only", test_stop_running_only);
     rig_add("stop/both", test_stop_both);
     rig_add("stop/mirror", test_stop_mirror);
