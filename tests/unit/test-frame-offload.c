@@ -47,6 +47,7 @@ typedef struct Plan {
     uint16_t id;
     uint16_t fragment;          /* flags and offset of IPv4 */
     uint32_t seq;
+    bool no_sum;                /* the header speaks of no checksum */
     int tunnel;                 /* version of IP around it; 0: none */
     bool geneve;                /* not VXLAN */
     unsigned tunnel_options;    /* of IPv4 or IPv6, and of Geneve, in words */
@@ -540,6 +541,7 @@ static const Plan plans[] = {
     { "no DF", .fragment = 0xffff, .tcp_flags = TCP_ACK },
     { "one segment", .payload = 300, .tcp_flags = 0x19 },
     { "one whole segment", .payload = 1000, .tcp_flags = 0x19 },
+    { "no checksum", .tcp_flags = TCP_ACK, .no_sum = true },
     { "longest", .payload = 65000, .tcp_flags = TCP_ACK },
     { "smallest size", .size = 48, .tcp_flags = TCP_ACK },
 };
@@ -565,7 +567,7 @@ static void plan_random(Plan *plan, bool tunnel)
         .version = pick(2) ? 4 : 6,
         .udp = pick(2),
         .tags = pick(3),
-        .options = pick(2) ? pick(6) : 0,
+        .options = pick(2) ? pick(11) : 0,
         .tcp_options = pick(2) ? pick(11) : 0,
         .size = 48 + pick(pick(2) ? 200 : 9000),
         .tcp_flags = g_test_rand_int(),
@@ -597,10 +599,14 @@ static void compare_plan(Lab *lab, Plan *plan)
     g_autofree Frame *frame = g_new0(Frame, 1);
     unsigned count;
 
-    if (plan->udp && (!knows_uso(lab) || plan_count(plan) > 64)) {
+    if (plan->udp && (!knows_uso(lab) || plan_count(plan) > 64 ||
+                      plan->no_sum)) {
         return;
     }
     frame_build(frame, plan);
+    if (plan->no_sum) {
+        frame->hdr.flags = 0;
+    }
     count = lab_compare(lab, frame, plan, lab_send_host);
     if (count != plan_count(plan)) {
         plan_describe(plan);
@@ -1000,6 +1006,8 @@ typedef struct Flaw {
     void (*make)(Frame *frame, const Plan *plan);
     int version;                /* of which it is; 0: of both */
     int udp;                    /* 1: of UDP only, -1: of TCP only */
+    bool outer;                 /* no matter inside of a tunnel */
+    bool sum;                   /* no matter with the checksum done */
 } Flaw;
 
 #define FLAW(name, code)                                        \
@@ -1063,46 +1071,107 @@ static const Flaw flaws[] = {
     ENTRY(size_0), ENTRY(size_1), ENTRY(size_47), ENTRY(no_gso), ENTRY(ufo),
     ENTRY(unknown), ENTRY(unknown_bits), ENTRY(ecn_only),
     ENTRY(other_version, .udp = -1), ENTRY(other_protocol),
-    ENTRY(start_before), ENTRY(start_after), ENTRY(start_0), ENTRY(start_ip),
-    ENTRY(start_end), ENTRY(start_most), ENTRY(version_0, 4),
-    ENTRY(version_other, 4), ENTRY(ethertype), ENTRY(ethertype_other),
-    ENTRY(ihl_0, 4), ENTRY(ihl_4, 4), ENTRY(ihl_more, 4), ENTRY(ihl_15, 4),
-    ENTRY(fragment_more, 4), ENTRY(fragment_last, 4), ENTRY(fragment_far, 4),
-    ENTRY(protocol), ENTRY(protocol_esp), ENTRY(fragment6_more, 6),
-    ENTRY(fragment6_last, 6), ENTRY(fragment6_far, 6),
-    ENTRY(protocol_none, 6), ENTRY(hop_by_hop_no_end, 6),
-    ENTRY(data_0, .udp = -1), ENTRY(data_4, .udp = -1),
-    ENTRY(data_past, .udp = -1), ENTRY(data_all, .udp = -1),
-    ENTRY(segments_129, .udp = 1),
+    ENTRY(start_before, .sum = true), ENTRY(start_after, .sum = true),
+    ENTRY(start_0, .sum = true), ENTRY(start_ip, .sum = true),
+    ENTRY(start_end, .sum = true), ENTRY(start_most, .sum = true),
+    ENTRY(version_0, 4), ENTRY(version_other, 4),
+    ENTRY(ethertype, .outer = true), ENTRY(ethertype_other, .outer = true),
+    ENTRY(ihl_0, 4), ENTRY(ihl_4, 4), ENTRY(ihl_more, 4, .sum = true),
+    ENTRY(ihl_15, 4, .sum = true), ENTRY(fragment_more, 4, .outer = true),
+    ENTRY(fragment_last, 4, .outer = true),
+    ENTRY(fragment_far, 4, .outer = true), ENTRY(protocol),
+    ENTRY(protocol_esp), ENTRY(fragment6_more, 6), ENTRY(fragment6_last, 6),
+    ENTRY(fragment6_far, 6), ENTRY(protocol_none, 6),
+    ENTRY(hop_by_hop_no_end, 6), ENTRY(data_0, .udp = -1),
+    ENTRY(data_4, .udp = -1), ENTRY(data_past, .udp = -1),
+    ENTRY(data_all, .udp = -1), ENTRY(segments_129, .udp = 1),
 };
+
+static void check_flaw(const Flaw *flaw, unsigned kind, bool sum)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+    FrameSegments fs;
+    Plan plan;
+
+    plan_kind(&plan, kind);
+    plan.payload = 7000;
+    plan.options = !plan.tunnel && plan.version == 6;
+    if ((flaw->version && flaw->version != plan.version) ||
+        (flaw->udp && plan.udp != (flaw->udp > 0)) ||
+        (flaw->outer && plan.tunnel) ||
+        /* That is what tells of a tunnel. */
+        (!sum && (flaw->sum || plan.tunnel))) {
+        return;
+    }
+    frame_build(frame, &plan);
+    if (!sum) {
+        frame->hdr.flags = 0;
+    }
+    segments_new(&fs, frame, &plan);
+    flaw->make(frame, &plan);
+    if (segments_try(&fs, &frame->hdr, frame->data, frame->len)) {
+        plan_describe(&plan);
+        g_test_message("%s, checksum to do: %d", flaw->name, sum);
+        g_test_fail();
+    }
+}
 
 static void test_refused_flaws(void)
 {
+    for (int i = 0; i < ARRAY_SIZE(flaws); i++) {
+        for (unsigned kind = 0; kind < KINDS; kind++) {
+            check_flaw(&flaws[i], kind, true);
+            check_flaw(&flaws[i], kind, false);
+        }
+    }
+}
+
+/* What looks like the IP header begins in the header of UDP around it. */
+static void test_refused_overlap(void)
+{
     g_autofree Frame *frame = g_new0(Frame, 1);
 
-    for (int i = 0; i < ARRAY_SIZE(flaws); i++) {
-        for (unsigned kind = 0; kind < 8; kind++) {
-            const Flaw *flaw = &flaws[i];
-            FrameSegments fs;
-            Plan plan;
+    for (int version = 4; version <= 6; version += 2) {
+        uint8_t guest[FRAME_OFFLOAD_MAX_HEADER], *udp;
+        Plan plan = {
+            .version = version, .udp = true, .payload = 300, .size = 100,
+        };
 
-            plan_kind(&plan, kind);
-            plan.payload = 7000;
-            plan.tags = kind / 4;
-            plan.options = plan.version == 4 ? 0 : 1;
-            if ((flaw->version && flaw->version != plan.version) ||
-                (flaw->udp && plan.udp != (flaw->udp > 0))) {
-                continue;
-            }
-            frame_build(frame, &plan);
-            segments_new(&fs, frame, &plan);
-            flaw->make(frame, &plan);
-            if (segments_try(&fs, &frame->hdr, frame->data, frame->len)) {
-                g_test_message("%s, IPv%d, UDP %d, tags %u", flaw->name,
-                               plan.version, plan.udp, plan.tags);
-                g_test_fail();
-            }
+        frame_build(frame, &plan);
+        udp = frame->data + plan.l4;
+        udp[0] = 0x47;
+        stw_be_p(udp + 2, frame->len - plan.l4);
+        udp[9] = IPPROTO_UDP;
+        memset(udp + 10, 0, 20);
+        frame->hdr.csum_start = plan.l4 + 28;
+        assert_refused(frame);
+        g_assert_false(frame_offload_to_guest(&frame->hdr, frame->data,
+                                              frame->len, guest,
+                                              sizeof(guest), false));
+    }
+}
+
+/* The header of TCP is longer than what there is. */
+static void test_tunnel_cut(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1);
+
+    for (unsigned kind = 8; kind < KINDS; kind++) {
+        uint8_t guest[FRAME_OFFLOAD_MAX_HEADER];
+        Plan plan;
+
+        plan_kind(&plan, kind);
+        if (plan.udp) {
+            continue;
         }
+        plan.tcp_options = 0;
+        plan.payload = 39;
+        frame_build(frame, &plan);
+        frame->data[plan.l4 + 12] = 0xf0;
+        assert_refused(frame);
+        g_assert_false(frame_offload_to_guest(&frame->hdr, frame->data,
+                                              frame->len, guest,
+                                              sizeof(guest), false));
     }
 }
 
@@ -1296,6 +1365,10 @@ static void test_to_guest(void)
                 frame->hdr.hdr_len = g_test_rand_int();
             }
             frame->hdr.flags |= i % 5 ? 0 : VIRTIO_NET_HDR_F_DATA_VALID;
+            if (i % 7 == 0) {
+                frame->hdr.flags &= ~VIRTIO_NET_HDR_F_NEEDS_CSUM;
+                frame->hdr.csum_start = 0;
+            }
             hdr = frame->hdr;
             data = fence_copy(FENCE_FRAME, frame->data, frame->len);
             guest = fence_room(FENCE_HEADER, len);
@@ -1491,6 +1564,7 @@ int main(int argc, char **argv)
     TEST("segments/limits", test_limits);
     TEST("segments/refused/truncated", test_refused_truncated);
     TEST("segments/refused/flaws", test_refused_flaws);
+    TEST("segments/refused/overlap", test_refused_overlap);
     TEST("segments/refused/no-tunnel", test_refused_no_tunnel);
     TEST("segments/ignored", test_ignored);
     TEST("segments/random/headers", test_random_headers);
@@ -1499,6 +1573,7 @@ int main(int argc, char **argv)
     TEST("header/to-guest", test_to_guest);
     TEST("header/tunnel/capture", test_tunnel_capture);
     TEST("header/tunnel/short", test_tunnel_short);
+    TEST("header/tunnel/cut", test_tunnel_cut);
     TEST("header/tunnel/like", test_tunnel_like);
     TEST("header/none", test_to_guest_without);
     TEST("checksum/random", test_checksum);
