@@ -1026,7 +1026,8 @@ static void test_error_inject(void)
     vm_start(&vm, INJECT "tx");
     guest_start(&vm.f);
     for (int i = 0; i < ARRAY_SIZE(cases); i++) {
-        const unsigned errors = 5, lost = cases[i].counter ? errors : 0;
+        const unsigned errors = 5;
+        const unsigned lost = cases[i].counter ? errors : 0;
 
         guest_post(&vm.f, 10);
         fail(FAULT_SENDMMSG, cases[i].error, errors);

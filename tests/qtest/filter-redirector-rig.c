@@ -402,6 +402,7 @@ static void notify(Fixture *f, QVirtQueue *vq)
 {
     struct vring_used *used = (void *)(f->guest.ram + vq->used);
 
+    /* What is available is seen before we look at the flags. */
     smp_mb();
     if (!(le16_to_cpu(used->flags) & VRING_USED_F_NO_NOTIFY)) {
         f->dev->vdev.bus->virtqueue_kick(&f->dev->vdev, vq);
@@ -417,7 +418,8 @@ unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
     unsigned count = 0;
 
     for (; rx->last_used_idx != used_idx(guest, rx); count++) {
-        uint32_t head = le32_to_cpu(used->ring[rx->last_used_idx % rx->size].id);
+        uint16_t at = rx->last_used_idx % rx->size;
+        uint32_t head = le32_to_cpu(used->ring[at].id);
 
         func(opaque, frame_number(guest->ram + guest->buffer[head] + 12));
         make_available(guest, rx, head);
