@@ -18,21 +18,13 @@
 #include "qemu/main-loop.h"
 #include "chardev/char-fe.h"
 #include "net/frame-stream.h"
+#include "check.h"
 
 /* One run does no more: it is enough to fill the reader. */
 #define MAX_BYTES (5 * MiB / 4)
 #define MAX_FRAMES 400
 #define MAX_PART (8 + FRAME_STREAM_MAX_PAYLOAD + 1)
 #define MAX_CHUNKS 16           /* of a part */
-
-/* Unlike assert() it is never compiled out, and libFuzzer sees it. */
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            abort(); \
-        } \
-    } while (0)
 
 typedef struct Expected {
     size_t at;                  /* of the payload in bytes[] */

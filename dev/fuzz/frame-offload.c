@@ -1,0 +1,246 @@
+/*
+ * libFuzzer target: net/frame-offload.c
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The input is
+ *
+ *   byte   length of the guest's header
+ *   byte   bit 0: its byte order is the other one
+ *   byte   its square is the number of bytes to append to the frame
+ *   24     the guest's header
+ *   rest   the frame
+ *
+ * Headers that are converted must come back the same; a checksum is what a
+ * plain sum says; and segments must hold the payload, once and in order, with
+ * checksums that are right and with headers that differ only where they may.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "net/frame-offload.h"
+#include "check.h"
+
+#define INPUT_HEADER 27
+
+/* The sum of 16-bit words in one's complement */
+static uint32_t sum(const uint8_t *data, size_t size, uint32_t start)
+{
+    for (size_t i = 0; i < size; i++) {
+        start += i % 2 ? data[i] : data[i] << 8;
+        start = (start & 0xffff) + (start >> 16);
+    }
+    return start;
+}
+
+static void swap_header(struct virtio_net_hdr *hdr)
+{
+    hdr->hdr_len = bswap16(hdr->hdr_len);
+    hdr->gso_size = bswap16(hdr->gso_size);
+    hdr->csum_start = bswap16(hdr->csum_start);
+    hdr->csum_offset = bswap16(hdr->csum_offset);
+}
+
+/* Finish the checksum as the kernel would; returns whether it can be. */
+static bool finish_checksum(const struct virtio_net_hdr *hdr, uint8_t *frame,
+                            size_t len)
+{
+    size_t at = hdr->csum_start + hdr->csum_offset;
+    uint16_t value;
+
+    if (!(hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)) {
+        return true;
+    }
+    if (hdr->csum_start >= len || at + 2 > len) {
+        return false;
+    }
+    value = ~sum(frame + hdr->csum_start, len - hdr->csum_start, 0);
+    stw_be_p(frame + at, value ?: 0xffff);
+    return true;
+}
+
+static void check_from_guest(struct virtio_net_hdr *hdr, const uint8_t *guest,
+                             size_t guest_len, bool swap)
+{
+    g_autofree uint8_t *copy = g_memdup2(guest, guest_len);
+    struct virtio_net_hdr want = { };
+    bool good = !guest_len || (guest_len >= sizeof(want) &&
+                               guest_len <= FRAME_OFFLOAD_MAX_HEADER);
+
+    CHECK(frame_offload_from_guest(hdr, copy, guest_len, swap) == good);
+    if (good) {
+        memcpy(&want, guest, MIN(guest_len, sizeof(want)));
+        if (swap) {
+            swap_header(&want);
+        }
+        CHECK(!memcmp(hdr, &want, sizeof(want)));
+    }
+}
+
+static void check_to_guest(const struct virtio_net_hdr *hdr,
+                           const uint8_t *frame, size_t len,
+                           size_t guest_len, bool swap)
+{
+    g_autofree uint8_t *guest = g_malloc(guest_len);
+    g_autofree uint8_t *copy = g_memdup2(frame, len);
+    g_autofree uint8_t *want = g_memdup2(frame, len);
+    struct virtio_net_hdr done = *hdr, back;
+    bool good = frame_offload_to_guest(&done, copy, len, guest, guest_len,
+                                       swap);
+
+    if (!guest_len) {
+        CHECK(good == (!hdr->gso_type && finish_checksum(hdr, want, len)));
+        CHECK(!memcmp(copy, want, len));
+        CHECK(!good || !(done.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM));
+        return;
+    }
+    CHECK(!memcmp(copy, frame, len));
+    if (!hdr->gso_type) {
+        CHECK(good);
+    }
+    if (good) {
+        CHECK(frame_offload_from_guest(&back, guest, guest_len, swap));
+        if (back.gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL) {
+            CHECK(guest_len == FRAME_OFFLOAD_MAX_HEADER);
+            back.gso_type &= ~VIRTIO_NET_HDR_GSO_UDP_TUNNEL;
+            back.flags &= ~VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM;
+            back.gso_type |= hdr->gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL;
+            back.flags |= hdr->flags & VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM;
+        }
+        CHECK(!memcmp(&back, hdr, sizeof(back)));
+    }
+}
+
+/* What follows the IP header at @l3 is from @l4 to @len: is its sum right? */
+static bool checksum_is_right(const uint8_t *frame, size_t l3, size_t l4,
+                              size_t len, bool ip6, uint8_t proto)
+{
+    uint8_t tail[4] = { (len - l4) >> 8, len - l4, 0, proto };
+    uint32_t value = ip6 ? sum(frame + l3 + 8, 32, 0) :
+                           sum(frame + l3 + 12, 8, 0);
+
+    value = sum(tail, sizeof(tail), value);
+    return sum(frame + l4, len - l4, value) == 0xffff;
+}
+
+/* Check the header at @l3 and let what may differ be as in the original. */
+static void check_ip(uint8_t *seg, const uint8_t *frame, size_t len, size_t l3,
+                     size_t l4, bool ip6, unsigned index)
+{
+    if (ip6) {
+        CHECK(lduw_be_p(seg + l3 + 4) == (uint16_t)(len - l3 - 40));
+        memcpy(seg + l3 + 4, frame + l3 + 4, 2);
+        return;
+    }
+    CHECK(lduw_be_p(seg + l3 + 2) == (uint16_t)(len - l3));
+    CHECK(lduw_be_p(seg + l3 + 4) ==
+          (uint16_t)(lduw_be_p(frame + l3 + 4) + index));
+    CHECK(sum(seg + l3, l4 - l3, 0) == 0xffff);
+    memcpy(seg + l3 + 2, frame + l3 + 2, 4);
+    memcpy(seg + l3 + 10, frame + l3 + 10, 2);
+}
+
+static void check_udp(uint8_t *seg, const uint8_t *frame, size_t len, size_t l4)
+{
+    CHECK(lduw_be_p(seg + l4 + 4) == (uint16_t)(len - l4));
+    memcpy(seg + l4 + 4, frame + l4 + 4, 4);
+}
+
+static void check_tcp(uint8_t *seg, const uint8_t *frame, size_t l4,
+                      size_t offset, bool first, bool last)
+{
+    uint8_t flags = frame[l4 + 13];
+
+    CHECK(ldl_be_p(seg + l4 + 4) == ldl_be_p(frame + l4 + 4) + offset);
+    flags &= first ? 0xff : 0x7f;               /* CWR */
+    flags &= last ? 0xff : ~0x09;               /* PSH, FIN */
+    CHECK(seg[l4 + 13] == flags);
+    memcpy(seg + l4 + 4, frame + l4 + 4, 4);
+    seg[l4 + 13] = frame[l4 + 13];
+    memcpy(seg + l4 + 16, frame + l4 + 16, 2);
+}
+
+static void check_segments(const struct virtio_net_hdr *hdr,
+                           const uint8_t *frame, size_t len)
+{
+    g_autofree uint8_t *copy = g_memdup2(frame, len);
+    g_autofree uint8_t *seg = NULL;
+    FrameSegments fs;
+    size_t offset = 0;
+
+    if (!frame_segments_init(&fs, hdr, copy, len)) {
+        return;
+    }
+    CHECK(fs.count > 0 && fs.size == hdr->gso_size);
+    CHECK(fs.headers + fs.payload == len);
+    CHECK(fs.headers <= FRAME_SEGMENTS_MAX_HEADERS);
+    CHECK(fs.l3 < fs.l4 && fs.l4 < fs.headers);
+    CHECK(!fs.tunnel_l4 ||
+          (fs.tunnel_l3 < fs.tunnel_l4 && fs.tunnel_l4 + 8 <= fs.l3));
+    seg = g_malloc(fs.headers + fs.size);
+    for (unsigned i = 0; i < fs.count; i++) {
+        struct virtio_net_hdr seg_hdr;
+        size_t seg_len = frame_segments_get(&fs, i, seg, &seg_hdr);
+        size_t payload = seg_len - fs.headers;
+        bool last = i == fs.count - 1;
+
+        CHECK(seg_len > fs.headers);
+        CHECK(last ? payload <= fs.size : payload == fs.size);
+        CHECK(seg_hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE);
+        CHECK(finish_checksum(&seg_hdr, seg, seg_len));
+        /* What passes 16 bits is of no use, and refused for its length. */
+        if (seg_len <= 0xffff) {
+            CHECK(checksum_is_right(seg, fs.l3, fs.l4, seg_len, fs.ip6,
+                                    fs.tcp ? 6 : 17));
+        }
+        if (fs.tunnel_l4) {
+            if (lduw_be_p(frame + fs.tunnel_l4 + 6) && seg_len <= 0xffff) {
+                CHECK(checksum_is_right(seg, fs.tunnel_l3, fs.tunnel_l4,
+                                        seg_len, fs.tunnel_ip6, 17));
+            }
+            check_ip(seg, frame, seg_len, fs.tunnel_l3, fs.tunnel_l4,
+                     fs.tunnel_ip6, i);
+            check_udp(seg, frame, seg_len, fs.tunnel_l4);
+        }
+        check_ip(seg, frame, seg_len, fs.l3, fs.l4, fs.ip6, i);
+        if (fs.tcp) {
+            check_tcp(seg, frame, fs.l4, offset, i == 0, last);
+        } else {
+            check_udp(seg, frame, seg_len, fs.l4);
+        }
+        CHECK(!memcmp(seg, frame, fs.headers));
+        CHECK(!memcmp(seg + fs.headers, frame + fs.headers + offset, payload));
+        offset += payload;
+    }
+    CHECK(offset == fs.payload);
+    CHECK(!memcmp(copy, frame, len));
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    g_autofree uint8_t *frame = NULL;
+    struct virtio_net_hdr hdr;
+    size_t guest_len, len, more;
+    bool swap;
+
+    if (size <= INPUT_HEADER) {
+        return 0;
+    }
+    guest_len = data[0] % (FRAME_OFFLOAD_MAX_HEADER + 1);
+    swap = data[1] & 1;
+    more = data[2] * data[2];
+    len = size - INPUT_HEADER + more;
+    frame = g_malloc(len);
+    memcpy(frame, data + INPUT_HEADER, len - more);
+    for (size_t i = 0; i < more; i++) {
+        frame[len - more + i] = i * 7 + (i >> 8);
+    }
+
+    check_from_guest(&hdr, data + 3, guest_len, swap);
+    memcpy(&hdr, data + 3, sizeof(hdr));
+    if (!guest_len || guest_len >= sizeof(hdr)) {
+        check_to_guest(&hdr, frame, len, guest_len, swap);
+    }
+    check_segments(&hdr, frame, len);
+    return 0;
+}
