@@ -223,10 +223,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     size_t guest_len, len, more;
     bool swap;
 
-    if (size <= INPUT_HEADER) {
+    if (size < INPUT_HEADER + 2) {
         return 0;
     }
-    guest_len = data[0] % (FRAME_OFFLOAD_MAX_HEADER + 1);
+    guest_len = data[0] % (FRAME_OFFLOAD_MAX_HEADER + 3);
     swap = data[1] & 1;
     more = data[2] * data[2];
     len = size - INPUT_HEADER + more;
@@ -238,7 +238,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     check_from_guest(&hdr, data + 3, guest_len, swap);
     memcpy(&hdr, data + 3, sizeof(hdr));
-    if (!guest_len || guest_len >= sizeof(hdr)) {
+    if (!guest_len || (guest_len >= sizeof(hdr) &&
+                       guest_len <= FRAME_OFFLOAD_MAX_HEADER)) {
         check_to_guest(&hdr, frame, len, guest_len, swap);
     }
     check_segments(&hdr, frame, len);
