@@ -13,15 +13,16 @@
  *
  * What holds at any time:
  *
- *   - A frame that the host sends comes to the guest or to sav's peer, once,
- *     and in order.  None is lost, but for those that sav has taken and is
- *     deleted with, while it has no peer; and for one each time that the VM
- *     is stopped without any redirector (see filter_tap_update_tap()).
+ *   - A frame that the host sends or inj injects comes to the guest or to
+ *     sav's peer, once, and in order.  None is lost, but for those that sav
+ *     has taken and is deleted with, while it has no peer; and for one each
+ *     time that the VM is stopped without any redirector (see
+ *     filter_tap_update_tap()).
  *   - From when cap's source is packet-socket until the command that ends it,
  *     each frame comes to its peer, once and in order, unless the kernel says
  *     that it dropped some because the peer did not read; and no other comes.
- *   - Injected frames come to the guest once, in order, all of them, unless
- *     inj was deleted or its peer left before QEMU had read them.
+ *   - inj injects all that its peer sends, unless it was deleted or the peer
+ *     left before QEMU had read it.
  *   - QEMU has no more file descriptors than before.
  *
  * The frames have numbers.  Who sends to the host's side is a thread; all the
@@ -69,7 +70,8 @@ typedef struct Life {
     GRand *rand;
     bool running;
     bool migrating;         /* in pre-switchover */
-    uint8_t *where;
+    uint8_t *where;         /* where each frame has come to */
+    uint8_t *where_injected;
     unsigned commands;
 
     GThread *sender;
@@ -80,8 +82,9 @@ typedef struct Life {
     bool sender_hold;
     bool sender_held;
 
-    uint32_t guest_next;    /* frames of the host's side at the guest */
-    uint32_t guest_frames;
+    uint32_t guest_next;    /* no less may come to the guest */
+    uint32_t guest_next_injected;
+    uint64_t guest_frames;
     uint32_t guest_sent;    /* frames of the guest */
 
     Redirector cap;
@@ -98,6 +101,7 @@ typedef struct Life {
 
     Redirector sav;
     uint32_t sav_next;
+    uint32_t sav_next_injected;
     uint64_t sav_frames;
     uint64_t sav_taken;     /* by those that are deleted */
     uint64_t sav_lost;
@@ -106,10 +110,9 @@ typedef struct Life {
     Redirector inj;
     uint8_t inj_rest[RECORD];
     size_t inj_rest_len;
-    uint32_t inj_sent;
-    uint32_t inj_next;
-    uint32_t inj_frames;    /* at the guest */
-    uint32_t inj_lost;
+    uint32_t inj_sent;      /* by the peer */
+    uint64_t inj_injected;  /* by those that are deleted */
+    uint32_t inj_lost;      /* by the peer, and not injected */
     bool inj_may_lose;
 } Life;
 
@@ -138,8 +141,9 @@ static void *sender_thread(void *opaque)
         if (!hold && n - qatomic_read(&l->gone) < 20000) {
             for (int i = n % 16; i >= 0; i--) {
                 make_frame(frame, n);
-                g_assert_cmpint(send(l->sender_fd, frame, FRAME_LEN, 0), ==,
-                                FRAME_LEN);
+                if (send(l->sender_fd, frame, FRAME_LEN, 0) != FRAME_LEN) {
+                    g_error("frame %u: %s", n, strerror(errno));
+                }
                 qatomic_set(&l->sent, ++n);
             }
             g_assert_cmpuint(n, <, MAX_FRAMES - 16);
@@ -164,31 +168,34 @@ static void hold_sender(Life *l, bool hold)
 
 /* What comes */
 
-static void arrive(Life *l, uint32_t number, uint8_t at)
+/* To a place where nothing less than @next, or @next_injected, may come */
+static void arrive(Life *l, uint32_t number, uint8_t at, uint32_t *next,
+                   uint32_t *next_injected)
 {
+    uint8_t *where = l->where;
+
+    g_assert_cmphex(number & FROM_GUEST, ==, 0);
+    if (number & INJECTED) {
+        number &= ~INJECTED;
+        where = l->where_injected;
+        next = next_injected;
+        g_assert_cmpuint(number, <, l->inj_sent);
+    } else {
+        qatomic_set(&l->gone, l->gone + 1);
+    }
     g_assert_cmpuint(number, <, MAX_FRAMES);
-    g_assert_cmpuint(l->where[number], ==, 0);
-    l->where[number] = at;
-    qatomic_set(&l->gone, l->gone + 1);
+    g_assert_cmpuint(number, >=, *next);
+    g_assert_cmpuint(where[number], ==, 0);
+    where[number] = at;
+    *next = number + 1;
 }
 
 static void guest_frame(void *opaque, uint32_t number)
 {
     Life *l = opaque;
 
-    g_assert_cmphex(number & FROM_GUEST, ==, 0);
-    if (number & INJECTED) {
-        number &= ~INJECTED;
-        g_assert_cmpuint(number, >=, l->inj_next);
-        g_assert_cmpuint(number, <, l->inj_sent);
-        l->inj_next = number + 1;
-        l->inj_frames++;
-    } else {
-        g_assert_cmpuint(number, >=, l->guest_next);
-        l->guest_next = number + 1;
-        l->guest_frames++;
-        arrive(l, number, AT_GUEST);
-    }
+    l->guest_frames++;
+    arrive(l, number, AT_GUEST, &l->guest_next, &l->guest_next_injected);
 }
 
 static void cap_frame(Life *l, uint32_t number)
@@ -216,10 +223,8 @@ static void cap_frame(Life *l, uint32_t number)
 
 static void sav_frame(Life *l, uint32_t number)
 {
-    g_assert_cmpuint(number, >=, l->sav_next);
-    l->sav_next = number + 1;
     l->sav_frames++;
-    arrive(l, number, AT_SAV);
+    arrive(l, number, AT_SAV, &l->sav_next, &l->sav_next_injected);
 }
 
 /* Read what there is.  Returns false at the end of the connection. */
@@ -470,28 +475,33 @@ static uint64_t taken(Life *l)
                            counter(&l->f, "sav", "capture-packets") : 0);
 }
 
-/* Wait until each frame that was sent is taken or at the guest. */
+/* Frames that inj has ever injected */
+static uint64_t injected(Life *l)
+{
+    return l->inj_injected + (l->inj.exists ?
+                              counter(&l->f, "inj", "inject-packets") : 0);
+}
+
+/* Wait until each frame that went into the TAP is taken or at the guest. */
 static void settle(Life *l)
 {
     gint64 end = limit();
+    uint64_t in, out;
 
-    for (;;) {
-        uint64_t sum;
-
+    do {
         guest_take(&l->f, guest_frame, l);
         sav_read(l);
-        sum = taken(l) + l->guest_frames;
-        g_assert_cmpuint(sum, <=, sent(l));
-        if (sum + l->exposed >= sent(l)) {
-            return;
-        }
+        out = taken(l) + l->guest_frames;
+        in = sent(l) + injected(l);
         if (g_get_monotonic_time() > end) {
-            g_test_message("of %u sent, %u at the guest, %" PRIu64 " taken, "
-                           "and may be lost: %u", sent(l), l->guest_frames,
-                           taken(l), l->exposed);
+            g_test_message("of %u sent and %" PRIu64 " injected, %" PRIu64
+                           " at the guest, %" PRIu64 " taken; may be lost: %u",
+                           sent(l), injected(l), l->guest_frames, taken(l),
+                           l->exposed);
             g_assert_not_reached();
         }
-    }
+    } while (out + l->exposed < in);
+    g_assert_cmpuint(out, <=, in);
 }
 
 /* Wait until sav's peer has all that was taken. */
@@ -581,6 +591,9 @@ static bool do_inj_del(Life *l)
     if (!l->inj.exists) {
         return false;
     }
+    /* What it has not injected yet is lost with it. */
+    set_on(l, &l->inj, false);
+    l->inj_injected = injected(l);
     l->inj_may_lose = true;
     l->inj.exists = false;
     del_object(&l->f, "inj");
@@ -687,29 +700,32 @@ static bool do_traffic(Life *l)
     return true;
 }
 
+/* Wait until all that inj's peer has sent is injected; the VM runs. */
 static void check_injected(Life *l)
 {
     gint64 end = limit();
-    uint32_t wanted;
+    uint32_t last;
 
     if (l->inj_may_lose) {
-        /* Up to this one, which must come. */
+        /* When this one comes, those before have come or are lost. */
         inject(l, 1);
+        last = l->inj_sent - 1;
+        while (l->inj.fd >= 0 && !l->where_injected[last]) {
+            inject(l, !!l->inj_rest_len);
+            guest_take(&l->f, guest_frame, l);
+            g_assert_cmpint(g_get_monotonic_time(), <, end);
+        }
         if (l->inj.fd < 0) {
             return;
         }
+        l->inj_lost = l->inj_sent - injected(l);
+        l->inj_may_lose = false;
     }
-    wanted = l->inj_sent;
-    while (l->inj_next < wanted) {
+    while (injected(l) + l->inj_lost != l->inj_sent) {
         inject(l, !!l->inj_rest_len);
         guest_take(&l->f, guest_frame, l);
         g_assert_cmpint(g_get_monotonic_time(), <, end);
     }
-    if (l->inj_may_lose) {
-        l->inj_lost = l->inj_sent - l->inj_frames;
-        l->inj_may_lose = false;
-    }
-    g_assert_cmpuint(l->inj_frames + l->inj_lost, ==, l->inj_sent);
 }
 
 /* Everything has come to where it is due. */
@@ -922,6 +938,7 @@ static void test_random(void)
     g_test_message("seed %u", seed);
     l->rand = g_rand_new_with_seed(seed);
     l->where = g_malloc0(MAX_FRAMES);
+    l->where_injected = g_malloc0(MAX_FRAMES);
     fixture_start(&l->f, GUEST_MAP_ARGS);
     cmd = g_strdup_printf("ip link set %s txqueuelen 100000", l->f.ifname);
     g_assert_cmpint(system(cmd), ==, 0);
@@ -954,13 +971,13 @@ static void test_random(void)
     rest(l);
     expect_fds(l, fds);
     g_assert_cmpuint(interface_drops(l), ==, 0);
-    g_test_message("%u commands; %u frames of the host's: %u to the guest, %"
-                   PRIu64 " saved, %" PRIu64 " lost with sav, and %u times "
-                   "one may have been lost", l->commands, sent(l),
+    g_test_message("%u commands, %u times at rest", l->commands, rests);
+    g_test_message("%u frames sent to the guest, %" PRIu64 " injected, %u lost "
+                   "with inj or before; %u sent by the guest", sent(l),
+                   injected(l), l->inj_lost, l->guest_sent);
+    g_test_message("%" PRIu64 " came to the guest, %" PRIu64 " were saved, %"
+                   PRIu64 " lost with sav; %u times one may have been lost",
                    l->guest_frames, l->sav_frames, l->sav_lost, l->exposed);
-    g_test_message("%u frames injected, %u lost with inj or before; %u of the "
-                   "guest's; %u times at rest", l->inj_frames, l->inj_lost,
-                   l->guest_sent, rests);
 
     qatomic_set(&l->sender_quit, true);
     g_thread_join(l->sender);
@@ -970,6 +987,7 @@ static void test_random(void)
     redirector_close(l, &l->inj);
     fixture_close(&l->f);
     g_free(l->where);
+    g_free(l->where_injected);
     g_rand_free(l->rand);
 }
 
