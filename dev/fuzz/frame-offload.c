@@ -151,7 +151,8 @@ static void check_tcp(uint8_t *seg, const uint8_t *frame, size_t l4,
 {
     uint8_t flags = frame[l4 + 13];
 
-    CHECK(ldl_be_p(seg + l4 + 4) == ldl_be_p(frame + l4 + 4) + offset);
+    CHECK((uint32_t)ldl_be_p(seg + l4 + 4) ==
+          (uint32_t)(ldl_be_p(frame + l4 + 4) + offset));
     flags &= first ? 0xff : 0x7f;               /* CWR */
     flags &= last ? 0xff : ~0x09;               /* PSH, FIN */
     CHECK(seg[l4 + 13] == flags);
