@@ -51,6 +51,9 @@
 
 #define RECORD (8 + 12 + FRAME_LEN)
 
+/* Commands that are told when something is wrong */
+#define HISTORY 32
+
 /* Where a frame of the host's side has come to */
 #define AT_GUEST 1
 #define AT_SAV 2
@@ -73,6 +76,7 @@ typedef struct Life {
     uint8_t *where;         /* where each frame has come to */
     uint8_t *where_injected;
     unsigned commands;
+    const char *history[HISTORY];
 
     GThread *sender;
     int sender_fd;
@@ -124,6 +128,24 @@ static bool chance(Life *l, double p)
 static gint64 limit(void)
 {
     return g_get_monotonic_time() + TIMEOUT_US;
+}
+
+static void G_NORETURN tell(Life *l)
+{
+    g_test_message("the VM %s%s; cap %s, its peer %s; sav %s, its peer %s; "
+                   "inj %s, its peer %s", l->running ? "runs" : "is stopped",
+                   l->migrating ? " in a migration" : "",
+                   !l->cap.exists ? "no" : l->cap.on ? "on" : "off",
+                   l->cap.fd < 0 ? "no" : l->cap_stalled ? "stalled" : "yes",
+                   !l->sav.exists ? "no" : l->sav.on ? "on" : "off",
+                   l->sav.fd < 0 ? "no" : "yes",
+                   !l->inj.exists ? "no" : l->inj.on ? "on" : "off",
+                   l->inj.fd < 0 ? "no" : "yes");
+    for (unsigned i = MAX(l->commands, HISTORY) - HISTORY; i <= l->commands;
+         i++) {
+        g_test_message("%u: %s", i, l->history[i % HISTORY]);
+    }
+    g_assert_not_reached();
 }
 
 /* The host's side */
@@ -498,7 +520,7 @@ static void settle(Life *l)
                            " at the guest, %" PRIu64 " taken; may be lost: %u",
                            sent(l), injected(l), l->guest_frames, taken(l),
                            l->exposed);
-            g_assert_not_reached();
+            tell(l);
         }
     } while (out + l->exposed < in);
     g_assert_cmpuint(out, <=, in);
@@ -514,7 +536,7 @@ static void settle_sav(Life *l, uint64_t all)
         if (g_get_monotonic_time() > end) {
             g_test_message("%" PRIu64 " taken, %" PRIu64 " lost with sav, %"
                            PRIu64 " came", all, l->sav_lost, l->sav_frames);
-            g_assert_not_reached();
+            tell(l);
         }
     }
     g_assert_cmpuint(l->sav_frames + l->sav_lost, ==, all);
@@ -812,6 +834,7 @@ static void command(Life *l, unsigned i)
         cap_read(l);
     }
     from = sent(l);
+    l->history[l->commands % HISTORY] = commands[i].name;
     if (!commands[i].func(l)) {
         return;
     }
@@ -832,10 +855,12 @@ static void command(Life *l, unsigned i)
         if (g_get_monotonic_time() > end) {
             g_test_message("%s: %u of %u have come to cap", commands[i].name,
                            l->cap_next, from);
-            g_assert_not_reached();
+            tell(l);
         }
     }
-    l->exposed += is_exposed(l) && !was_exposed;
+    /* The end of a migration is a stop of its own. */
+    l->exposed += is_exposed(l) &&
+                  (!was_exposed || commands[i].func == do_complete);
 }
 
 static unsigned draw(Life *l)
