@@ -943,7 +943,7 @@ static void test_error_setup(void)
 /* Reading from the packet socket: no frame is lost with the error. */
 static void test_error_capture(void)
 {
-    static const ErrorCase cases[] = {
+    static const ErrorCase table[] = {
         { EAGAIN }, { EINTR }, { ENETDOWN }, { ENOBUFS }, { ENOMEM }, { EIO },
         { EMSGSIZE, "capture-skipped-oversize" },
     };
@@ -952,13 +952,13 @@ static void test_error_capture(void)
 
     vm_start(&vm, CAPTURE "all");
     guest_start(&vm.f);
-    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
-        fail(FAULT_RECVMSG, cases[i].error, 50);
+    for (int i = 0; i < ARRAY_SIZE(table); i++) {
+        fail(FAULT_RECVMSG, table[i].error, 50);
         host_send(&vm.f, n, 10);
         expect_out(&vm.f, n, 10);
         g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), ==, 50);
-        if (cases[i].counter) {
-            g_assert_cmpuint(counter(&vm.f, "cap", cases[i].counter), ==, 50);
+        if (table[i].counter) {
+            g_assert_cmpuint(counter(&vm.f, "cap", table[i].counter), ==, 50);
         }
         n += 10;
     }
@@ -968,9 +968,9 @@ static void test_error_capture(void)
     monitor_begin(&vm);
     for (int i = 2; i < 6; i++) {
         g_autofree char *what = g_strdup_printf("recvmsg: %s",
-                                                strerror(cases[i].error));
+                                                strerror(table[i].error));
 
-        fail(FAULT_RECVMSG, cases[i].error, FOREVER);
+        fail(FAULT_RECVMSG, table[i].error, FOREVER);
         host_send(&vm.f, n, 10);
         expect_failed(FAULT_RECVMSG, 1);
         expect_idle(&vm, what);
@@ -1014,7 +1014,7 @@ static void test_error_capture_ring(void)
 
 static void test_error_inject(void)
 {
-    static const ErrorCase cases[] = {
+    static const ErrorCase table[] = {
         { EAGAIN }, { ENOBUFS }, { EINTR },
         { ENETDOWN, "inject-interface-drops" },
         { EMSGSIZE, "inject-skipped-oversize" },
@@ -1025,17 +1025,17 @@ static void test_error_inject(void)
 
     vm_start(&vm, INJECT "tx");
     guest_start(&vm.f);
-    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+    for (int i = 0; i < ARRAY_SIZE(table); i++) {
         const unsigned errors = 5;
-        const unsigned lost = cases[i].counter ? errors : 0;
+        const unsigned lost = !table[i].counter ? 0 : errors;
 
         guest_post(&vm.f, 10);
-        fail(FAULT_SENDMMSG, cases[i].error, errors);
+        fail(FAULT_SENDMMSG, table[i].error, errors);
         in_send(&vm.f, n, 10 + lost);
         expect_guest(&vm.f, n + lost, 10);
         g_assert_cmpuint(fail_no_more(FAULT_SENDMMSG), ==, errors);
         if (lost) {
-            g_assert_cmpuint(counter(&vm.f, "inj", cases[i].counter), ==, lost);
+            g_assert_cmpuint(counter(&vm.f, "inj", table[i].counter), ==, lost);
         }
         n += 10 + lost;
     }
@@ -1155,6 +1155,34 @@ static void test_error_out(void)
         expect_source(&vm.f, "cap", "packet-socket");
     }
     monitor_end(&vm);
+    vm_quit(&vm);
+}
+
+/* What was taken from the guest is not dropped, whatever the peer does. */
+static void test_error_out_taken(void)
+{
+    Vm vm;
+
+    vm_start(&vm, CAPTURE STOPPED_ONLY);
+    guest_start(&vm.f);
+    vm_stop(&vm.f);
+    fail(FAULT_WRITE_OUT, ENOBUFS, 3);
+    host_send(&vm.f, 0, 10);
+    expect_out(&vm.f, 0, 10);
+    g_assert_cmpuint(fail_no_more(FAULT_WRITE_OUT), ==, 3);
+
+    fail(FAULT_WRITE_OUT, EPIPE, FOREVER);
+    host_send(&vm.f, 10, 10);
+    wait_counter(&vm.f, "cap", "capture-packets", 20);
+    expect_failed(FAULT_WRITE_OUT, 1);
+    expect_idle(&vm, "sendmsg: EPIPE");
+    close(vm.f.out);
+    expect_connected(&vm.f, "out", false);
+    fail_no_more(FAULT_WRITE_OUT);
+    vm.f.out = connect_to(&vm.f, "out");
+    expect_out(&vm.f, 10, 10);
+    g_assert_cmpuint(counter(&vm.f, "cap", "capture-peer-drops"), ==, 0);
+    vm_cont(&vm.f);
     vm_quit(&vm);
 }
 
@@ -1471,6 +1499,7 @@ int main(int argc, char **argv)
     rig_add("error/inject", test_error_inject);
     rig_add("error/inject-network", test_error_inject_network);
     rig_add("error/out", test_error_out);
+    rig_add("error/out-taken", test_error_out_taken);
     rig_add("error/in", test_error_in);
     rig_add("guest/reset", test_guest_reset);
     rig_add("guest/suspend", test_guest_suspend);

@@ -16,8 +16,8 @@
  *   - A frame that the host sends or inj injects comes to the guest or to
  *     sav's peer, once, and in order.  None is lost, but for those that sav
  *     has taken and is deleted with, while it has no peer; and for one each
- *     time that the VM is stopped without any redirector (see
- *     filter_tap_update_tap()).
+ *     time that the VM is stopped, or a migration ends, without any redirector
+ *     (see filter_tap_update_tap()).
  *   - From when cap's source is packet-socket until the command that ends it,
  *     each frame comes to its peer, once and in order, unless the kernel says
  *     that it dropped some because the peer did not read; and no other comes.
@@ -858,9 +858,10 @@ static void command(Life *l, unsigned i)
             tell(l);
         }
     }
-    /* The end of a migration is a stop of its own. */
-    l->exposed += is_exposed(l) &&
-                  (!was_exposed || commands[i].func == do_complete);
+    /* A migration may stop the VM once more when it ends. */
+    l->exposed += is_exposed(l) != was_exposed
+                  ? is_exposed(l) || commands[i].func == do_cancel
+                  : was_exposed && commands[i].func == do_complete;
 }
 
 static unsigned draw(Life *l)
