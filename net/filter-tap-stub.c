@@ -23,6 +23,12 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
     return true;
 }
 
+bool filter_tap_setup_sink(FilterTap *ft, NetFilterState *nf,
+                           FilterTapSink *sink, void *opaque, Error **errp)
+{
+    return true;
+}
+
 void filter_tap_cleanup(FilterTap *ft)
 {
 }

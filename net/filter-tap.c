@@ -116,13 +116,20 @@
 /* Room for the segments that are sent at a time, in bytes. */
 #define INJECT_SEGMENTS_SIZE (128 * KiB)
 
+/*
+ * The least payload of a segment that is in use.  With less a frame costs the
+ * kernel hundreds of ms.
+ */
+#define INJECT_MIN_GSO_SIZE 48
+
 /* Between two looks at a TAP that was full. */
 #define INJECT_RETRY_MIN_MS 1
 #define INJECT_RETRY_MAX_MS 64
 
 /*
- * How long a GSO frame is kept when the TAP does not take it.  The kernel
- * says the same of a full TAP and of a frame that it cannot segment.
+ * How long a GSO frame is tried when the TAP does not take it, before it is
+ * segmented.  The kernel says the same of a full TAP and of a frame that it
+ * cannot send.
  */
 #define INJECT_GSO_PATIENCE_MS 1000
 
@@ -171,13 +178,16 @@ struct FilterTapEndpoints {
     FilterTapStats stats;
 
     /* capture */
-    CharFrontend *chr_out;
+    bool captures;
+    CharFrontend *chr_out;      /* NULL: the sink gets what is captured */
     FrameWriter *writer;
+    FilterTapSink *sink;
+    void *sink_opaque;
+    uint8_t *sink_frame;
     PacketSocket *capture;      /* NULL if the filter takes */
     FilterTapSource source;
     QEMUBH *flush_bh;
     QEMUTimer *linger;
-    bool hooked;
     bool capture_polled;
     bool tap_paused;
     bool interface_lost;
@@ -247,10 +257,20 @@ static void filter_tap_poll_queue(FilterTapEndpoints *ep,
     queue->info->poll(queue, !ep->tap_paused);
 }
 
+/* Whether somebody is there to take what is captured. */
+static bool filter_tap_listened(FilterTapEndpoints *ep)
+{
+    return ep->sink || qemu_chr_fe_backend_open(ep->chr_out);
+}
+
+static bool filter_tap_full(FilterTapEndpoints *ep)
+{
+    return ep->writer && frame_writer_full(ep->writer);
+}
+
 static bool filter_tap_can_stage(FilterTapEndpoints *ep)
 {
-    return qemu_chr_fe_backend_open(ep->chr_out) &&
-           !frame_writer_full(ep->writer);
+    return filter_tap_listened(ep) && !filter_tap_full(ep);
 }
 
 /*
@@ -310,23 +330,31 @@ static void filter_tap_update_polling(FilterTapEndpoints *ep)
 
 /*
  * An error that does not end the connection, as of a datagram socket or a full
- * disk, is one of what is waiting: keeping it would stop all for ever.
+ * disk, is one of what is waiting: keeping it would stop all for ever.  But
+ * what was taken is kept, and the TAP not read when it is too much.
  */
 static void filter_tap_flush(FilterTapEndpoints *ep)
 {
-    int ret = frame_writer_flush(ep->writer);
+    int ret = ep->writer ? frame_writer_flush(ep->writer) : 0;
 
-    if (ret < 0) {
+    if (ret < 0 && !ep->takes) {
         trace_filter_tap_peer_error(ep->ifname, -ret);
         ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
     }
 }
 
+static void filter_tap_count_captured(FilterTapEndpoints *ep, size_t len)
+{
+    ep->stats.capture_packets++;
+    ep->stats.capture_bytes += len;
+}
+
 static void filter_tap_stage(FilterTapEndpoints *ep, size_t size)
 {
-    frame_writer_commit(ep->writer, ep->nf->netdev->vnet_hdr_len, size);
-    ep->stats.capture_packets++;
-    ep->stats.capture_bytes += size - ep->nf->netdev->vnet_hdr_len;
+    size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
+
+    frame_writer_commit(ep->writer, hdr_len, size);
+    filter_tap_count_captured(ep, size - hdr_len);
 }
 
 /* Returns false if the kernel never lets a guest have the other byte order. */
@@ -363,17 +391,28 @@ static void filter_tap_capture_error(FilterTapEndpoints *ep, int err)
     }
 }
 
+/* A sink gets frames as they would be sent, but in one piece. */
+static void filter_tap_sink(FilterTapEndpoints *ep, struct virtio_net_hdr *hdr,
+                            uint8_t *frame, size_t len)
+{
+    hdr->gso_type = VIRTIO_NET_HDR_GSO_NONE;
+    frame_offload_to_guest(hdr, frame, len, NULL, 0, false);
+    filter_tap_count_captured(ep, len);
+    ep->sink(ep->sink_opaque, frame, len);
+}
+
 /* Returns false when nothing more can be read now. */
 static bool filter_tap_capture_one(FilterTapEndpoints *ep)
 {
-    size_t hdr_len = ep->nf->netdev->vnet_hdr_len;
+    size_t hdr_len = ep->sink ? 0 : ep->nf->netdev->vnet_hdr_len;
     size_t room = FRAME_STREAM_MAX_PAYLOAD;
-    uint8_t *payload = frame_writer_reserve(ep->writer, room);
+    uint8_t *payload = ep->sink ? ep->sink_frame :
+                                  frame_writer_reserve(ep->writer, room);
+    uint8_t *frame = payload + hdr_len;
     struct virtio_net_hdr hdr;
     ssize_t len;
 
-    len = packet_socket_recv(ep->capture, &hdr, payload + hdr_len,
-                             room - hdr_len);
+    len = packet_socket_recv(ep->capture, &hdr, frame, room - hdr_len);
     if (len == -EMSGSIZE) {
         ep->stats.capture_skipped_oversize++;
     } else if (len == -EINVAL) {
@@ -384,11 +423,12 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
             filter_tap_capture_error(ep, -len);
         }
         return len == -ENETDOWN;
-    } else if (len == ep->echo_len &&
-               !memcmp(payload + hdr_len, ep->echo, len)) {
+    } else if (len == ep->echo_len && !memcmp(frame, ep->echo, len)) {
         ep->echo_len = 0;
-    } else if (frame_offload_to_guest(&hdr, payload + hdr_len, len, payload,
-                                      hdr_len, ep->swap)) {
+    } else if (ep->sink) {
+        filter_tap_sink(ep, &hdr, frame, len);
+    } else if (frame_offload_to_guest(&hdr, frame, len, payload, hdr_len,
+                                      ep->swap)) {
         filter_tap_stage(ep, hdr_len + len);
     } else {
         ep->stats.capture_skipped_gso++;
@@ -406,20 +446,36 @@ static unsigned filter_tap_capture(FilterTapEndpoints *ep, unsigned max_frames,
     ep->swap = filter_tap_header_swapped(ep);
     while (frames < max_frames &&
            ep->stats.capture_bytes - before < max_bytes &&
-           !frame_writer_full(ep->writer) && filter_tap_capture_one(ep)) {
+           !filter_tap_full(ep) && filter_tap_capture_one(ep)) {
         frames++;
     }
     *bytes = ep->stats.capture_bytes - before;
     return frames;
 }
 
-/* All that waits now; and not for ever, however much comes meanwhile. */
-static void filter_tap_capture_all(FilterTapEndpoints *ep)
+/* More frames than wait at a time are not dealt with at once. */
+static unsigned filter_tap_capture_max(FilterTapEndpoints *ep)
 {
+    return ep->buffer_size / CAPTURE_MIN_MEMORY;
+}
+
+/*
+ * All that waits now; and not for ever, however much comes meanwhile.  Returns
+ * false if something is left.
+ */
+static bool filter_tap_capture_all(FilterTapEndpoints *ep)
+{
+    unsigned max = filter_tap_capture_max(ep);
     size_t bytes;
 
-    filter_tap_capture(ep, ep->buffer_size / CAPTURE_MIN_MEMORY, SIZE_MAX,
-                       &bytes);
+    return filter_tap_capture(ep, max, SIZE_MAX, &bytes) < max &&
+           !filter_tap_full(ep);
+}
+
+/* Throw away what waits now.  Returns the number of frames. */
+static uint64_t filter_tap_discard(FilterTapEndpoints *ep)
+{
+    return packet_socket_discard(ep->capture, filter_tap_capture_max(ep));
 }
 
 /*
@@ -466,7 +522,7 @@ static void filter_tap_look_readable(void *opaque)
     }
     filter_tap_look_set_timer(wait);
     QLIST_FOREACH(ep, &filter_tap_list, next) {
-        if (ep->chr_out) {
+        if (ep->captures) {
             filter_tap_update_polling(ep);
         }
     }
@@ -492,8 +548,7 @@ static void filter_tap_unhook(void *opaque)
     FilterTapEndpoints *ep = opaque;
 
     packet_socket_unhook(ep->capture);
-    packet_socket_discard(ep->capture);
-    ep->hooked = false;
+    filter_tap_discard(ep);
 }
 
 /*
@@ -502,35 +557,34 @@ static void filter_tap_unhook(void *opaque)
  */
 static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
 {
-    bool open = qemu_chr_fe_backend_open(ep->chr_out);
+    bool empty = false;
 
-    if (open) {
-        filter_tap_capture_all(ep);
+    if (filter_tap_listened(ep)) {
+        empty = filter_tap_capture_all(ep);
         filter_tap_flush(ep);
     }
-    if (!open || frame_writer_full(ep->writer)) {
-        ep->stats.capture_peer_drops += packet_socket_discard(ep->capture);
+    if (!empty) {
+        ep->stats.capture_peer_drops += filter_tap_discard(ep);
     }
-    ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+    if (ep->writer) {
+        ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+    }
     filter_tap_update_kernel_drops(ep, true);
     timer_mod(ep->linger, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);
 }
 
 static bool filter_tap_enter_packet_socket(FilterTapEndpoints *ep)
 {
-    char name[IF_NAMESIZE];
     Error *err = NULL;
 
     timer_del(ep->linger);
-    if (ep->hooked && if_indextoname(ep->ifindex, name)) {
-        packet_socket_discard(ep->capture);
-    } else if (!packet_socket_hook(ep->capture, &err)) {
+    if (!packet_socket_hook(ep->capture, &err)) {
         error_prepend(&err, "netdev '%s': nothing is captured: ",
                       ep->nf->netdev_id);
         warn_report_err(err);
         return false;
     }
-    ep->hooked = true;
+    filter_tap_discard(ep);
     filter_tap_update_kernel_drops(ep, false);
     return true;
 }
@@ -591,8 +645,8 @@ static FilterTapSource filter_tap_wanted_source(FilterTapEndpoints *ep)
         return FILTER_TAP_CHAIN;
     }
     /* With nobody there to listen, the traffic shall not pay for it. */
-    return qemu_chr_fe_backend_open(ep->chr_out) ? FILTER_TAP_PACKET_SOCKET :
-                                                   FILTER_TAP_NONE;
+    return filter_tap_listened(ep) ? FILTER_TAP_PACKET_SOCKET :
+                                     FILTER_TAP_NONE;
 }
 
 static void filter_tap_set_source(FilterTapEndpoints *ep, FilterTapSource new)
@@ -620,7 +674,7 @@ static void filter_tap_set_source(FilterTapEndpoints *ep, FilterTapSource new)
 
 static void filter_tap_update_source(FilterTapEndpoints *ep)
 {
-    if (ep->chr_out) {
+    if (ep->captures) {
         filter_tap_set_source(ep, filter_tap_wanted_source(ep));
         filter_tap_update_polling(ep);
     } else {
@@ -770,7 +824,7 @@ static int filter_tap_inject_send(FilterTapEndpoints *ep,
     } else if (ret == -EAGAIN &&
                frames->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
                ep->inject_waited_ms >= INJECT_GSO_PATIENCE_MS) {
-        ret = packet_socket_send_plain(ep->inject, frames) < 0 ? -EINVAL : 1;
+        ret = filter_tap_inject_segments(ep, frames);
     }
     return ret;
 }
@@ -825,9 +879,15 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
         }
         other->echo = echo;
         other->echo_len = echo_len;
-        filter_tap_capture_all(other);
+        if (!filter_tap_capture_all(other)) {
+            uint64_t drops = filter_tap_discard(other);
+
+            other->stats.capture_peer_drops += drops - (drops && echo_len);
+        }
         other->echo_len = 0;
-        qemu_bh_schedule(other->flush_bh);
+        if (other->writer) {
+            qemu_bh_schedule(other->flush_bh);
+        }
     }
 }
 
@@ -846,7 +906,7 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
     };
 
     if (!nf->netdev->peer) {
-        ep->stats.inject_interface_drops++;
+        ep->stats.inject_interface_drops += !ep->inject;
         return;
     }
     if (iov[0].iov_len == hdr_len) {
@@ -855,7 +915,7 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
                                          ep->swap) ||
                !frame_offload_to_guest(&hdr, iov[1].iov_base, iov[1].iov_len,
                                        header, iov[0].iov_len, ep->swap)) {
-        ep->stats.inject_skipped_header++;
+        ep->stats.inject_skipped_header += !ep->inject;
         return;
     }
     filter_tap_capture_around(ep, NULL, 0);
@@ -891,6 +951,10 @@ static uint64_t *filter_tap_inject_prepare(FilterTapEndpoints *ep,
     }
     if (!frame_offload_from_guest(&out->hdr, frame->payload, hdr_len,
                                   ep->swap)) {
+        return &ep->stats.inject_skipped_header;
+    }
+    if (out->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
+        out->hdr.gso_size < INJECT_MIN_GSO_SIZE) {
         return &ep->stats.inject_skipped_header;
     }
     out->data = frame->payload + hdr_len;
@@ -982,7 +1046,6 @@ static void filter_tap_in_event(void *opaque, QEMUChrEvent event)
 
     if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
         frame_reader_reset(ep->reader);
-        ep->segments_sent = 0;
     }
 }
 
@@ -1250,15 +1313,17 @@ static void filter_tap_start(FilterTapEndpoints *ep)
     }
     QLIST_INSERT_HEAD(&filter_tap_list, ep, next);
     filter_tap_look.endpoints++;
+    if (ep->captures) {
+        ep->linger = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_unhook, ep);
+        filter_tap_update_tx_dropped(ep);
+        ep->tx_dropped = 0;
+    }
     if (ep->chr_out) {
         ep->writer = frame_writer_new(ep->chr_out, ep->vnet_hdr,
                                       filter_tap_writer_progress, ep);
         frame_writer_set_limit(ep->writer,
                                BUFFER_SIZE_WRITER(ep->buffer_size));
         ep->flush_bh = qemu_bh_new(filter_tap_flush_bh, ep);
-        ep->linger = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_unhook, ep);
-        filter_tap_update_tx_dropped(ep);
-        ep->tx_dropped = 0;
         qemu_chr_fe_set_handlers(ep->chr_out, filter_tap_out_can_read,
                                  filter_tap_out_read, filter_tap_out_event,
                                  NULL, ep, NULL, true);
@@ -1279,29 +1344,38 @@ static void filter_tap_start(FilterTapEndpoints *ep)
     filter_tap_update(ep);
 }
 
-bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
-                      CharFrontend *chr_out, bool vnet_hdr, Error **errp)
+static FilterTapEndpoints *filter_tap_new(FilterTap *ft, NetFilterState *nf)
 {
-    ERRP_GUARD();
-    FilterTapEndpoints *ep;
+    FilterTapEndpoints *ep = g_new0(FilterTapEndpoints, 1);
 
-    if (!filter_tap_reaches(ft, nf->netdev)) {
-        return filter_tap_check_chain(ft, nf, errp);
-    }
-
-    ep = g_new0(FilterTapEndpoints, 1);
     ep->nf = nf;
     ep->direction = nf->direction;
     ep->when_running = ft->when_running != ON_OFF_AUTO_OFF;
     ep->when_stopped = ft->when_stopped == ON_OFF_AUTO_ON;
-    ep->takes = chr_out && !ep->when_running && !ft->copies;
     ep->buffer_size = ft->buffer_size ?: BUFFER_SIZE_DEFAULT;
     ep->running = runstate_is_live(runstate_get());
-    ep->chr_in = chr_in;
-    ep->chr_out = chr_out;
-    ep->vnet_hdr = vnet_hdr;
     ep->may_swap = filter_tap_get_other_order(nf->netdev, &(int){ 0 });
+    return ep;
+}
 
+static void filter_tap_free(FilterTapEndpoints *ep)
+{
+    packet_socket_free(ep->capture);
+    packet_socket_free(ep->inject);
+    g_free(ep->sink_frame);
+    g_free(ep->segments);
+    g_free(ep);
+}
+
+/* Open what can fail, and begin.  Takes @ep over. */
+static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
+                            Error **errp)
+{
+    ERRP_GUARD();
+    NetFilterState *nf = ep->nf;
+
+    ep->captures = ep->chr_out || ep->sink;
+    ep->takes = ep->captures && !ep->when_running && !ft->copies;
     if (!ep->when_running && !ep->when_stopped) {
         error_setg(errp, "'enable_when_running=off' without "
                    "'enable_when_stopped=on' leaves nothing to do");
@@ -1309,8 +1383,8 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
     }
     ep->ifindex = filter_tap_resolve(nf, ep->ifname, errp);
     if (!ep->ifindex ||
-        (chr_out && !filter_tap_open_capture(ep, errp)) ||
-        (chr_in && !filter_tap_open_inject(ep, errp)) ||
+        (ep->captures && !filter_tap_open_capture(ep, errp)) ||
+        (ep->chr_in && !filter_tap_open_inject(ep, errp)) ||
         !filter_tap_open_timer(errp)) {
         goto fail;
     }
@@ -1320,18 +1394,46 @@ bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
 
 fail:
     error_prepend(errp, "netdev '%s': ", nf->netdev_id);
-    packet_socket_free(ep->capture);
-    packet_socket_free(ep->inject);
-    g_free(ep);
+    filter_tap_free(ep);
     return false;
 }
 
+bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
+                      CharFrontend *chr_out, bool vnet_hdr, Error **errp)
+{
+    FilterTapEndpoints *ep;
+
+    if (!filter_tap_reaches(ft, nf->netdev)) {
+        return filter_tap_check_chain(ft, nf, errp);
+    }
+    ep = filter_tap_new(ft, nf);
+    ep->chr_in = chr_in;
+    ep->chr_out = chr_out;
+    ep->vnet_hdr = vnet_hdr;
+    return filter_tap_open(ft, ep, errp);
+}
+
+bool filter_tap_setup_sink(FilterTap *ft, NetFilterState *nf,
+                           FilterTapSink *sink, void *opaque, Error **errp)
+{
+    FilterTapEndpoints *ep;
+
+    assert(ft->copies);
+    if (!filter_tap_reaches(ft, nf->netdev)) {
+        return filter_tap_check_chain(ft, nf, errp);
+    }
+    ep = filter_tap_new(ft, nf);
+    ep->sink = sink;
+    ep->sink_opaque = opaque;
+    ep->sink_frame = g_malloc(FRAME_STREAM_MAX_PAYLOAD);
+    return filter_tap_open(ft, ep, errp);
+}
+
 /* What was taken and not handed on yet is offered a last time. */
-static void filter_tap_stop_capture(FilterTapEndpoints *ep)
+static void filter_tap_stop_stream(FilterTapEndpoints *ep)
 {
     uint64_t lost;
 
-    filter_tap_set_source(ep, FILTER_TAP_NONE);
     frame_writer_flush(ep->writer);
     lost = frame_writer_discard(ep->writer);
     if (lost && ep->takes) {
@@ -1345,9 +1447,19 @@ static void filter_tap_stop_capture(FilterTapEndpoints *ep)
         qemu_chr_fe_disconnect(ep->chr_out);
     }
     qemu_bh_delete(ep->flush_bh);
-    timer_free(ep->linger);
     g_clear_pointer(&ep->writer, frame_writer_free);
     ep->chr_out = NULL;
+}
+
+static void filter_tap_stop_inject(FilterTapEndpoints *ep)
+{
+    qemu_chr_fe_set_handlers(ep->chr_in, NULL, NULL, NULL, NULL, NULL, NULL,
+                             true);
+    timer_free(ep->inject_retry);
+    if (frame_reader_mid_frame(ep->reader)) {
+        qemu_chr_fe_disconnect(ep->chr_in);
+    }
+    frame_reader_free(ep->reader);
 }
 
 void filter_tap_cleanup(FilterTap *ft)
@@ -1357,26 +1469,22 @@ void filter_tap_cleanup(FilterTap *ft)
     if (!ep) {
         return;
     }
+    if (ep->captures) {
+        filter_tap_set_source(ep, FILTER_TAP_NONE);
+        timer_free(ep->linger);
+        ep->captures = false;
+    }
     if (ep->chr_out) {
-        filter_tap_stop_capture(ep);
+        filter_tap_stop_stream(ep);
     }
     filter_tap_remove(ep);
     filter_tap_update_tap(ep);
     qemu_del_vm_change_state_handler(ep->vm_state);
     qemu_del_vm_change_state_handler(ep->vm_state_last);
     if (ep->chr_in) {
-        qemu_chr_fe_set_handlers(ep->chr_in, NULL, NULL, NULL, NULL, NULL,
-                                 NULL, true);
-        timer_free(ep->inject_retry);
-        if (frame_reader_mid_frame(ep->reader)) {
-            qemu_chr_fe_disconnect(ep->chr_in);
-        }
-        frame_reader_free(ep->reader);
+        filter_tap_stop_inject(ep);
     }
-    packet_socket_free(ep->capture);
-    packet_socket_free(ep->inject);
-    g_free(ep->segments);
-    g_free(ep);
+    filter_tap_free(ep);
 }
 
 /* Properties */
@@ -1535,7 +1643,7 @@ static void filter_tap_get_tx_dropped(Object *obj, Visitor *v,
     FilterTapEndpoints *ep = filter_tap_of(obj, opaque)->endpoints;
     uint64_t value = 0;
 
-    if (ep && ep->chr_out) {
+    if (ep && ep->captures) {
         filter_tap_update_tx_dropped(ep);
         value = ep->tx_dropped;
     }

@@ -46,8 +46,24 @@ static bool frame_offload_parse(FrameLayout *layout, const uint8_t *frame,
     return (layout->tcp || l4.proto == ETH_L4_HDR_PROTO_UDP) &&
            layout->l4 >= layout->l3 + sizeof(struct ip_header) &&
            layout->payload <= len &&
+           (!layout->ip6 || frame[layout->l3] >> 4 == 6) &&
            (!layout->tcp ||
             layout->payload >= layout->l4 + sizeof(struct tcp_hdr));
+}
+
+static bool frame_offload_is_type(const FrameLayout *layout, uint8_t gso_type)
+{
+    switch (gso_type & ~(VIRTIO_NET_HDR_GSO_ECN |
+                         VIRTIO_NET_HDR_GSO_UDP_TUNNEL)) {
+    case VIRTIO_NET_HDR_GSO_TCPV4:
+        return layout->tcp && !layout->ip6;
+    case VIRTIO_NET_HDR_GSO_TCPV6:
+        return layout->tcp && layout->ip6;
+    case VIRTIO_NET_HDR_GSO_UDP_L4:
+        return !layout->tcp;
+    default:
+        return false;
+    }
 }
 
 /* 0 stands for none. */
@@ -103,7 +119,8 @@ static bool frame_offload_parse_inner(FrameLayout *inner, const uint8_t *frame,
         proto = ip[6];
     } else {
         if (ip[0] >> 4 != 4 || l3 + IP_HDR_GET_LEN(ip) != l4 ||
-            lduw_be_p(ip + 2) != len - l3) {
+            lduw_be_p(ip + 2) != len - l3 ||
+            lduw_be_p(ip + 6) & (IP_MF | IP_OFFMASK)) {
             return false;
         }
         proto = ip[9];
@@ -140,7 +157,8 @@ static bool frame_offload_find_tunnel(const FrameLayout *outer,
     }
     for (size_t l3 = l4 - sizeof(struct ip_header);
          l3 >= outer->payload && l3 + ETH_MAX_IP4_HDR_LEN >= l4; l3 -= 4) {
-        if (frame_offload_parse_inner(inner, frame, len, l3, l4)) {
+        if (frame_offload_parse_inner(inner, frame, len, l3, l4) &&
+            frame_offload_is_type(inner, hdr->gso_type)) {
             return true;
         }
     }

@@ -130,7 +130,8 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
     size_t room = frame_prefix_len(fw->vnet_hdr) + size;
     size_t used = buf->tail - fw->first;
 
-    if (buf->size - buf->tail < room && fw->first >= buf->size / 8) {
+    if (buf->size - buf->tail < room && fw->first > 0 &&
+        fw->first >= buf->size / 8) {
         /* So much is written since the last time that it is worth it. */
         memmove(buf->data, buf->data + fw->first, used);
         buf->head -= fw->first;

@@ -545,14 +545,14 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     return len;
 }
 
-uint64_t packet_socket_discard(PacketSocket *ps)
+uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)
 {
     uint64_t frames = 0;
     struct virtio_net_hdr hdr;
     uint8_t room[PACKET_SOCKET_TAG_ROOM];
     ssize_t len;
 
-    for (;;) {
+    while (frames < max) {
         /* A read of the header takes the whole frame. */
         len = packet_socket_recv(ps, &hdr, room, sizeof(room));
         if (len >= 0 || len == -EMSGSIZE || len == -EINVAL) {

@@ -74,6 +74,28 @@ bool filter_tap_reaches(const FilterTap *ft, NetClientState *netdev);
 bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
                       CharFrontend *chr_out, bool vnet_hdr, Error **errp);
 
+/*
+ * Gets a captured packet: the frame as it would be sent, with its checksum
+ * completed, but in one piece if it is yet to be segmented.
+ */
+typedef void FilterTapSink(void *opaque, const uint8_t *frame, size_t len);
+
+/**
+ * filter_tap_setup_sink:
+ * @ft: the filter's, with its properties set, and @copies
+ * @nf: the filter, whose netdev is known
+ * @sink: called in the main loop for each captured packet
+ * @opaque: for @sink
+ * @errp: set on failure
+ *
+ * The same as filter_tap_setup(), for a filter that handles what is captured
+ * by itself.
+ *
+ * Returns: false on failure, with nothing left behind.
+ */
+bool filter_tap_setup_sink(FilterTap *ft, NetFilterState *nf,
+                           FilterTapSink *sink, void *opaque, Error **errp);
+
 /**
  * filter_tap_cleanup:
  * @ft: the filter's, whether it was set up or not

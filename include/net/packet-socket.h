@@ -94,8 +94,9 @@ int packet_socket_fd(const PacketSocket *ps);
  * @ps: a capturing socket
  * @errp: set on failure
  *
- * Begin to capture: from now on each frame is queued in the kernel.  This
- * and packet_socket_unhook() can take some 10 ms, until no CPU uses the
+ * Begin to capture: from now on each frame is queued in the kernel.  If @ps is
+ * hooked already, that is quick, and makes sure of it.  Otherwise this and
+ * packet_socket_unhook() can take some 10 ms, until no CPU uses the
  * interface's former list.
  *
  * Returns: true on success.  On failure @ps stays unhooked.
@@ -114,12 +115,13 @@ void packet_socket_unhook(PacketSocket *ps);
 /**
  * packet_socket_discard:
  * @ps: a capturing socket
+ * @max: the most frames, as more may come meanwhile
  *
  * Throw away what is queued.
  *
  * Returns: the number of frames thrown away.
  */
-uint64_t packet_socket_discard(PacketSocket *ps);
+uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max);
 
 /**
  * packet_socket_recv:

@@ -1236,7 +1236,8 @@ static void test_writer_flush_wait_closed(void)
         g_assert_cmpint(link_flush_wait(link, 0), <=, 0);
         peer_join(&peer);
         AWAIT(link->closed);
-        g_assert(!memcmp(peer.got->data, link->expected->data,
+        g_assert(!peer.got->len ||
+                 !memcmp(peer.got->data, link->expected->data,
                          peer.got->len));
         frame_writer_rewind(link->fw);
         if (discard) {

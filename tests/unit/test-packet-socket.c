@@ -697,7 +697,7 @@ static void test_capture_discard(gconstpointer way)
         return;
     }
     ps = capture_new(&lab.tap, lab.way->directions);
-    g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
+    g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
     for (int n = 0; n < 700; n += 1 + n / 3) {
         g_assert_true(packet_socket_hook(ps, &error_abort));
         for (int i = 0; i < n + 3; i++) {
@@ -708,9 +708,9 @@ static void test_capture_discard(gconstpointer way)
             packet_socket_unhook(ps);
         }
         capture_expect_made(ps, frame_make_some_jumbo, 1);
-        g_assert_cmpuint(packet_socket_discard(ps), ==, n + 1);
+        g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, n + 1);
         capture_expect_none(ps);
-        g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
+        g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
         if (!(n & 1)) {
             lab_pass_made(&lab, frame_make_mixed, 1000 + n);
             capture_expect_made(ps, frame_make_mixed, 1000 + n);
@@ -1299,7 +1299,7 @@ static void test_capture_gso_types(gconstpointer way)
         lab_pass_made(&lab, frame_make_small, i);
         passed++;
     }
-    discarded = packet_socket_discard(ps);
+    discarded = packet_socket_discard(ps, UINT64_MAX);
     g_assert_cmpuint(discarded, >=, 3 * ARRAY_SIZE(gso_types));
     if (lab.way->directions == PACKET_SOCKET_INCOMING) {
         /* Where the kernel cuts none */
@@ -1467,7 +1467,7 @@ static void test_capture_down(gconstpointer way)
         lab_pass_made(&lab, make, 1002);
         lab_pass_made(&lab, make, 1003);
         set_up(lab.tap.name, false);
-        g_assert_cmpuint(packet_socket_discard(ps), ==, 2);
+        g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 2);
         capture_expect_none_or_down(ps);
         set_up(lab.tap.name, true);
     }
@@ -1510,7 +1510,7 @@ static void test_capture_gone(gconstpointer way)
     lab_pass_made(&next, frame_make_small, 9);
     capture_expect_none(ps);
     capture_expect_none(unhooked);
-    g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
+    g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_free(ps);
     packet_socket_free(unhooked);
@@ -1624,7 +1624,7 @@ static void test_capture_drops(gconstpointer opaque)
             }
         }
         packet_socket_unhook(flow.ps);
-        discarded = packet_socket_discard(flow.ps);
+        discarded = packet_socket_discard(flow.ps, UINT64_MAX);
         drops = packet_socket_drops(flow.ps);
         g_assert_cmpuint(flow.captured + discarded + drops, ==, flow.sent);
 
