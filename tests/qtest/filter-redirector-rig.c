@@ -232,14 +232,61 @@ void swap_peers(Fixture *f)
 
 /* The guest's driver */
 
+/*
+ * As qvirtqueue_setup(), which takes some 700 steps of the qtest protocol,
+ * and most of a test's time.
+ */
+static QVirtQueue *guest_setup_queue(Fixture *f, uint16_t index)
+{
+    QVirtioPCIDevice *dev = f->dev;
+    QVirtioDevice *vdev = &dev->vdev;
+    uint64_t common = dev->common_cfg_offset;
+    QVirtQueuePCI *vqpci = g_new0(QVirtQueuePCI, 1);
+    QVirtQueue *vq = &vqpci->vq;
+    g_autofree struct vring_desc *ring = NULL;
+    size_t len;
+
+    vdev->bus->queue_select(vdev, index);
+    vq->vdev = vdev;
+    vq->index = index;
+    vq->size = vdev->bus->get_queue_size(vdev);
+    vq->num_free = vq->size;
+    vq->align = VIRTIO_PCI_VRING_ALIGN;
+    vqpci->msix_entry = -1;
+
+    len = qvring_size(vq->size, vq->align);
+    ring = g_malloc0(len);
+    for (uint32_t i = 0; i < vq->size - 1; i++) {
+        ring[i].next = cpu_to_le16(i + 1);
+    }
+    vq->desc = guest_alloc(&f->alloc, len);
+    vq->avail = vq->desc + vq->size * sizeof(struct vring_desc);
+    vq->used = QEMU_ALIGN_UP(vq->avail + sizeof(uint16_t) * (3 + vq->size),
+                             vq->align);
+    qtest_bufwrite(f->qts, vq->desc, ring, len);
+    vdev->bus->set_queue_address(vdev, vq);
+
+    if (dev->notify_cfg_offset) {           /* not a legacy device */
+        uint16_t offset = qpci_io_readw(dev->pdev, dev->bar, common +
+            offsetof(struct virtio_pci_common_cfg, queue_notify_off));
+
+        vqpci->notify_offset = dev->notify_cfg_offset +
+                               offset * dev->notify_off_multiplier;
+        qpci_io_writew(dev->pdev, dev->bar, common +
+                       offsetof(struct virtio_pci_common_cfg, queue_enable),
+                       1);
+    }
+    return vq;
+}
+
 void guest_start_queues(Fixture *f, uint64_t features)
 {
     QVirtioDevice *vdev = &f->dev->vdev;
 
     qvirtio_start_device(vdev);
     qvirtio_set_features(vdev, qvirtio_get_features(vdev) & features);
-    f->guest.rx = qvirtqueue_setup(vdev, &f->alloc, 0);
-    f->guest.tx = qvirtqueue_setup(vdev, &f->alloc, 1);
+    f->guest.rx = guest_setup_queue(f, 0);
+    f->guest.tx = guest_setup_queue(f, 1);
 }
 
 void guest_start(Fixture *f)
@@ -268,7 +315,7 @@ void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
                                 1ull << VIRTIO_NET_F_CTRL_VQ |
                                 1ull << VIRTIO_NET_F_MQ));
     for (int i = 0; i < 5; i++) {
-        queues[i] = qvirtqueue_setup(vdev, &f->alloc, i);
+        queues[i] = guest_setup_queue(f, i);
     }
     qvirtio_set_driver_ok(vdev);
 
@@ -363,7 +410,7 @@ static int open_guest_memory(pid_t pid)
     g_assert_not_reached();
 }
 
-void guest_map(Fixture *f)
+void guest_map_ram(Fixture *f)
 {
     Guest *guest = &f->guest;
     int fd;
@@ -376,20 +423,16 @@ void guest_map(Fixture *f)
         g_assert_true(guest->ram != MAP_FAILED);
         close(fd);
     }
-    guest_post(f, RING_LEN);
-    guest->tx_head = qvirtqueue_add(f->qts, guest->tx,
-                                    guest_alloc(&f->alloc, BUFFER_LEN),
-                                    12 + FRAME_LEN, false, false);
 }
 
-static uint16_t used_idx(Guest *guest, QVirtQueue *vq)
+uint16_t guest_used_idx(Guest *guest, QVirtQueue *vq)
 {
     struct vring_used *used = (void *)(guest->ram + vq->used);
 
     return le16_to_cpu(qatomic_load_acquire(&used->idx));
 }
 
-static void make_available(Guest *guest, QVirtQueue *vq, uint16_t head)
+void guest_make_available(Guest *guest, QVirtQueue *vq, uint16_t head)
 {
     struct vring_avail *avail = (void *)(guest->ram + vq->avail);
     uint16_t idx = le16_to_cpu(avail->idx);
@@ -398,7 +441,7 @@ static void make_available(Guest *guest, QVirtQueue *vq, uint16_t head)
     qatomic_store_release(&avail->idx, cpu_to_le16(idx + 1));
 }
 
-static void notify(Fixture *f, QVirtQueue *vq)
+void guest_notify(Fixture *f, QVirtQueue *vq)
 {
     struct vring_used *used = (void *)(f->guest.ram + vq->used);
 
@@ -409,6 +452,28 @@ static void notify(Fixture *f, QVirtQueue *vq)
     }
 }
 
+void guest_map(Fixture *f)
+{
+    Guest *guest = &f->guest;
+    QVirtQueue *rx = guest->rx;
+    struct vring_desc *desc;
+
+    guest_map_ram(f);
+    desc = (void *)(guest->ram + rx->desc);
+    g_assert_cmpuint(rx->size, ==, RING_LEN);
+    for (int i = 0; i < RING_LEN; i++) {
+        guest->buffer[i] = guest_alloc(&f->alloc, BUFFER_LEN);
+        desc[i].addr = cpu_to_le64(guest->buffer[i]);
+        desc[i].len = cpu_to_le32(BUFFER_LEN);
+        desc[i].flags = cpu_to_le16(VRING_DESC_F_WRITE);
+        guest_make_available(guest, rx, i);
+    }
+    guest_notify(f, rx);
+    guest->tx_head = qvirtqueue_add(f->qts, guest->tx,
+                                    guest_alloc(&f->alloc, BUFFER_LEN),
+                                    12 + FRAME_LEN, false, false);
+}
+
 unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
                     void *opaque)
 {
@@ -417,16 +482,16 @@ unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
     struct vring_used *used = (void *)(guest->ram + rx->used);
     unsigned count = 0;
 
-    for (; rx->last_used_idx != used_idx(guest, rx); count++) {
+    for (; rx->last_used_idx != guest_used_idx(guest, rx); count++) {
         uint16_t at = rx->last_used_idx % rx->size;
         uint32_t head = le32_to_cpu(used->ring[at].id);
 
         func(opaque, frame_number(guest->ram + guest->buffer[head] + 12));
-        make_available(guest, rx, head);
+        guest_make_available(guest, rx, head);
         rx->last_used_idx++;
     }
     if (count) {
-        notify(f, rx);
+        guest_notify(f, rx);
     }
     return count;
 }
@@ -441,9 +506,9 @@ void guest_put(Fixture *f, uint32_t number)
 
     memset(packet, 0, 12);
     make_frame(packet + 12, number);
-    make_available(guest, tx, guest->tx_head);
-    notify(f, tx);
-    while (tx->last_used_idx == used_idx(guest, tx)) {
+    guest_make_available(guest, tx, guest->tx_head);
+    guest_notify(f, tx);
+    while (tx->last_used_idx == guest_used_idx(guest, tx)) {
         g_assert_cmpint(g_get_monotonic_time(), <, end);
     }
     tx->last_used_idx++;

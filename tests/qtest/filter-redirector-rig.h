@@ -130,6 +130,11 @@ void guest_send(Fixture *f, uint32_t first, uint32_t count);
 #define GUEST_MAP_ARGS "-object memory-backend-memfd,id=ram0,size=128M," \
                        "share=on -machine memory-backend=ram0 "
 void guest_map(Fixture *f);
+/* ... or only the memory, with what is needed for a driver of one's own */
+void guest_map_ram(Fixture *f);
+uint16_t guest_used_idx(Guest *guest, QVirtQueue *vq);
+void guest_make_available(Guest *guest, QVirtQueue *vq, uint16_t head);
+void guest_notify(Fixture *f, QVirtQueue *vq);
 /* Take what there is; call @func for each frame with its number. */
 unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
                     void *opaque);

@@ -1,0 +1,1142 @@
+/*
+ * QTest testcase for filter-redirector: what goes in comes out
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Packets of all kinds go the whole way and are compared at each step:
+ *
+ *           side A: captures                      side B: injects
+ *
+ *   host -> TAP -----------> guest          TAP -----------> guest
+ *               \-> stream ---------------> /
+ *
+ *   guest -> TAP ----------> host           TAP -----------> host
+ *               \-> stream ---------------> /
+ *
+ * A guest or a host that has an offload gets the packet with its header as it
+ * was sent; one that has not gets frames that are together the same.
+ */
+
+#include "qemu/osdep.h"
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/if_tun.h>
+#include <netinet/in.h>
+#include "filter-redirector-rig.h"
+#include "libqos/virtio.h"
+#include "qemu/bswap.h"
+#include "qemu/cutils.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+#include "standard-headers/linux/virtio_config.h"
+#include "standard-headers/linux/virtio_net.h"
+#include "standard-headers/linux/virtio_pci.h"
+#include "standard-headers/linux/virtio_ring.h"
+
+#ifndef TUN_F_USO4
+#define TUN_F_USO4 0x20         /* Linux 6.2 */
+#define TUN_F_USO6 0x40
+#endif
+
+#define FRAME_MAX (65535 + ETH_HLEN + 8)
+#define HEADER_MAX sizeof(struct virtio_net_hdr_v1_hash_tunnel)
+#define BIG_BUFFER_LEN (68 * KiB)
+#define BIG_BUFFERS 16
+#define SMALL_BUFFER_LEN (6 * KiB)  /* mergeable */
+#define SMALL_BUFFERS 64
+#define MTU 9216
+/* Frames that are as long the kernel does not give to an interface whole. */
+#define GSO_MAX_LEN 65536
+#define MSS 1400
+
+/* A frame and what its virtio-net header says, in the host's byte order */
+typedef struct Packet {
+    struct virtio_net_hdr hdr;
+    uint8_t data[FRAME_MAX];
+    size_t len;
+} Packet;
+
+/* One record of the stream, as it is passed on */
+typedef struct Record {
+    uint8_t data[8 + HEADER_MAX + FRAME_MAX];
+    size_t len;
+} Record;
+
+/* A QEMU and what is around it */
+typedef struct Side {
+    Fixture f;
+    int host;                   /* a packet socket with virtio-net headers */
+    bool mergeable;
+    uint64_t tx_addr;           /* the buffer of what the guest sends */
+    size_t hdr_len;             /* that the guest's driver negotiated */
+    size_t stream_hdr_len;      /* that the stream has */
+} Side;
+
+/*
+ * Packets
+ */
+
+/* What a packet is like; all bytes follow from this and its number. */
+typedef struct Shape {
+    const char *name;
+    size_t len;         /* of the frame; or, with @ip, of the payload */
+    int ip;             /* 0, 4 or 6 */
+    uint8_t protocol;
+    uint8_t gso;        /* VIRTIO_NET_HDR_GSO_* */
+    bool csum;          /* left to do */
+    uint16_t tpid[2];
+    uint16_t tci[2];
+    uint8_t to[ETH_ALEN];
+} Shape;
+
+#define PLAIN(name, len) { name, len }
+#define TO(name, ...) { name, 64, .to = { __VA_ARGS__ } }
+#define TAG(name, tpid, tci) { name, 200, 0, 0, 0, 0, { tpid }, { tci } }
+#define L4(name, ip, protocol, len) { name, len, ip, protocol, 0, true }
+#define GSO(name, ip, protocol, gso, len) \
+    { name, len, ip, protocol, VIRTIO_NET_HDR_GSO_##gso, true }
+#define GSO_TAG(name, ip, gso, tpid, tci) \
+    { name, 5000, ip, IPPROTO_TCP, VIRTIO_NET_HDR_GSO_##gso, true, \
+      { tpid }, { tci } }
+
+static const Shape shapes[] = {
+    PLAIN("runt: 14 bytes", 14),
+    PLAIN("runt: 15 bytes", 15),
+    PLAIN("runt: 59 bytes", 59),
+    PLAIN("60 bytes", 60),
+    PLAIN("odd", 333),
+    PLAIN("full", 1514),
+    PLAIN("just over a slot of the ring", 1523),
+    PLAIN("jumbo", ETH_HLEN + MTU),
+    TO("broadcast", 0xff, 0xff, 0xff, 0xff, 0xff, 0xff),
+    TO("multicast", 0x01, 0x00, 0x5e, 0x01, 0x02, 0x03),
+    TO("multicast of IPv6", 0x33, 0x33, 0, 0, 0, 1),
+    TO("another's", 0x52, 0x54, 0, 0xaa, 0xbb, 0xcc),
+    TAG("tag", ETH_P_8021Q, 42),
+    TAG("tag with priority", ETH_P_8021Q, 0xefff),
+    TAG("priority tag", ETH_P_8021Q, 0xa000),
+    TAG("empty tag", ETH_P_8021Q, 0),
+    TAG("service tag", ETH_P_8021AD, 7),
+    { "QinQ", 200, 0, 0, 0, 0, { ETH_P_8021AD, ETH_P_8021Q }, { 100, 200 } },
+    { "QinQ of old", 1000, 0, 0, 0, 0, { ETH_P_8021Q, ETH_P_8021Q },
+      { 0x2001, 0xe002 } },
+    L4("TCP", 4, IPPROTO_TCP, 1000),
+    L4("TCP over IPv6", 6, IPPROTO_TCP, 1001),
+    L4("TCP, empty", 4, IPPROTO_TCP, 0),
+    L4("UDP", 4, IPPROTO_UDP, 1000),
+    L4("UDP over IPv6", 6, IPPROTO_UDP, 999),
+    L4("UDP, jumbo", 4, IPPROTO_UDP, 8000),
+    { "TCP, checksum there", 500, 4, IPPROTO_TCP },
+    { "UDP, tagged", 500, 4, IPPROTO_UDP, 0, true, { ETH_P_8021Q }, { 3 } },
+    { "TCP over IPv6, QinQ", 500, 6, IPPROTO_TCP, 0, true,
+      { ETH_P_8021AD, ETH_P_8021Q }, { 100, 200 } },
+    GSO("TSO", 4, IPPROTO_TCP, TCPV4, 4000),
+    GSO("TSO, just two", 4, IPPROTO_TCP, TCPV4, MSS + 1),
+    GSO("longest TSO", 4, IPPROTO_TCP, TCPV4,
+        GSO_MAX_LEN - 1 - ETH_HLEN - 20 - 32),
+    GSO("too long TSO", 4, IPPROTO_TCP, TCPV4, 65535 - 20 - 32),
+    GSO("TSO over IPv6", 6, IPPROTO_TCP, TCPV6, 4001),
+    GSO("longest TSO over IPv6", 6, IPPROTO_TCP, TCPV6,
+        GSO_MAX_LEN - 1 - ETH_HLEN - 40 - 32),
+    GSO("USO", 4, IPPROTO_UDP, UDP_L4, 5000),
+    GSO("USO over IPv6", 6, IPPROTO_UDP, UDP_L4, 7000),
+    GSO_TAG("TSO, tagged", 4, TCPV4, ETH_P_8021Q, 0x6123),
+    GSO_TAG("TSO over IPv6, service tag", 6, TCPV6, ETH_P_8021AD, 5),
+    { "TSO, QinQ", 6000, 4, IPPROTO_TCP, VIRTIO_NET_HDR_GSO_TCPV4, true,
+      { ETH_P_8021AD, ETH_P_8021Q }, { 1, 2 } },
+};
+
+static uint32_t sum(const uint8_t *data, size_t len, uint32_t sum)
+{
+    for (size_t i = 0; i < len; i++) {
+        sum += i & 1 ? data[i] : data[i] << 8;
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    return sum;
+}
+
+static uint32_t sum_pseudo(const uint8_t *ip, size_t len, uint8_t protocol)
+{
+    uint32_t start = protocol + (len & 0xffff) + (len >> 16);
+
+    return ip[0] >> 4 == 4 ? sum(ip + 12, 8, start) : sum(ip + 8, 32, start);
+}
+
+/* Offsets in a frame, in bytes */
+static size_t l3_offset(const uint8_t *frame)
+{
+    size_t at = 2 * ETH_ALEN;
+
+    while (lduw_be_p(frame + at) == ETH_P_8021Q ||
+           lduw_be_p(frame + at) == ETH_P_8021AD) {
+        at += 4;
+    }
+    return at + 2;
+}
+
+static size_t ip_len(const uint8_t *ip)
+{
+    return ip[0] >> 4 == 4 ? 20 : 40;
+}
+
+static uint8_t ip_protocol(const uint8_t *ip)
+{
+    return ip[0] >> 4 == 4 ? ip[9] : ip[6];
+}
+
+static size_t l4_len(uint8_t protocol)
+{
+    return protocol == IPPROTO_TCP ? 32 : 8;
+}
+
+static void put_ip(uint8_t *ip, int version, uint8_t protocol, size_t len,
+                   uint32_t number)
+{
+    memset(ip, 0, version == 4 ? 20 : 40);
+    if (version == 4) {
+        ip[0] = 0x45;
+        ip[1] = 0x28;
+        stw_be_p(ip + 2, 20 + len);
+        stw_be_p(ip + 4, 0xfff0 + number);
+        stw_be_p(ip + 6, 0x4000);
+        ip[8] = 63;
+        ip[9] = protocol;
+        stl_be_p(ip + 12, 0xc0000201);
+        stl_be_p(ip + 16, 0xc0000202);
+        stw_be_p(ip + 10, ~sum(ip, 20, 0));
+    } else {
+        stl_be_p(ip, 0x60012345);
+        stw_be_p(ip + 4, len);
+        ip[6] = protocol;
+        ip[7] = 63;
+        stl_be_p(ip + 8, 0x20010db8);
+        ip[23] = 1;
+        stl_be_p(ip + 24, 0x20010db8);
+        ip[39] = 2;
+    }
+}
+
+static void put_tcp(uint8_t *tcp, uint32_t number)
+{
+    memset(tcp, 0, 32);
+    stw_be_p(tcp, 1234);
+    stw_be_p(tcp + 2, 4321);
+    stl_be_p(tcp + 4, 0xfffffff0 + number);
+    stl_be_p(tcp + 8, 77);
+    tcp[12] = 0x80;
+    tcp[13] = 0x19;             /* FIN, PSH, ACK */
+    stw_be_p(tcp + 14, 1000);
+    stl_be_p(tcp + 20, 0x0101080a);
+    stl_be_p(tcp + 24, number);
+}
+
+static void packet_make(Packet *p, const Shape *shape, uint32_t number)
+{
+    static const uint8_t macs[] = {
+        0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 0x02, 0, 0, 0, 0, 1,
+    };
+    size_t l4 = shape->ip ? l4_len(shape->protocol) : 0;
+    size_t at = sizeof(macs), total;
+    uint32_t x = number * 2654435761u + 1;
+    uint8_t *ip;
+
+    memset(p, 0, sizeof(*p));
+    memcpy(p->data, macs, sizeof(macs));
+    if (shape->to[0]) {
+        memcpy(p->data, shape->to, sizeof(shape->to));
+    }
+    for (int i = 0; i < 2 && shape->tpid[i]; i++, at += 4) {
+        stw_be_p(p->data + at, shape->tpid[i]);
+        stw_be_p(p->data + at + 2, shape->tci[i]);
+    }
+    stw_be_p(p->data + at, shape->ip == 4 ? ETH_P_IP :
+                           shape->ip == 6 ? ETH_P_IPV6 : TEST_ETHERTYPE);
+    at += 2;
+    ip = p->data + at;
+    total = shape->ip ? at + (shape->ip == 4 ? 20 : 40) + l4 + shape->len :
+                        shape->len;
+    g_assert_cmpuint(total, <=, sizeof(p->data));
+    for (; at < total; at++) {
+        x = x * 1664525 + 1013904223;
+        p->data[at] = x >> 24;
+    }
+    p->len = total;
+    if (!shape->ip) {
+        if (total >= 18) {
+            stl_be_p(ip, number);
+        }
+        return;
+    }
+
+    put_ip(ip, shape->ip, shape->protocol, l4 + shape->len, number);
+    at = ip + ip_len(ip) - p->data;
+    if (shape->protocol == IPPROTO_TCP) {
+        put_tcp(p->data + at, number);
+    } else {
+        stw_be_p(p->data + at, 1234);
+        stw_be_p(p->data + at + 2, 4321);
+        stw_be_p(p->data + at + 4, l4 + shape->len);
+        stw_be_p(p->data + at + 6, 0);
+    }
+    total = sum_pseudo(ip, l4 + shape->len, shape->protocol);
+    p->hdr.csum_start = at;
+    p->hdr.csum_offset = shape->protocol == IPPROTO_TCP ? 16 : 6;
+    if (!shape->csum) {
+        total = ~sum(p->data + at, p->len - at, total);
+    }
+    stw_be_p(p->data + at + p->hdr.csum_offset, total);
+    if (!shape->csum) {
+        memset(&p->hdr, 0, sizeof(p->hdr));
+        return;
+    }
+    p->hdr.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    p->hdr.gso_type = shape->gso;
+    if (shape->gso) {
+        p->hdr.gso_size = MSS;
+        p->hdr.hdr_len = at + l4;
+    }
+}
+
+/* All bytes, and of the header what means something. */
+static void packet_assert_equal(const Packet *got, const Packet *want)
+{
+    bool csum = want->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
+
+    g_assert_cmpmem(got->data, got->len, want->data, want->len);
+    g_assert_cmpint(!!(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM), ==,
+                    csum);
+    g_assert_cmphex(got->hdr.gso_type, ==, want->hdr.gso_type);
+    if (csum) {
+        g_assert_cmpuint(got->hdr.csum_start, ==, want->hdr.csum_start);
+        g_assert_cmpuint(got->hdr.csum_offset, ==, want->hdr.csum_offset);
+    }
+    if (want->hdr.gso_type) {
+        g_assert_cmpuint(got->hdr.gso_size, ==, want->hdr.gso_size);
+        /* A hint: the kernel says how much it has in one piece. */
+        g_assert_cmpuint(got->hdr.hdr_len, >=, want->hdr.hdr_len);
+    }
+}
+
+/*
+ * What follows the headers of @whole at @done is in @got, which is as
+ * whoever cuts @whole has to make it.  Returns: its length.
+ */
+static size_t packet_assert_segment(const Packet *got, const Packet *whole,
+                                    size_t done, bool csum_left)
+{
+    size_t l3 = l3_offset(whole->data);
+    const uint8_t *ip = got->data + l3, *whole_ip = whole->data + l3;
+    uint8_t protocol = ip_protocol(whole_ip);
+    size_t l4 = l3 + ip_len(whole_ip), headers = l4 + l4_len(protocol);
+    size_t left = whole->len - headers - done;
+    size_t len = whole->hdr.gso_type ? MIN(left, whole->hdr.gso_size) : left;
+    g_autofree uint8_t *want = g_memdup2(whole->data, headers + len);
+    size_t csum_at = l4 + (protocol == IPPROTO_TCP ? 16 : 6);
+    uint32_t pseudo;
+
+    g_assert_cmpuint(got->len, ==, headers + len);
+    g_assert_cmpint(got->hdr.gso_type, ==, VIRTIO_NET_HDR_GSO_NONE);
+    memcpy(want + headers, whole->data + headers + done, len);
+    if (ip[0] >> 4 == 4) {
+        stw_be_p(want + l3 + 2, headers - l3 + len);
+        if (whole->hdr.gso_type) {
+            stw_be_p(want + l3 + 4, lduw_be_p(whole_ip + 4) +
+                                    done / whole->hdr.gso_size);
+        }
+        stw_be_p(want + l3 + 10, 0);
+        stw_be_p(want + l3 + 10, ~sum(want + l3, 20, 0));
+    } else {
+        stw_be_p(want + l3 + 4, headers - l4 + len);
+    }
+    if (protocol == IPPROTO_TCP) {
+        stl_be_p(want + l4 + 4, ldl_be_p(whole->data + l4 + 4) + done);
+        if (len < left) {
+            want[l4 + 13] &= ~0x09;     /* FIN and PSH are the last one's */
+        }
+    } else {
+        stw_be_p(want + l4 + 4, 8 + len);
+    }
+    pseudo = sum_pseudo(ip, headers - l4 + len, protocol);
+    if (csum_left && got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
+        g_assert_cmpuint(got->hdr.csum_start, ==, l4);
+        g_assert_cmpuint(got->hdr.csum_start + got->hdr.csum_offset, ==,
+                         csum_at);
+        g_assert_cmphex(lduw_be_p(got->data + csum_at), ==, pseudo);
+    } else {
+        g_assert_cmpint(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM, ==, 0);
+        g_assert_cmphex(sum(got->data + l4, got->len - l4, pseudo), ==,
+                        0xffff);
+    }
+    memcpy(want + csum_at, got->data + csum_at, 2);
+    g_assert_cmpmem(got->data, got->len, want, headers + len);
+    return len;
+}
+
+/* What is sent, as the header's owner has it: little-endian, or not at all */
+static void header_get(struct virtio_net_hdr *hdr, const uint8_t *buf,
+                       size_t len)
+{
+    memset(hdr, 0, sizeof(*hdr));
+    if (len) {
+        memcpy(hdr, buf, sizeof(*hdr));
+        hdr->hdr_len = le16_to_cpu(hdr->hdr_len);
+        hdr->gso_size = le16_to_cpu(hdr->gso_size);
+        hdr->csum_start = le16_to_cpu(hdr->csum_start);
+        hdr->csum_offset = le16_to_cpu(hdr->csum_offset);
+    }
+}
+
+static void header_put(uint8_t *buf, size_t len,
+                       const struct virtio_net_hdr *hdr)
+{
+    struct virtio_net_hdr le = *hdr;
+
+    memset(buf, 0, len);
+    if (len) {
+        le.hdr_len = cpu_to_le16(le.hdr_len);
+        le.gso_size = cpu_to_le16(le.gso_size);
+        le.csum_start = cpu_to_le16(le.csum_start);
+        le.csum_offset = cpu_to_le16(le.csum_offset);
+        memcpy(buf, &le, sizeof(le));
+    }
+}
+
+/*
+ * The host
+ */
+
+static int host_open(const char *ifname)
+{
+    struct sockaddr_ll addr = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons(ETH_P_ALL),
+        .sll_ifindex = if_nametoindex(ifname),
+    };
+    const int options[] = {
+        PACKET_VNET_HDR, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING,
+    };
+    int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1, size = 32 * MiB;
+
+    g_assert_cmpint(fd, >=, 0);
+    for (int i = 0; i < ARRAY_SIZE(options); i++) {
+        g_assert_cmpint(setsockopt(fd, SOL_PACKET, options[i], &on,
+                                   sizeof(on)), ==, 0);
+    }
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    return fd;
+}
+
+static void host_write(int fd, const Packet *p)
+{
+    struct iovec iov[] = {
+        { (void *)&p->hdr, sizeof(p->hdr) },
+        { (void *)p->data, p->len },
+    };
+
+    g_assert_cmpint(writev(fd, iov, ARRAY_SIZE(iov)), ==,
+                    sizeof(p->hdr) + p->len);
+}
+
+/* The kernel strips a tag and tells it beside the frame. */
+static void host_read(int fd, Packet *p)
+{
+    union {
+        struct cmsghdr align;
+        uint8_t buf[CMSG_SPACE(sizeof(struct tpacket_auxdata))];
+    } control;
+    struct iovec iov[] = {
+        { &p->hdr, sizeof(p->hdr) },
+        { p->data, sizeof(p->data) },
+    };
+    struct msghdr msg = {
+        .msg_iov = iov,
+        .msg_iovlen = ARRAY_SIZE(iov),
+        .msg_control = &control,
+        .msg_controllen = sizeof(control),
+    };
+    struct tpacket_auxdata aux;
+    ssize_t len;
+
+    wait_readable(fd);
+    len = recvmsg(fd, &msg, 0);
+    g_assert_cmpint(len, >=, sizeof(p->hdr) + ETH_HLEN);
+    p->len = len - sizeof(p->hdr);
+    g_assert_nonnull(CMSG_FIRSTHDR(&msg));
+    memcpy(&aux, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof(aux));
+    if (aux.tp_status & TP_STATUS_VLAN_VALID) {
+        memmove(p->data + 16, p->data + 12, p->len - 12);
+        stw_be_p(p->data + 12, aux.tp_vlan_tpid);
+        stw_be_p(p->data + 14, aux.tp_vlan_tci);
+        p->len += 4;
+        p->hdr.csum_start += 4;
+        p->hdr.hdr_len += 4;
+    }
+}
+
+/* Before Linux 6.2 a virtio-net header cannot say it. */
+static bool kernel_has_uso(void)
+{
+    int fd = open_tap("tapuso");
+    bool has = ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_USO4 |
+                                        TUN_F_USO6) == 0;
+
+    close(fd);
+    return has;
+}
+
+/*
+ * The guest
+ */
+
+static bool guest_has(const Side *s, unsigned feature)
+{
+    return s->f.dev->vdev.features >> feature & 1;
+}
+
+static void put_desc(Side *s, QVirtQueue *vq, int index, uint64_t addr,
+                     uint32_t len, uint16_t flags)
+{
+    struct vring_desc *desc = (void *)(s->f.guest.ram + vq->desc);
+
+    desc[index].addr = cpu_to_le64(addr);
+    desc[index].len = cpu_to_le32(len);
+    desc[index].flags = cpu_to_le16(flags);
+}
+
+/* Instead of guest_start(): @high are features from bit 64 on. */
+static void driver_start(Side *s, uint64_t features, uint32_t high)
+{
+    Fixture *f = &s->f;
+    QVirtioPCIDevice *dev = f->dev;
+
+    if (high) {
+        uint64_t common = dev->common_cfg_offset;
+
+        qpci_io_writel(dev->pdev, dev->bar, common +
+                       offsetof(struct virtio_pci_common_cfg,
+                                guest_feature_select), 2);
+        qpci_io_writel(dev->pdev, dev->bar, common +
+                       offsetof(struct virtio_pci_common_cfg, guest_feature),
+                       high);
+    }
+    guest_start_queues(f, features);
+    s->mergeable = guest_has(s, VIRTIO_NET_F_MRG_RXBUF);
+    s->hdr_len = high ? sizeof(struct virtio_net_hdr_v1_hash_tunnel) :
+                 guest_has(s, VIRTIO_NET_F_HASH_REPORT) ?
+                 sizeof(struct virtio_net_hdr_v1_hash) :
+                 s->mergeable || guest_has(s, VIRTIO_F_VERSION_1) ?
+                 sizeof(struct virtio_net_hdr_v1) :
+                 sizeof(struct virtio_net_hdr);
+    for (int i = 0; i < (s->mergeable ? SMALL_BUFFERS : BIG_BUFFERS); i++) {
+        size_t len = s->mergeable ? SMALL_BUFFER_LEN : BIG_BUFFER_LEN;
+
+        f->guest.buffer[i] = guest_alloc(&f->alloc, len);
+        put_desc(s, f->guest.rx, i, f->guest.buffer[i], len,
+                 VRING_DESC_F_WRITE);
+        guest_make_available(&f->guest, f->guest.rx, i);
+    }
+    s->tx_addr = guest_alloc(&f->alloc, BIG_BUFFER_LEN);
+    qvirtio_set_driver_ok(&dev->vdev);
+    guest_notify(f, f->guest.rx);
+}
+
+static void driver_stop(Side *s)
+{
+    guest_stop(&s->f);
+    guest_free(&s->f.alloc, s->tx_addr);
+    for (int i = 0; i < RING_LEN; i++) {
+        if (s->f.guest.buffer[i]) {
+            guest_free(&s->f.alloc, s->f.guest.buffer[i]);
+            s->f.guest.buffer[i] = 0;
+        }
+    }
+}
+
+static void guest_write(Side *s, const Packet *p)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    Guest *guest = &s->f.guest;
+    QVirtQueue *tx = guest->tx;
+    uint8_t *buf = guest->ram + s->tx_addr;
+
+    g_assert_cmpuint(s->hdr_len + p->len, <=, BIG_BUFFER_LEN);
+    header_put(buf, s->hdr_len, &p->hdr);
+    memcpy(buf + s->hdr_len, p->data, p->len);
+    put_desc(s, tx, 0, s->tx_addr, s->hdr_len + p->len, 0);
+    guest_make_available(guest, tx, 0);
+    guest_notify(&s->f, tx);
+    while (tx->last_used_idx == guest_used_idx(guest, tx)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        sched_yield();
+    }
+    tx->last_used_idx++;
+}
+
+/* Returns: the number of bytes of one buffer, put to @buf. */
+static uint32_t guest_read_buffer(Side *s, uint8_t *buf, size_t size)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    Guest *guest = &s->f.guest;
+    QVirtQueue *rx = guest->rx;
+    struct vring_used *used = (void *)(guest->ram + rx->used);
+    uint32_t head, len;
+
+    while (rx->last_used_idx == guest_used_idx(guest, rx)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        sched_yield();
+    }
+    head = le32_to_cpu(used->ring[rx->last_used_idx % rx->size].id);
+    len = le32_to_cpu(used->ring[rx->last_used_idx % rx->size].len);
+    rx->last_used_idx++;
+    g_assert_cmpuint(len, <=, size);
+    memcpy(buf, guest->ram + guest->buffer[head], len);
+    guest_make_available(guest, rx, head);
+    guest_notify(&s->f, rx);
+    return len;
+}
+
+static void guest_read(Side *s, Packet *p)
+{
+    g_autofree uint8_t *buf = g_malloc(BIG_BUFFER_LEN + HEADER_MAX);
+    size_t len = guest_read_buffer(s, buf, BIG_BUFFER_LEN);
+
+    g_assert_cmpuint(len, >=, s->hdr_len + ETH_HLEN);
+    header_get(&p->hdr, buf, s->hdr_len);
+    if (s->mergeable) {
+        for (int n = lduw_le_p(buf + 10); n > 1; n--) {
+            len += guest_read_buffer(s, buf + len, BIG_BUFFER_LEN - len);
+        }
+    }
+    p->len = len - s->hdr_len;
+    g_assert_cmpuint(p->len, <=, sizeof(p->data));
+    memcpy(p->data, buf + s->hdr_len, p->len);
+}
+
+/* The features without which a packet cannot be received, or sent, whole */
+static bool guest_takes_gso(const Side *s, const Packet *p, bool sends)
+{
+    switch (p->hdr.gso_type) {
+    case VIRTIO_NET_HDR_GSO_NONE:
+        return true;
+    case VIRTIO_NET_HDR_GSO_TCPV4:
+        return guest_has(s, sends ? VIRTIO_NET_F_HOST_TSO4 :
+                                    VIRTIO_NET_F_GUEST_TSO4);
+    case VIRTIO_NET_HDR_GSO_TCPV6:
+        return guest_has(s, sends ? VIRTIO_NET_F_HOST_TSO6 :
+                                    VIRTIO_NET_F_GUEST_TSO6);
+    case VIRTIO_NET_HDR_GSO_UDP_L4:
+        return guest_has(s, sends ? VIRTIO_NET_F_HOST_USO :
+                         p->data[l3_offset(p->data)] >> 4 == 4 ?
+                         VIRTIO_NET_F_GUEST_USO4 : VIRTIO_NET_F_GUEST_USO6);
+    default:
+        return false;
+    }
+}
+
+static bool guest_can_send(const Side *s, const Packet *p)
+{
+    return !(p->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) ||
+           (guest_has(s, VIRTIO_NET_F_CSUM) && guest_takes_gso(s, p, true));
+}
+
+static bool guest_gets_whole(const Side *s, const Packet *p)
+{
+    return !(p->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) ||
+           (guest_has(s, VIRTIO_NET_F_GUEST_CSUM) &&
+            guest_takes_gso(s, p, false) && p->len < GSO_MAX_LEN);
+}
+
+static size_t packet_payload(const Packet *p)
+{
+    size_t l3 = l3_offset(p->data);
+
+    return p->len - l3 - ip_len(p->data + l3) -
+           l4_len(ip_protocol(p->data + l3));
+}
+
+static void expect_guest_packet(Side *s, const Packet *want)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+    size_t done = 0;
+
+    if (guest_gets_whole(s, want)) {
+        guest_read(s, got);
+        packet_assert_equal(got, want);
+        return;
+    }
+    do {
+        guest_read(s, got);
+        done += packet_assert_segment(got, want, done,
+                                      guest_has(s, VIRTIO_NET_F_GUEST_CSUM));
+    } while (done < packet_payload(want));
+}
+
+/*
+ * The stream
+ */
+
+/* A record, parsed to @p as the stream has it, and as it is to @record */
+static void stream_read(const Side *s, int fd, bool vnet_hdr, Packet *p,
+                        Record *record)
+{
+    size_t prefix = vnet_hdr ? 8 : 4, len;
+    uint8_t *header = record->data + prefix;
+
+    read_full(fd, record->data, prefix);
+    len = ldl_be_p(record->data);
+    g_assert_cmpuint(len, >=, s->stream_hdr_len + ETH_HLEN);
+    g_assert_cmpuint(len, <=, sizeof(record->data) - prefix);
+    if (vnet_hdr) {
+        g_assert_cmpuint(ldl_be_p(record->data + 4), ==, s->stream_hdr_len);
+    }
+    read_full(fd, header, len);
+    record->len = prefix + len;
+    header_get(&p->hdr, header, s->stream_hdr_len);
+    p->len = len - s->stream_hdr_len;
+    g_assert_cmpuint(p->len, <=, sizeof(p->data));
+    memcpy(p->data, header + s->stream_hdr_len, p->len);
+    for (size_t i = sizeof(p->hdr); i < s->stream_hdr_len; i++) {
+        g_assert_cmphex(header[i], ==, 0);
+    }
+}
+
+static void stream_write(int fd, const Record *record)
+{
+    for (size_t done = 0; done < record->len;) {
+        ssize_t n = write(fd, record->data + done, record->len - done);
+
+        g_assert_cmpint(n, >, 0);
+        done += n;
+    }
+}
+
+/*
+ * Two sides
+ */
+
+#define BASE (1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_NET_F_MRG_RXBUF)
+#define CSUM (1ull << VIRTIO_NET_F_CSUM | 1ull << VIRTIO_NET_F_GUEST_CSUM)
+#define TSO4 (1ull << VIRTIO_NET_F_HOST_TSO4 | 1ull << VIRTIO_NET_F_GUEST_TSO4)
+#define TSO6 (1ull << VIRTIO_NET_F_HOST_TSO6 | 1ull << VIRTIO_NET_F_GUEST_TSO6)
+#define USO (1ull << VIRTIO_NET_F_HOST_USO | 1ull << VIRTIO_NET_F_GUEST_USO4 | \
+             1ull << VIRTIO_NET_F_GUEST_USO6)
+#define OFFLOADS (CSUM | TSO4 | TSO6 | USO)
+
+static void side_open(Side *s, const char *netdev_opts, const char *nic_opts,
+                      const char *args)
+{
+    g_autofree char *command = NULL;
+    g_autofree char *all_args = g_strconcat(GUEST_MAP_ARGS, args, NULL);
+
+    memset(s, 0, sizeof(*s));
+    fixture_init(&s->f, netdev_opts, nic_opts, all_args);
+    guest_map_ram(&s->f);
+    command = g_strdup_printf("ip link set %s mtu %d txqueuelen 5000",
+                              s->f.ifname, MTU);
+    g_assert_cmpint(system(command), ==, 0);
+    s->host = host_open(s->f.ifname);
+}
+
+static void side_start(Side *s, uint64_t features, uint32_t high)
+{
+    if (s->f.guest.rx) {
+        driver_stop(s);
+    }
+    driver_start(s, features, high);
+    s->stream_hdr_len = s->hdr_len;
+}
+
+static void side_close(Side *s)
+{
+    fixture_close(&s->f);
+    close(s->host);
+}
+
+/* A captures both ways, to its peers "out" (tx) and "in" (rx) ... */
+#define SIDE_A \
+    "-object filter-redirector,id=captx,netdev=n0,outdev=out,queue=tx," \
+    "vnet_hdr_support=on%s " \
+    "-object filter-redirector,id=caprx,netdev=n0,outdev=in,queue=rx," \
+    "vnet_hdr_support=on%s"
+/* ... and B injects both ways, from "in" (tx) and "out" (rx). */
+#define SIDE_B \
+    "-object filter-redirector,id=injtx,netdev=n0,indev=in,queue=tx," \
+    "vnet_hdr_support=on%s " \
+    "-object filter-redirector,id=injrx,netdev=n0,indev=out,queue=rx," \
+    "vnet_hdr_support=on%s"
+
+/* From the host to the guest */
+static void pass_tx(Side *a, Side *b, const Packet *p)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+    size_t done = 0;
+
+    host_write(a->host, p);
+    expect_guest_packet(a, p);
+    if (guest_gets_whole(a, p)) {
+        stream_read(a, a->f.out, true, got, record);
+        packet_assert_equal(got, p);
+        stream_write(b->f.in, record);
+        expect_guest_packet(b, p);
+        return;
+    }
+    /* The kernel cuts it for A before it is captured. */
+    do {
+        size_t len;
+
+        stream_read(a, a->f.out, true, got, record);
+        len = packet_assert_segment(got, p, done,
+                                    guest_has(a, VIRTIO_NET_F_GUEST_CSUM));
+        done += len;
+        stream_write(b->f.in, record);
+        expect_guest_packet(b, got);
+    } while (done < packet_payload(p));
+}
+
+/* From the guest to the host, and across: to another guest */
+static void pass_rx(Side *a, Side *b, const Packet *p)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+
+    if (!guest_can_send(a, p)) {
+        return;
+    }
+    guest_write(a, p);
+    host_read(a->host, got);
+    packet_assert_equal(got, p);
+    stream_read(a, a->f.in, true, got, record);
+    packet_assert_equal(got, p);
+
+    stream_write(b->f.in, record);
+    expect_guest_packet(b, p);
+
+    /* A header that is not there cannot say it. */
+    if (b->stream_hdr_len || p->hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE) {
+        stream_write(b->f.out, record);
+        host_read(b->host, got);
+        if (b->stream_hdr_len || !p->hdr.flags) {
+            packet_assert_equal(got, p);
+        } else {
+            packet_assert_segment(got, p, 0, false);
+        }
+    }
+}
+
+static void pass_shapes(Side *a, Side *b, const char *only)
+{
+    g_autofree Packet *p = g_new(Packet, 1);
+    bool uso = kernel_has_uso();
+
+    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
+        if ((only && !g_pattern_match_simple(only, shapes[i].name)) ||
+            (shapes[i].gso == VIRTIO_NET_HDR_GSO_UDP_L4 && !uso)) {
+            continue;
+        }
+        g_test_message("%s", shapes[i].name);
+        packet_make(p, &shapes[i], i);
+        pass_tx(a, b, p);
+        packet_make(p, &shapes[i], 100 + i);
+        pass_rx(a, b, p);
+    }
+}
+
+static void pair_open(Side *a, Side *b, const char *netdev_opts,
+                      const char *nic_opts, const char *filter_opts)
+{
+    g_autofree char *a_args = g_strdup_printf(SIDE_A, filter_opts,
+                                              filter_opts);
+    g_autofree char *b_args = g_strdup_printf(SIDE_B, filter_opts,
+                                              filter_opts);
+
+    side_open(a, netdev_opts, nic_opts, a_args);
+    side_open(b, netdev_opts, nic_opts, b_args);
+}
+
+static void pair_close(Side *a, Side *b)
+{
+    side_close(a);
+    side_close(b);
+}
+
+static void test_all_offloads(void)
+{
+    Side a, b;
+
+    pair_open(&a, &b, "vhost=on", "", "");
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&b, BASE | OFFLOADS, 0);
+    g_assert_true(vhost_started(&a.f));
+    g_assert_true(vhost_started(&b.f));
+    pass_shapes(&a, &b, NULL);
+    pair_close(&a, &b);
+}
+
+/* A guest or the other has fewer of them, or other ones. */
+static void test_fewer_offloads(void)
+{
+    static const struct {
+        uint64_t a, b;
+    } cases[] = {
+        { OFFLOADS, 0 },
+        { OFFLOADS, CSUM },
+        { OFFLOADS, CSUM | TSO6 },
+        { CSUM | TSO4, OFFLOADS },
+        { CSUM, CSUM },
+        { 0, OFFLOADS },
+        { 0, 0 },
+    };
+    Side a, b;
+
+    pair_open(&a, &b, "vhost=on", "", "");
+    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+        g_test_message("case %d", i);
+        if (!i || cases[i].a != cases[i - 1].a) {
+            side_start(&a, BASE | cases[i].a, 0);
+        }
+        side_start(&b, BASE | cases[i].b, 0);
+        pass_shapes(&a, &b, "TSO*");
+        pass_shapes(&a, &b, "USO*");
+        pass_shapes(&a, &b, "TCP");
+        pass_shapes(&a, &b, "UDP, tagged");
+    }
+    pair_close(&a, &b);
+}
+
+/*
+ * Headers: of each length on either side, changed by reloading the driver
+ */
+
+typedef struct HeaderCase {
+    uint64_t features;
+    uint32_t high;
+    size_t len;
+} HeaderCase;
+
+static void header_start(Side *s, const HeaderCase *hc)
+{
+    side_start(s, hc->features, hc->high);
+    g_assert_cmpuint(s->hdr_len, ==, hc->len);
+}
+
+static void run_headers(const char *netdev_opts, const char *nic_opts,
+                        const char *filter_opts,
+                        const HeaderCase *cases, int n)
+{
+    Side a, b;
+
+    pair_open(&a, &b, netdev_opts, nic_opts, filter_opts);
+    for (int i = 0; i < n * n; i++) {
+        g_test_message("from %zu to %zu bytes", cases[i / n].len,
+                       cases[i % n].len);
+        if (i % n == 0) {
+            header_start(&a, &cases[i / n]);
+        }
+        header_start(&b, &cases[i % n]);
+        pass_shapes(&a, &b, "60 bytes");
+        pass_shapes(&a, &b, "QinQ");
+        pass_shapes(&a, &b, "UDP");
+        pass_shapes(&a, &b, "TSO");
+        pass_shapes(&a, &b, "longest TSO");
+    }
+    pair_close(&a, &b);
+}
+
+/* Without and with mergeable buffers */
+static void test_header_legacy(void)
+{
+    static const HeaderCase cases[] = {
+        { OFFLOADS, 0, 10 },
+        { 1ull << VIRTIO_NET_F_MRG_RXBUF | OFFLOADS, 0, 12 },
+    };
+
+    run_headers("vhost=on", ",disable-modern=on", "", cases,
+                ARRAY_SIZE(cases));
+}
+
+static void test_header_modern(void)
+{
+    static const HeaderCase cases[] = {
+        { 1ull << VIRTIO_F_VERSION_1 | OFFLOADS, 0, 12 },
+        { BASE | OFFLOADS, 0, 12 },
+    };
+
+    run_headers("vhost=on", "", "", cases, ARRAY_SIZE(cases));
+}
+
+/* No kernel's vhost has hash reporting (as of 6.18). */
+static void test_header_hash(void)
+{
+    static const HeaderCase cases[] = {
+        { BASE | OFFLOADS | 1ull << VIRTIO_NET_F_HASH_REPORT, 0, 20 },
+        { BASE | OFFLOADS, 0, 12 },
+    };
+
+    run_headers("vhost=off", ",hash=on", ",packet-socket=on", cases,
+                ARRAY_SIZE(cases));
+}
+
+/* There is no header: what it would say must be done before. */
+static void test_header_none(void)
+{
+    Side a, b;
+
+    /* vhost puts a header of zeroes before a frame, and skips the guest's. */
+    pair_open(&a, &b, "vhost=on,vnet_hdr=off", "", "");
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&b, BASE | OFFLOADS, 0);
+    g_assert_false(guest_has(&a, VIRTIO_NET_F_CSUM));
+    g_assert_true(vhost_started(&a.f));
+    a.stream_hdr_len = b.stream_hdr_len = 0;
+    pass_shapes(&a, &b, "60 bytes");
+    pass_shapes(&a, &b, "QinQ");
+    pass_shapes(&a, &b, "UDP");
+    pass_shapes(&a, &b, "TSO*");
+    pair_close(&a, &b);
+}
+
+/* From one that has a header to one that has none */
+static void test_header_to_none(void)
+{
+    g_autofree char *a_args = g_strdup_printf(SIDE_A, "", "");
+    g_autofree char *b_args = g_strdup_printf(SIDE_B, "", "");
+    Side a, b;
+
+    side_open(&a, "vhost=on", "", a_args);
+    side_open(&b, "vhost=on,vnet_hdr=off", "", b_args);
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&b, BASE | OFFLOADS, 0);
+    b.stream_hdr_len = 0;
+    pass_shapes(&a, &b, "60 bytes");
+    pass_shapes(&a, &b, "QinQ");
+    pass_shapes(&a, &b, "UDP*");
+    pass_shapes(&a, &b, "TCP*");
+    pass_shapes(&a, &b, "TSO*");
+    g_assert_cmpuint(counter(&b.f, "injrx", "inject-skipped-header"), ==, 0);
+    pair_close(&a, &b);
+}
+
+/* The network cannot get a packet whole without a header. */
+static void test_header_to_none_gso(void)
+{
+    static const Shape tso = GSO("TSO", 4, IPPROTO_TCP, TCPV4, 4000);
+    static const Shape plain = PLAIN("plain", 100);
+    g_autofree char *a_args = g_strdup_printf(SIDE_A, "", "");
+    g_autofree char *b_args = g_strdup_printf(SIDE_B, "", "");
+    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+    Side a, b;
+
+    side_open(&a, "vhost=on", "", a_args);
+    side_open(&b, "vhost=on,vnet_hdr=off", "", b_args);
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&b, BASE, 0);
+    packet_make(p, &tso, 1);
+    guest_write(&a, p);
+    stream_read(&a, a.f.in, true, got, record);
+    stream_write(b.f.out, record);
+    packet_make(p, &plain, 2);
+    guest_write(&a, p);
+    stream_read(&a, a.f.in, true, got, record);
+    stream_write(b.f.out, record);
+    host_read(b.host, got);
+    packet_assert_equal(got, p);
+    g_assert_cmpuint(counter(&b.f, "injrx", "inject-skipped-header"), ==, 1);
+    pair_close(&a, &b);
+}
+
+/*
+ * Tags that the kernel has beside the frame: a VLAN interface on the TAP, and
+ * one on that
+ */
+static void test_vlan_device(void)
+{
+    static const Shape inner = PLAIN("inner", 300);
+    static const Shape one = {
+        "one", 304, .tpid = { ETH_P_8021Q }, .tci = { 5 },
+    };
+    static const Shape two = {
+        "two", 308, .tpid = { ETH_P_8021Q, ETH_P_8021Q }, .tci = { 5, 7 },
+    };
+    static const Shape service = {
+        "service", 304, .tpid = { ETH_P_8021AD }, .tci = { 9 },
+    };
+    static const struct {
+        const char *name;
+        const Shape *shape;
+    } devices[] = {
+        { "fidelity.5", &one },
+        { "fidelity.5.7", &two },
+        { "fidelity.9", &service },
+    };
+    g_autofree Packet *p = g_new(Packet, 1), *tagged = g_new(Packet, 1);
+    g_autofree Packet *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+    g_autofree char *command = NULL;
+    Side a, b;
+
+    pair_open(&a, &b, "vhost=on", "", "");
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&b, BASE | OFFLOADS, 0);
+    command = g_strdup_printf(
+        "ip link add link %s name fidelity.5 type vlan id 5 && "
+        "ip link add link fidelity.5 name fidelity.5.7 type vlan id 7 && "
+        "ip link add link %s name fidelity.9 type vlan id 9 protocol 802.1ad",
+        a.f.ifname, a.f.ifname);
+    if (system(command)) {
+        g_test_skip("the kernel has no VLAN devices");
+        pair_close(&a, &b);
+        return;
+    }
+    for (int i = 0; i < ARRAY_SIZE(devices); i++) {
+        set_interface_up(devices[i].name, true);
+    }
+    for (int i = 0; i < ARRAY_SIZE(devices); i++) {
+        size_t at = devices[i].shape->len - inner.len;
+        int fd = host_open(devices[i].name);
+
+        g_test_message("%s", devices[i].name);
+        packet_make(p, &inner, i);
+        packet_make(tagged, devices[i].shape, i);
+        memcpy(tagged->data + ETH_HLEN + at, p->data + ETH_HLEN,
+               p->len - ETH_HLEN);
+        host_write(fd, p);
+        expect_guest_packet(&a, tagged);
+        stream_read(&a, a.f.out, true, got, record);
+        packet_assert_equal(got, tagged);
+        stream_write(b.f.in, record);
+        expect_guest_packet(&b, tagged);
+
+        guest_write(&a, tagged);
+        host_read(fd, got);
+        packet_assert_equal(got, p);
+        stream_read(&a, a.f.in, true, got, record);
+        packet_assert_equal(got, tagged);
+        stream_write(b.f.out, record);
+        host_read(b.host, got);
+        packet_assert_equal(got, tagged);
+        close(fd);
+    }
+    pair_close(&a, &b);
+}
+
+int main(int argc, char **argv)
+{
+    rig_init(&argc, &argv, "filter-redirector-fidelity");
+    rig_add("offloads/all", test_all_offloads);
+    rig_add("offloads/fewer", test_fewer_offloads);
+    rig_add("header/legacy", test_header_legacy);
+    rig_add("header/modern", test_header_modern);
+    rig_add("header/hash-report", test_header_hash);
+    rig_add("header/none", test_header_none);
+    rig_add("header/to-none", test_header_to_none);
+    rig_add("header/to-none-gso", test_header_to_none_gso);
+    rig_add("vlan/device", test_vlan_device);
+    return g_test_run();
+}
