@@ -53,7 +53,8 @@ typedef struct Vm {
 
 static FaultControl *faults;
 
-static int seconds(int quick, int slow)
+/* Of seconds, rounds and so on: few, or with -m slow many */
+static int amount(int quick, int slow)
 {
     return g_test_slow() ? slow : quick;
 }
@@ -165,7 +166,7 @@ static void expect_idle(Vm *vm, const char *what)
     qatomic_set(&vm->monitor_pause, true);
     used = clock_ns(cpu);
     passed = clock_ns(CLOCK_MONOTONIC);
-    g_usleep(seconds(500, 5000) * 1000);
+    g_usleep(amount(500, 5000) * 1000);
     used = clock_ns(cpu) - used;
     passed = clock_ns(CLOCK_MONOTONIC) - passed;
     qatomic_set(&vm->monitor_pause, false);
@@ -452,8 +453,8 @@ static void test_peer_all(void)
     before = memory(&vm);
     monitor_begin(&vm);
 
-    traffic_run(t, seconds(1000, 10000), 4096, true);
-    for (int i = 0; i < seconds(6, 120); i++) {
+    traffic_run(t, amount(1000, 10000), 4096, true);
+    for (int i = 0; i < amount(6, 120); i++) {
         traffic_run(t, 500, 0, true);
         most = MAX(most, memory(&vm));
         g_assert_cmpuint(socket_memory(), <=, BUFFER_SIZE / 3);
@@ -461,7 +462,7 @@ static void test_peer_all(void)
     g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), >, 0);
     traffic_settle(t);
 
-    for (int i = 0; i < seconds(3, 30); i++) {
+    for (int i = 0; i < amount(3, 30); i++) {
         traffic_run(t, 300, 0, true);
         /*
          * So much room that QEMU writes again, all that is staged, of which
@@ -526,7 +527,7 @@ static void test_peer_never(void)
     add_chardev(&vm, "lonely", true);
     add_capture_to(&vm, "lonely", "all");
     monitor_begin(&vm);
-    for (int i = 0; i < seconds(10, 600); i++) {
+    for (int i = 0; i < amount(10, 600); i++) {
         host_send(&vm.f, 0, 500);
         g_assert_cmpuint(socket_memory(), ==, 0);
     }
@@ -543,7 +544,7 @@ static void test_peer_never(void)
 /* QEMU reconnects by itself, again and again. */
 static void test_peer_reconnect(void)
 {
-    const int rounds = seconds(50, 1000);
+    const int rounds = amount(50, 1000);
     uint8_t part[100];
     uint32_t n = 0;
     int listener, fds = 0;
@@ -639,7 +640,7 @@ static void test_interface_down(void)
 
     vm_start(&vm, BOTH);
     guest_begin(&vm);
-    for (int i = 0; i < seconds(5, 20); i++) {
+    for (int i = 0; i < amount(2, 20); i++) {
         set_interface_up(vm.f.ifname, false);
         in_send(&vm.f, 0, 3);
         wait_counter(&vm.f, "inj", "inject-interface-drops", 3 * (i + 1));
@@ -1222,7 +1223,7 @@ static void test_guest_reset(void)
     Vm vm;
 
     vm_start(&vm, CAPTURE "all " INJECT "tx");
-    for (int i = 0; i < seconds(5, 50); i++) {
+    for (int i = 0; i < amount(3, 50); i++) {
         guest_begin(&vm);
         host_send(&vm.f, n, 10);
         expect_out(&vm.f, n, 10);
@@ -1337,7 +1338,7 @@ static void test_guest_vhost_fails(void)
         vm_cont(&vm.f);
         expect_working(&vm);
         guest_stop(&vm.f);
-        skip += g_test_slow() ? 1 : 3;
+        skip += amount(5, 1);
     } while (failed);
     g_test_message("one of %u calls failed", skip);
     vm_quit(&vm);
@@ -1350,7 +1351,7 @@ static void test_guest_ring_errors(void)
     Vm vm;
 
     vm_start(&vm, BOTH);
-    for (int i = 0; i < seconds(6, 60); i++) {
+    for (int i = 0; i < amount(4, 60); i++) {
         static const uint64_t addresses[] = { 1ull << 50, -4096ull, 0 };
         QVirtQueue *queue;
         uint8_t *desc, *avail;
