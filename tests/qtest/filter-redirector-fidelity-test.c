@@ -31,7 +31,9 @@
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qemu/units.h"
+#include "qapi/error.h"
 #include "qobject/qdict.h"
+#include "qobject/qjson.h"
 #include "standard-headers/linux/virtio_config.h"
 #include "standard-headers/linux/virtio_net.h"
 #include "standard-headers/linux/virtio_pci.h"
@@ -52,6 +54,7 @@
 /* Frames that are as long the kernel does not give to an interface whole. */
 #define GSO_MAX_LEN 65536
 #define MSS 1400
+#define TUNNEL_LEN (20 + 8 + 8 + ETH_HLEN)  /* VXLAN over IPv4 */
 
 /* A frame and what its virtio-net header says, in the host's byte order */
 typedef struct Packet {
@@ -512,18 +515,8 @@ static void put_desc(Side *s, QVirtQueue *vq, int index, uint64_t addr,
 static void driver_start(Side *s, uint64_t features, uint32_t high)
 {
     Fixture *f = &s->f;
-    QVirtioPCIDevice *dev = f->dev;
 
-    if (high) {
-        uint64_t common = dev->common_cfg_offset;
-
-        qpci_io_writel(dev->pdev, dev->bar, common +
-                       offsetof(struct virtio_pci_common_cfg,
-                                guest_feature_select), 2);
-        qpci_io_writel(dev->pdev, dev->bar, common +
-                       offsetof(struct virtio_pci_common_cfg, guest_feature),
-                       high);
-    }
+    f->guest.high_features = high;
     guest_start_queues(f, features);
     s->mergeable = guest_has(s, VIRTIO_NET_F_MRG_RXBUF);
     s->hdr_len = high ? sizeof(struct virtio_net_hdr_v1_hash_tunnel) :
@@ -541,7 +534,7 @@ static void driver_start(Side *s, uint64_t features, uint32_t high)
         guest_make_available(&f->guest, f->guest.rx, i);
     }
     s->tx_addr = guest_alloc(&f->alloc, BIG_BUFFER_LEN);
-    qvirtio_set_driver_ok(&dev->vdev);
+    qvirtio_set_driver_ok(&f->dev->vdev);
     guest_notify(f, f->guest.rx);
 }
 
@@ -566,6 +559,12 @@ static void guest_write(Side *s, const Packet *p)
 
     g_assert_cmpuint(s->hdr_len + p->len, <=, BIG_BUFFER_LEN);
     header_put(buf, s->hdr_len, &p->hdr);
+    if (p->hdr.gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL) {
+        struct virtio_net_hdr_v1_hash_tunnel *hdr = (void *)buf;
+
+        hdr->outer_th_offset = cpu_to_le16(ETH_HLEN + 20);
+        hdr->inner_nh_offset = cpu_to_le16(ETH_HLEN + TUNNEL_LEN);
+    }
     memcpy(buf + s->hdr_len, p->data, p->len);
     put_desc(s, tx, 0, s->tx_addr, s->hdr_len + p->len, 0);
     guest_make_available(guest, tx, 0);
@@ -700,8 +699,10 @@ static void stream_read(const Side *s, int fd, bool vnet_hdr, Packet *p,
     p->len = len - s->stream_hdr_len;
     g_assert_cmpuint(p->len, <=, sizeof(p->data));
     memcpy(p->data, header + s->stream_hdr_len, p->len);
-    for (size_t i = sizeof(p->hdr); i < s->stream_hdr_len; i++) {
-        g_assert_cmphex(header[i], ==, 0);
+    if (!(p->hdr.gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL)) {
+        for (size_t i = sizeof(p->hdr); i < s->stream_hdr_len; i++) {
+            g_assert_cmphex(header[i], ==, 0);
+        }
     }
 }
 
@@ -1126,6 +1127,497 @@ static void test_vlan_device(void)
     pair_close(&a, &b);
 }
 
+/*
+ * Offloads that cannot be had in full
+ */
+
+/* Make a UDP packet one that is to be sent in fragments of IP. */
+static void packet_make_ufo(Packet *p, uint32_t number)
+{
+    static const Shape udp = L4("UFO", 4, IPPROTO_UDP, 5000);
+
+    packet_make(p, &udp, number);
+    stw_be_p(p->data + ETH_HLEN + 6, 0);    /* it may be fragmented */
+    stw_be_p(p->data + ETH_HLEN + 10, 0);
+    stw_be_p(p->data + ETH_HLEN + 10, ~sum(p->data + ETH_HLEN, 20, 0));
+    p->hdr.gso_type = VIRTIO_NET_HDR_GSO_UDP;
+    p->hdr.gso_size = 1480;
+    p->hdr.hdr_len = ETH_HLEN + 20 + 8;
+}
+
+/* Fragments, one after the other, that make up @want */
+static void expect_guest_fragments(Side *s, const Packet *want)
+{
+    const size_t headers = ETH_HLEN + 20;
+    g_autofree Packet *got = g_new(Packet, 1);
+    g_autofree Packet *whole = g_new0(Packet, 1);
+    uint8_t *ip = got->data + ETH_HLEN;
+    size_t done = 0, len;
+    uint32_t pseudo;
+    bool more;
+
+    do {
+        guest_read(s, got);
+        g_assert_cmpmem(got->data, ETH_HLEN, want->data, ETH_HLEN);
+        len = got->len - headers;
+        more = lduw_be_p(ip + 6) & 0x2000;
+        g_assert_cmphex(sum(ip, 20, 0), ==, 0xffff);
+        g_assert_cmpuint(lduw_be_p(ip + 2), ==, 20 + len);
+        g_assert_cmphex(lduw_be_p(ip + 4), ==,
+                        lduw_be_p(want->data + ETH_HLEN + 4));
+        g_assert_cmpuint((lduw_be_p(ip + 6) & 0x1fff) * 8, ==, done);
+        g_assert_cmpint(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM, ==, 0);
+        g_assert_cmpuint(len, <=, want->hdr.gso_size);
+        g_assert_cmpuint(headers + done + len, <=, want->len);
+        memcpy(whole->data + headers + done, got->data + headers, len);
+        done += len;
+    } while (more);
+    g_assert_cmpuint(headers + done, ==, want->len);
+    pseudo = sum_pseudo(want->data + ETH_HLEN, done, IPPROTO_UDP);
+    g_assert_cmphex(sum(whole->data + headers, done, pseudo), ==, 0xffff);
+    memcpy(whole->data + headers + 6, want->data + headers + 6, 2);
+    g_assert_cmpmem(whole->data + headers, done, want->data + headers, done);
+}
+
+/*
+ * UFO has gone from the kernel (Linux 4.14).  It cuts what it is given, and
+ * no packet socket tells of what a guest sends: that is counted, and what
+ * comes behind is captured.
+ */
+static void test_ufo(void)
+{
+    static const Shape shape = PLAIN("plain", 100);
+    g_autofree Packet *ufo = g_new(Packet, 1), *plain = g_new(Packet, 1);
+    g_autofree Packet *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+    uint64_t features = BASE | OFFLOADS | 1ull << VIRTIO_NET_F_HOST_UFO |
+                        1ull << VIRTIO_NET_F_GUEST_UFO;
+    Side a, b;
+
+    pair_open(&a, &b, "vhost=on", "", "");
+    side_start(&a, features, 0);
+    side_start(&b, features, 0);
+    if (!guest_has(&a, VIRTIO_NET_F_HOST_UFO)) {
+        g_test_skip("the kernel has no UFO");
+        pair_close(&a, &b);
+        return;
+    }
+    packet_make_ufo(ufo, 1);
+    packet_make(plain, &shape, 2);
+    guest_write(&a, ufo);
+    guest_write(&a, plain);
+    stream_read(&a, a.f.in, true, got, record);
+    packet_assert_equal(got, plain);
+    g_assert_cmpuint(counter(&a.f, "caprx", "capture-skipped-gso"), ==, 1);
+
+    /* To the guest, as another source can send it */
+    record->len = 8 + b.hdr_len + ufo->len;
+    stl_be_p(record->data, b.hdr_len + ufo->len);
+    stl_be_p(record->data + 4, b.hdr_len);
+    header_put(record->data + 8, b.hdr_len, &ufo->hdr);
+    memcpy(record->data + 8 + b.hdr_len, ufo->data, ufo->len);
+    stream_write(b.f.in, record);
+    expect_guest_fragments(&b, ufo);
+    pair_close(&a, &b);
+}
+
+/*
+ * Frames in a UDP tunnel: VXLAN, around a packet of TCP that is to be cut
+ */
+
+#define TUNNEL_FEATURES (1u << (VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO - 64) | \
+                         1u << (VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO - 64))
+
+static uint32_t device_high_features(Side *s)
+{
+    QVirtioPCIDevice *dev = s->f.dev;
+    uint64_t common = dev->common_cfg_offset;
+
+    qpci_io_writel(dev->pdev, dev->bar, common +
+                   offsetof(struct virtio_pci_common_cfg,
+                            device_feature_select), 2);
+    return qpci_io_readl(dev->pdev, dev->bar, common +
+                         offsetof(struct virtio_pci_common_cfg,
+                                  device_feature));
+}
+
+static void packet_make_tunnel(Packet *p, uint32_t number)
+{
+    static const Shape tso = GSO("TSO", 4, IPPROTO_TCP, TCPV4, 4000);
+    uint8_t *ip = p->data + ETH_HLEN;
+
+    packet_make(p, &tso, number);
+    memmove(ip + TUNNEL_LEN, ip, p->len - ETH_HLEN);
+    memcpy(ip + TUNNEL_LEN - ETH_HLEN, p->data, ETH_HLEN);
+    p->len += TUNNEL_LEN;
+    put_ip(ip, 4, IPPROTO_UDP, p->len - ETH_HLEN - 20, number);
+    memset(ip + 20, 0, 16);
+    stw_be_p(ip + 20, 50000);
+    stw_be_p(ip + 22, 4789);
+    stw_be_p(ip + 24, p->len - ETH_HLEN - 20);
+    ip[28] = 8;                 /* VXLAN: there is an identifier */
+    ip[34] = 42;
+    p->hdr.csum_start += TUNNEL_LEN;
+    p->hdr.hdr_len += TUNNEL_LEN;
+    p->hdr.gso_type |= VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4;
+}
+
+/* What makes up @want, with all headers around each piece */
+static void expect_guest_tunnel(Side *s, const Packet *want)
+{
+    const size_t headers = ETH_HLEN + TUNNEL_LEN + 20 + 32;
+    g_autofree Packet *got = g_new(Packet, 1);
+
+    for (size_t done = 0; done < want->len - headers;) {
+        size_t len = MIN(want->len - headers - done, MSS);
+
+        guest_read(s, got);
+        g_assert_cmpint(got->hdr.gso_type, ==, VIRTIO_NET_HDR_GSO_NONE);
+        g_assert_cmpuint(got->len, ==, headers + len);
+        g_assert_cmpuint(lduw_be_p(got->data + ETH_HLEN + 2), ==,
+                         got->len - ETH_HLEN);
+        g_assert_cmpuint(lduw_be_p(got->data + ETH_HLEN + 24), ==,
+                         got->len - ETH_HLEN - 20);
+        g_assert_cmpuint(lduw_be_p(got->data + ETH_HLEN + TUNNEL_LEN + 2), ==,
+                         got->len - ETH_HLEN - TUNNEL_LEN);
+        g_assert_cmpmem(got->data + headers, len,
+                        want->data + headers + done, len);
+        done += len;
+    }
+}
+
+static void run_tunnel(const char *netdev_opts, const char *filter_opts)
+{
+    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+    struct virtio_net_hdr_v1_hash_tunnel *hdr;
+    Side a, b;
+
+    pair_open(&a, &b, netdev_opts, "", filter_opts);
+    if ((device_high_features(&a) & TUNNEL_FEATURES) != TUNNEL_FEATURES) {
+        g_test_skip("needs the offloads of UDP tunnels of Linux 6.17");
+        pair_close(&a, &b);
+        return;
+    }
+    for (int i = 0; i < 4; i++) {
+        side_start(&a, BASE | OFFLOADS, i & 2 ? 0 : TUNNEL_FEATURES);
+        side_start(&b, BASE | OFFLOADS, i & 1 ? 0 : TUNNEL_FEATURES);
+        g_test_message("from %zu to %zu bytes", a.hdr_len, b.hdr_len);
+        pass_shapes(&a, &b, "60 bytes");
+        pass_shapes(&a, &b, "QinQ");
+        pass_shapes(&a, &b, "UDP");
+        pass_shapes(&a, &b, "TSO*");
+        if (i & 2) {
+            continue;
+        }
+        packet_make_tunnel(p, i);
+        guest_write(&a, p);
+        host_read(a.host, got);
+        g_assert_cmpmem(got->data, got->len, p->data, p->len);
+        stream_read(&a, a.f.in, true, got, record);
+        packet_assert_equal(got, p);
+        hdr = (void *)(record->data + 8);
+        g_assert_cmpuint(le16_to_cpu(hdr->outer_th_offset), ==, ETH_HLEN + 20);
+        g_assert_cmpuint(le16_to_cpu(hdr->inner_nh_offset), ==,
+                         ETH_HLEN + TUNNEL_LEN);
+        stream_write(b.f.in, record);
+        expect_guest_tunnel(&b, p);
+        if (b.hdr_len == a.hdr_len) {
+            stream_write(b.f.out, record);
+            host_read(b.host, got);
+            g_assert_cmpmem(got->data, got->len, p->data, p->len);
+        }
+    }
+    pair_close(&a, &b);
+}
+
+static void test_header_tunnel(void)
+{
+    run_tunnel("vhost=on", "");
+}
+
+static void test_header_tunnel_no_vhost(void)
+{
+    run_tunnel("vhost=off", ",packet-socket=on");
+}
+
+/*
+ * Order: packets that are read and sent in different ways do not overtake
+ */
+
+static const Shape *mixed_shape(uint32_t number)
+{
+    static const char *const names[] = {
+        "60 bytes", "just over a slot of the ring", "TSO", "odd", "UDP",
+        "jumbo", "tag", "TSO over IPv6", "full", "TCP, empty", "TSO, tagged",
+    };
+    uint32_t x = (number * 2654435761u >> 16) % ARRAY_SIZE(names);
+
+    for (int i = 0; ; i++) {
+        if (g_str_equal(shapes[i].name, names[x])) {
+            return &shapes[i];
+        }
+    }
+}
+
+static void run_order(uint64_t b_features)
+{
+    const uint32_t rounds = 12, burst = 40;
+    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    g_autofree Record *records = g_new(Record, burst);
+    Side a, b;
+
+    pair_open(&a, &b, "vhost=on", "", "");
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&b, b_features, 0);
+    for (uint32_t n = 0; n < rounds * burst; n += burst) {
+        for (uint32_t i = 0; i < burst; i++) {
+            packet_make(p, mixed_shape(n + i), n + i);
+            host_write(a.host, p);
+        }
+        for (uint32_t i = 0; i < burst; i++) {
+            packet_make(p, mixed_shape(n + i), n + i);
+            stream_read(&a, a.f.out, true, got, &records[i]);
+            packet_assert_equal(got, p);
+            expect_guest_packet(&a, p);
+        }
+        for (uint32_t i = 0; i < burst; i++) {
+            stream_write(b.f.in, &records[i]);
+        }
+        for (uint32_t i = 0; i < burst; i++) {
+            packet_make(p, mixed_shape(n + i), n + i);
+            expect_guest_packet(&b, p);
+        }
+        /* And the other direction */
+        for (uint32_t i = 0; i < burst; i++) {
+            packet_make(p, mixed_shape(n + i), n + i);
+            guest_write(&a, p);
+        }
+        for (uint32_t i = 0; i < burst; i++) {
+            packet_make(p, mixed_shape(n + i), n + i);
+            stream_read(&a, a.f.in, true, got, &records[i]);
+            packet_assert_equal(got, p);
+            host_read(a.host, got);
+            packet_assert_equal(got, p);
+        }
+        for (uint32_t i = 0; i < burst; i++) {
+            stream_write(b.f.out, &records[i]);
+        }
+        for (uint32_t i = 0; i < burst; i++) {
+            packet_make(p, mixed_shape(n + i), n + i);
+            host_read(b.host, got);
+            packet_assert_equal(got, p);
+        }
+    }
+    pair_close(&a, &b);
+}
+
+static void test_order(void)
+{
+    run_order(BASE | OFFLOADS);
+}
+
+/* Some go as they are, and some in segments. */
+static void test_order_segments(void)
+{
+    run_order(BASE);
+}
+
+/*
+ * Interoperation: each that writes the stream with each that reads it
+ */
+
+static void add_filter(Side *s, const char *type, const char *id,
+                       const char *chardev, const char *queue, bool vnet_hdr,
+                       const char *opts)
+{
+    g_autofree char *args = g_strdup_printf(
+        "{'qom-type': '%s', 'id': '%s', 'netdev': 'n0', '%s': '%s',"
+        " 'queue': '%s', 'vnet_hdr_support': %s%s}", type, id,
+        g_str_equal(id, "cap") ? "outdev" : "indev", chardev, queue,
+        vnet_hdr ? "true" : "false", opts);
+
+    qtest_qmp_assert_success(s->f.qts, "{'execute': 'object-add',"
+                             " 'arguments': %p}",
+                             qobject_from_json(args, &error_abort));
+}
+
+typedef struct StreamEnd {
+    const char *name;
+    bool vhost;
+    const char *type;
+    const char *opts;
+    bool takes;                 /* the packets, so that they go nowhere else */
+} StreamEnd;
+
+static void run_streams(Side *a, const StreamEnd *from, Side *b,
+                        const StreamEnd *to, bool rx, bool vnet_hdr)
+{
+    static const char *const names[] = {
+        "odd", "tag", "UDP over IPv6", "longest TSO", "60 bytes",
+    };
+    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+
+    g_test_message("%s to %s, %s, vnet_hdr_support=%s", from->name, to->name,
+                   rx ? "rx" : "tx", vnet_hdr ? "on" : "off");
+    add_filter(a, from->type, "cap", "out", rx ? "rx" : "tx", vnet_hdr,
+               from->opts);
+    add_filter(b, to->type, "inj", "in", rx ? "rx" : "tx", vnet_hdr,
+               to->opts);
+    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
+        for (int j = 0; j < ARRAY_SIZE(names); j++) {
+            if (!g_str_equal(shapes[i].name, names[j])) {
+                continue;
+            }
+            packet_make(p, &shapes[i], i);
+            if (rx) {
+                guest_write(a, p);
+            } else {
+                host_write(a->host, p);
+            }
+            stream_read(a, a->f.out, vnet_hdr, got, record);
+            packet_assert_equal(got, p);
+            stream_write(b->f.in, record);
+            if (rx) {
+                host_read(b->host, got);
+                packet_assert_equal(got, p);
+            } else {
+                expect_guest_packet(b, p);
+            }
+            if (!from->takes && rx) {
+                host_read(a->host, got);
+                packet_assert_equal(got, p);
+            } else if (!from->takes) {
+                expect_guest_packet(a, p);
+            }
+        }
+    }
+    del_object(&a->f, "cap");
+    del_object(&b->f, "inj");
+}
+
+static void test_streams(void)
+{
+    static const StreamEnd from[] = {
+        { "redirector", true, "filter-redirector", "" },
+        { "mirror", true, "filter-mirror", "" },
+        { "redirector without vhost", false, "filter-redirector",
+          ", 'packet-socket': 'on'" },
+        { "redirector on the chain", false, "filter-redirector", "", true },
+        { "mirror on the chain", false, "filter-mirror", "" },
+    };
+    static const StreamEnd to[] = {
+        { "redirector", true, "filter-redirector", "" },
+        { "redirector on the chain", false, "filter-redirector", "" },
+    };
+    Side a[2], b[2];            /* without and with vhost */
+
+    for (int i = 0; i < 2; i++) {
+        const char *opts = i ? "vhost=on" : "vhost=off";
+
+        side_open(&a[i], opts, "", "");
+        side_open(&b[i], opts, "", "");
+        side_start(&a[i], BASE | OFFLOADS, 0);
+        side_start(&b[i], BASE | OFFLOADS, 0);
+    }
+    for (int i = 0; i < ARRAY_SIZE(from); i++) {
+        for (int j = 0; j < ARRAY_SIZE(to); j++) {
+            for (int k = 0; k < 4; k++) {
+                run_streams(&a[from[i].vhost], &from[i],
+                            &b[to[j].vhost], &to[j], k & 1, k & 2);
+            }
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        pair_close(&a[i], &b[i]);
+    }
+}
+
+/*
+ * colo-compare gets the same packets from two guests, and lets one copy pass:
+ * it is as it came, and a redirector takes it.
+ */
+static void run_colo(Side *primary, Side *secondary, Side *b, bool vnet_hdr)
+{
+    static const char *const names[] = { "odd", "UDP", "UDP over IPv6" };
+    static const char *const chardevs[] = { "pri", "sec", "out" };
+    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    g_autofree Record *first = g_new(Record, 1), *second = g_new(Record, 1);
+    Fixture colo = { };
+    int fds[3];
+
+    colo.dir = g_dir_make_tmp("filter-redirector-colo-XXXXXX", NULL);
+    g_assert_nonnull(colo.dir);
+    colo.qts = qtest_initf(
+        "-nodefaults -machine none -object iothread,id=io "
+        "-chardev socket,id=pri,path=%s/pri,server=on,wait=off "
+        "-chardev socket,id=sec,path=%s/sec,server=on,wait=off "
+        "-chardev socket,id=out,path=%s/out,server=on,wait=off "
+        "-object colo-compare,id=cmp,primary_in=pri,secondary_in=sec,"
+        "outdev=out,iothread=io,vnet_hdr_support=%s",
+        colo.dir, colo.dir, colo.dir, vnet_hdr ? "on" : "off");
+    for (int i = 0; i < ARRAY_SIZE(chardevs); i++) {
+        fds[i] = connect_to(&colo, chardevs[i]);
+        expect_connected(&colo, chardevs[i], true);
+    }
+    add_filter(primary, "filter-redirector", "cap", "out", "rx", vnet_hdr, "");
+    add_filter(secondary, "filter-redirector", "cap", "out", "rx", vnet_hdr,
+               "");
+    add_filter(b, "filter-redirector", "inj", "in", "rx", vnet_hdr, "");
+    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
+        for (int j = 0; j < ARRAY_SIZE(names); j++) {
+            if (!g_str_equal(shapes[i].name, names[j])) {
+                continue;
+            }
+            g_test_message("%s, vnet_hdr_support=%s", names[j],
+                           vnet_hdr ? "on" : "off");
+            packet_make(p, &shapes[i], i);
+            guest_write(primary, p);
+            guest_write(secondary, p);
+            stream_read(primary, primary->f.out, vnet_hdr, got, first);
+            stream_read(secondary, secondary->f.out, vnet_hdr, got, second);
+            stream_write(fds[0], first);
+            stream_write(fds[1], second);
+            stream_read(primary, fds[2], vnet_hdr, got, second);
+            g_assert_cmpmem(second->data, second->len,
+                            first->data, first->len);
+            stream_write(b->f.in, second);
+            host_read(b->host, got);
+            packet_assert_equal(got, p);
+            host_read(primary->host, got);
+        }
+    }
+    del_object(&primary->f, "cap");
+    del_object(&secondary->f, "cap");
+    del_object(&b->f, "inj");
+    qtest_quit(colo.qts);
+    for (int i = 0; i < ARRAY_SIZE(chardevs); i++) {
+        g_autofree char *path = g_build_filename(colo.dir, chardevs[i], NULL);
+
+        close(fds[i]);
+        unlink(path);
+    }
+    rmdir(colo.dir);
+    g_free(colo.dir);
+}
+
+static void test_colo_compare(void)
+{
+    Side a, secondary, b;
+
+    side_open(&a, "vhost=on", "", "");
+    side_open(&secondary, "vhost=off", "", "");
+    side_open(&b, "vhost=on", "", "");
+    side_start(&a, BASE | OFFLOADS, 0);
+    side_start(&secondary, BASE | OFFLOADS, 0);
+    side_start(&b, BASE | OFFLOADS, 0);
+    run_colo(&a, &secondary, &b, true);
+    run_colo(&a, &secondary, &b, false);
+    pair_close(&a, &b);
+    side_close(&secondary);
+}
+
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-redirector-fidelity");
@@ -1138,5 +1630,12 @@ int main(int argc, char **argv)
     rig_add("header/to-none", test_header_to_none);
     rig_add("header/to-none-gso", test_header_to_none_gso);
     rig_add("vlan/device", test_vlan_device);
+    rig_add("header/tunnel", test_header_tunnel);
+    rig_add("header/tunnel-no-vhost", test_header_tunnel_no_vhost);
+    rig_add("offloads/ufo", test_ufo);
+    rig_add("order/whole", test_order);
+    rig_add("order/segments", test_order_segments);
+    rig_add("streams/each-with-each", test_streams);
+    rig_add("streams/colo-compare", test_colo_compare);
     return g_test_run();
 }

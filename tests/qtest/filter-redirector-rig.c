@@ -284,6 +284,18 @@ void guest_start_queues(Fixture *f, uint64_t features)
     QVirtioDevice *vdev = &f->dev->vdev;
 
     qvirtio_start_device(vdev);
+    if (f->guest.high_features) {
+        QVirtioPCIDevice *dev = f->dev;
+        uint64_t common = dev->common_cfg_offset;
+
+        /* libqos knows 64 of them, and ends the negotiation after these. */
+        qpci_io_writel(dev->pdev, dev->bar, common +
+                       offsetof(struct virtio_pci_common_cfg,
+                                guest_feature_select), 2);
+        qpci_io_writel(dev->pdev, dev->bar, common +
+                       offsetof(struct virtio_pci_common_cfg, guest_feature),
+                       f->guest.high_features);
+    }
     qvirtio_set_features(vdev, qvirtio_get_features(vdev) & features);
     f->guest.rx = guest_setup_queue(f, 0);
     f->guest.tx = guest_setup_queue(f, 1);

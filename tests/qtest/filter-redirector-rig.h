@@ -33,6 +33,7 @@ typedef struct Guest {
     QVirtQueue *rx;
     QVirtQueue *tx;
     uint64_t buffer[RING_LEN];
+    uint32_t high_features;     /* from bit 64 on, for the driver's start */
     uint8_t *ram;   /* see guest_map() */
     uint32_t tx_head;
 } Guest;
