@@ -175,6 +175,7 @@ struct FilterTapEndpoints {
     bool running;
     VMChangeStateEntry *vm_state;
     VMChangeStateEntry *vm_state_last;
+    Notifier wakeup;
     FilterTapStats stats;
 
     /* capture */
@@ -191,6 +192,7 @@ struct FilterTapEndpoints {
     bool capture_polled;
     bool tap_paused;
     bool interface_lost;
+    bool failing;               /* to read from the packet socket */
     uint64_t kernel_drops_seen;
     uint64_t tx_dropped;
     uint32_t tx_dropped_seen;
@@ -413,16 +415,22 @@ static bool filter_tap_capture_one(FilterTapEndpoints *ep)
     ssize_t len;
 
     len = packet_socket_recv(ep->capture, &hdr, frame, room - hdr_len);
+    if (len < 0 && len != -EMSGSIZE && len != -EINVAL) {
+        /* The kernel tells once that it is down; there may be more behind. */
+        bool again = len == -ENETDOWN && !ep->failing;
+
+        ep->failing = len != -EAGAIN;
+        if (ep->failing) {
+            filter_tap_capture_error(ep, -len);
+        }
+        return again;
+    }
+    ep->failing = false;
     if (len == -EMSGSIZE) {
         ep->stats.capture_skipped_oversize++;
     } else if (len == -EINVAL) {
         /* The kernel cannot say it in a header, and has dropped it. */
         ep->stats.capture_skipped_gso++;
-    } else if (len < 0) {
-        if (len != -EAGAIN) {
-            filter_tap_capture_error(ep, -len);
-        }
-        return len == -ENETDOWN;
     } else if (len == ep->echo_len && !memcmp(frame, ep->echo, len)) {
         ep->echo_len = 0;
     } else if (ep->sink) {
@@ -501,6 +509,7 @@ static void filter_tap_look_readable(void *opaque)
                              QLIST_FIRST(&filter_tap_list);
     unsigned frames = 0;
     size_t bytes = 0;
+    bool failing = false;
     int64_t wait;
 
     for (unsigned i = 0; i < filter_tap_look.endpoints &&
@@ -512,6 +521,7 @@ static void filter_tap_look_readable(void *opaque)
                                          CAPTURE_BATCH_BYTES - bytes, &turn);
             filter_tap_flush(ep);
             bytes += turn;
+            failing |= ep->failing;
         }
         ep = QLIST_NEXT(ep, next) ?: QLIST_FIRST(&filter_tap_list);
     }
@@ -519,6 +529,9 @@ static void filter_tap_look_readable(void *opaque)
     wait = frame_pace(&filter_tap_look.pace, now, frames, bytes);
     if (frames >= CAPTURE_BATCH || bytes >= CAPTURE_BATCH_BYTES) {
         wait = 1;       /* there may be more, but others get their turn */
+    }
+    if (failing) {
+        wait = LOOK_MAX_NS;     /* the socket may be readable all the time */
     }
     filter_tap_look_set_timer(wait);
     QLIST_FOREACH(ep, &filter_tap_list, next) {
@@ -1075,6 +1088,12 @@ static void filter_tap_vm_state(void *opaque, bool running, RunState state)
     filter_tap_update(ep);
 }
 
+/* After S3, during which nothing goes to the network */
+static void filter_tap_wakeup(Notifier *notifier, void *opaque)
+{
+    filter_tap_update(container_of(notifier, FilterTapEndpoints, wakeup));
+}
+
 /* At a stop net.c comes behind, empties the queues, and has the TAP read. */
 static void filter_tap_vm_state_last(void *opaque, bool running,
                                      RunState state)
@@ -1337,6 +1356,8 @@ static void filter_tap_start(FilterTapEndpoints *ep)
                                  filter_tap_in_read, filter_tap_in_event,
                                  NULL, ep, NULL, true);
     }
+    ep->wakeup.notify = filter_tap_wakeup;
+    qemu_register_wakeup_notifier(&ep->wakeup);
     ep->vm_state = qemu_add_vm_change_state_handler(filter_tap_vm_state, ep);
     ep->vm_state_last =
         qemu_add_vm_change_state_handler_prio(filter_tap_vm_state_last, ep,
@@ -1479,6 +1500,7 @@ void filter_tap_cleanup(FilterTap *ft)
     }
     filter_tap_remove(ep);
     filter_tap_update_tap(ep);
+    notifier_remove(&ep->wakeup);
     qemu_del_vm_change_state_handler(ep->vm_state);
     qemu_del_vm_change_state_handler(ep->vm_state_last);
     if (ep->chr_in) {

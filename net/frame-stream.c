@@ -193,13 +193,18 @@ static gboolean frame_writer_writable(void *do_not_use, GIOCondition cond,
     return G_SOURCE_REMOVE;
 }
 
+static void frame_writer_retry_later(FrameWriter *fw)
+{
+    timer_mod(fw->retry, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                         FRAME_WRITER_RETRY_MS);
+}
+
 static void frame_writer_wait(FrameWriter *fw)
 {
     fw->watch = qemu_chr_fe_add_watch(fw->chr, G_IO_OUT | G_IO_HUP,
                                       frame_writer_writable, fw);
     if (!fw->watch) {
-        timer_mod(fw->retry, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-                             FRAME_WRITER_RETRY_MS);
+        frame_writer_retry_later(fw);
     }
 }
 
@@ -224,7 +229,12 @@ int frame_writer_flush(FrameWriter *fw)
             return 0;
         }
         if (ret <= 0) {
-            return ret < 0 ? -errno : -EIO;
+            int err = ret < 0 ? -errno : -EIO;
+
+            if (qemu_chr_fe_backend_open(fw->chr)) {
+                frame_writer_retry_later(fw);
+            }
+            return err;
         }
         frame_writer_advance(fw, ret);
     }
