@@ -1,0 +1,906 @@
+/*
+ * QTest testcase for netfilters that make virtio-net leave vhost
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * While packets go both ways, filters that need the packets to pass through
+ * QEMU come, go, and are switched on and off.  Each frame belongs to a flow,
+ * and has a number in it; each must arrive once, and in order within its flow.
+ *
+ * The traffic is made by two threads: one is the host, the other the guest,
+ * with a driver in mapped memory.  The main thread talks to the monitor only.
+ */
+
+#include "qemu/osdep.h"
+#include <sys/socket.h>
+#include <linux/if_packet.h>
+#include <linux/if_ether.h>
+#include "filter-redirector-rig.h"
+#include "libqos/virtio.h"
+#include "qemu/atomic.h"
+#include "qemu/bswap.h"
+#include "qobject/qdict.h"
+#include "qobject/qjson.h"
+#include "standard-headers/linux/virtio_config.h"
+#include "standard-headers/linux/virtio_net.h"
+#include "standard-headers/linux/virtio_ring.h"
+
+#define NIC_PATH "/machine/peripheral/nic/virtio-backend"
+
+/* Ethernet, IPv4 and UDP; the number comes behind. */
+#define NUMBER_AT (14 + 20 + 8)
+#define HEADER 12               /* of virtio-net */
+#define FLOWS 4
+#define MAX_PAIRS 2
+
+/* So few that the TAP's queue never overflows */
+#define IN_FLIGHT 150
+
+/* Frames each way between two switches */
+#define BETWEEN 30
+
+static int rounds(int quick, int slow)
+{
+    return g_test_slow() ? slow : quick;
+}
+
+/* A ring of a driver in mapped memory, as simple as it can be */
+typedef struct Ring {
+    QVirtQueue *vq;
+    uint64_t buffer[RING_LEN];
+    uint64_t table[RING_LEN];   /* indirect descriptors */
+    uint16_t added;
+    uint16_t kicked;
+    uint16_t used;
+} Ring;
+
+/* One way */
+typedef struct Way {
+    uint32_t sent[FLOWS];       /* atomic, like the next one */
+    uint32_t received[FLOWS];
+} Way;
+
+typedef struct Load {
+    Fixture f;
+    uint64_t features;
+    unsigned pairs;
+    Ring rx[MAX_PAIRS];
+    Ring tx[MAX_PAIRS];
+    int host;
+    Way to_guest;
+    Way to_host;
+    GThread *host_thread;
+    GThread *guest_thread;
+    bool guest_takes;           /* atomic, like the next one */
+    bool quit;
+} Load;
+
+static uint32_t way_total(uint32_t *count)
+{
+    uint32_t total = 0;
+
+    for (int i = 0; i < FLOWS; i++) {
+        total += qatomic_read(&count[i]);
+    }
+    return total;
+}
+
+static bool way_may_send(Way *way)
+{
+    return way_total(way->sent) - way_total(way->received) < IN_FLIGHT;
+}
+
+static void way_frame(Way *way, unsigned flow, uint8_t *frame, bool from_guest)
+{
+    static const uint8_t head[] = {
+        0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 0x02, 0, 0, 0, 0, 1, 0x08, 0x00,
+        0x45, 0x00, 0x00, FRAME_LEN - 14, 0, 0, 0, 0, 64, IPPROTO_UDP, 0, 0,
+        192, 0, 2, 1, 192, 0, 2, 2,
+        0, 0, 0x10, 0x00, 0x00, FRAME_LEN - 34, 0, 0,
+    };
+
+    memset(frame, 0, FRAME_LEN);
+    memcpy(frame, head, sizeof(head));
+    stw_be_p(frame + 34, (from_guest ? 2000 : 1000) + flow);
+    stl_be_p(frame + NUMBER_AT, qatomic_read(&way->sent[flow]));
+}
+
+static void way_sent(Way *way, unsigned flow)
+{
+    qatomic_set(&way->sent[flow], way->sent[flow] + 1);
+}
+
+static void way_arrived(Way *way, const uint8_t *frame, bool from_guest)
+{
+    unsigned flow = lduw_be_p(frame + 34) - (from_guest ? 2000 : 1000);
+
+    g_assert_cmpuint(flow, <, FLOWS);
+    g_assert_cmpuint(ldl_be_p(frame + NUMBER_AT), ==, way->received[flow]);
+    qatomic_set(&way->received[flow], way->received[flow] + 1);
+}
+
+/* Wait until @count more frames have arrived. */
+static void way_wait(Way *way, uint32_t count)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint32_t before = way_total(way->received);
+
+    while (way_total(way->received) - before < count) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        g_usleep(200);
+    }
+}
+
+/* The host */
+
+static int host_open(const char *ifname)
+{
+    struct sockaddr_ll addr = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons(ETH_P_IP),
+        .sll_ifindex = if_nametoindex(ifname),
+    };
+    int fd = socket(AF_PACKET, SOCK_RAW, 0);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    return fd;
+}
+
+static void host_receive(Load *l)
+{
+    uint8_t frame[BUFFER_LEN];
+    struct sockaddr_ll from;
+    socklen_t len = sizeof(from);
+
+    while (recvfrom(l->host, frame, sizeof(frame), MSG_DONTWAIT,
+                    (struct sockaddr *)&from, &len) > 0) {
+        if (from.sll_pkttype != PACKET_OUTGOING) {
+            way_arrived(&l->to_host, frame, true);
+        }
+        len = sizeof(from);
+    }
+}
+
+static void *host_thread(void *opaque)
+{
+    Load *l = opaque;
+    uint8_t frame[FRAME_LEN];
+
+    for (unsigned i = 0; !qatomic_read(&l->quit); i++) {
+        host_receive(l);
+        if (way_may_send(&l->to_guest)) {
+            way_frame(&l->to_guest, i % FLOWS, frame, false);
+            g_assert_cmpint(send(l->host, frame, FRAME_LEN, 0), ==, FRAME_LEN);
+            way_sent(&l->to_guest, i % FLOWS);
+        } else {
+            g_usleep(100);
+        }
+    }
+    return NULL;
+}
+
+/* The guest */
+
+static bool ring_event_idx(Load *l)
+{
+    return l->features & 1ull << VIRTIO_RING_F_EVENT_IDX;
+}
+
+/* What else it shall look at is told the device by a write to memory. */
+static void ring_kick(Load *l, Ring *r)
+{
+    QVirtQueue *vq = r->vq;
+    uint16_t *avail_event = (void *)(l->f.guest.ram + vq->used + 4 +
+                                     8 * vq->size);
+    bool kick;
+
+    if (!ring_event_idx(l)) {
+        guest_notify(&l->f, vq);
+        return;
+    }
+    smp_mb();
+    kick = vring_need_event(le16_to_cpu(qatomic_read(avail_event)), r->added,
+                            r->kicked);
+    r->kicked = r->added;
+    if (kick) {
+        l->f.dev->vdev.bus->virtqueue_kick(&l->f.dev->vdev, vq);
+    }
+}
+
+static void ring_add(Load *l, Ring *r, uint16_t head)
+{
+    guest_make_available(&l->f.guest, r->vq, head);
+    r->added++;
+}
+
+static struct vring_desc *ring_desc(Load *l, Ring *r, uint16_t head)
+{
+    return (struct vring_desc *)(l->f.guest.ram + r->vq->desc) + head;
+}
+
+static void ring_init(Load *l, Ring *r, QVirtQueue *vq)
+{
+    r->vq = vq;
+    r->added = r->kicked = r->used = 0;
+    g_assert_cmpuint(vq->size, ==, RING_LEN);
+    for (int i = 0; i < RING_LEN; i++) {
+        if (!r->buffer[i]) {
+            r->buffer[i] = guest_alloc(&l->f.alloc, BUFFER_LEN);
+            r->table[i] = guest_alloc(&l->f.alloc, 2 * sizeof(struct vring_desc));
+        }
+    }
+}
+
+static void rx_init(Load *l, Ring *r, QVirtQueue *vq)
+{
+    ring_init(l, r, vq);
+    for (int i = 0; i < RING_LEN; i++) {
+        struct vring_desc *desc = ring_desc(l, r, i);
+
+        desc->addr = cpu_to_le64(r->buffer[i]);
+        desc->len = cpu_to_le32(BUFFER_LEN);
+        desc->flags = cpu_to_le16(VRING_DESC_F_WRITE);
+    }
+}
+
+static void rx_post(Load *l, Ring *r)
+{
+    for (int i = 0; i < RING_LEN; i++) {
+        ring_add(l, r, i);
+    }
+    ring_kick(l, r);
+}
+
+/* Header and frame: two descriptors, or an indirect one for both */
+static void tx_init(Load *l, Ring *r, QVirtQueue *vq)
+{
+    bool indirect = l->features & 1ull << VIRTIO_RING_F_INDIRECT_DESC;
+
+    ring_init(l, r, vq);
+    for (int i = 0; i < RING_LEN; i += 2) {
+        struct vring_desc *desc = ring_desc(l, r, i);
+
+        if (indirect) {
+            desc->addr = cpu_to_le64(r->table[i]);
+            desc->len = cpu_to_le32(2 * sizeof(*desc));
+            desc->flags = cpu_to_le16(VRING_DESC_F_INDIRECT);
+            desc = (void *)(l->f.guest.ram + r->table[i]);
+        }
+        desc[0].addr = cpu_to_le64(r->buffer[i]);
+        desc[0].len = cpu_to_le32(HEADER);
+        desc[0].flags = cpu_to_le16(VRING_DESC_F_NEXT);
+        desc[0].next = cpu_to_le16(indirect ? 1 : i + 1);
+        desc[1].addr = cpu_to_le64(r->buffer[i] + HEADER);
+        desc[1].len = cpu_to_le32(FRAME_LEN);
+        desc[1].flags = 0;
+    }
+}
+
+static unsigned ring_take(Load *l, Ring *r)
+{
+    struct vring_used *used = (void *)(l->f.guest.ram + r->vq->used);
+    uint16_t idx = guest_used_idx(&l->f.guest, r->vq);
+    unsigned count = (uint16_t)(idx - r->used);
+
+    for (; r->used != idx; r->used++) {
+        unsigned at = r->used % RING_LEN;
+        uint32_t head = le32_to_cpu(used->ring[at].id);
+
+        if (r >= l->rx && r < l->rx + MAX_PAIRS) {
+            way_arrived(&l->to_guest,
+                        l->f.guest.ram + r->buffer[head] + HEADER, false);
+            ring_add(l, r, head);
+        }
+    }
+    return count;
+}
+
+static void guest_receive(Load *l)
+{
+    for (int i = 0; i < l->pairs; i++) {
+        if (ring_take(l, &l->rx[i])) {
+            ring_kick(l, &l->rx[i]);
+        }
+    }
+}
+
+/* Each flow has its queue; some frames at a time */
+static void guest_transmit(Load *l, unsigned flow)
+{
+    Ring *r = &l->tx[flow % l->pairs];
+
+    ring_take(l, r);
+    for (int i = 0; i < 8 && way_may_send(&l->to_host) &&
+         (uint16_t)(r->added - r->used) < RING_LEN / 2; i++) {
+        uint16_t head = r->added % (RING_LEN / 2) * 2;
+        uint8_t *packet = l->f.guest.ram + r->buffer[head];
+
+        memset(packet, 0, HEADER);
+        way_frame(&l->to_host, flow, packet + HEADER, true);
+        way_sent(&l->to_host, flow);
+        ring_add(l, r, head);
+    }
+    ring_kick(l, r);
+}
+
+static void *guest_thread(void *opaque)
+{
+    Load *l = opaque;
+
+    for (unsigned i = 0; !qatomic_read(&l->quit); i++) {
+        if (qatomic_read(&l->guest_takes)) {
+            guest_receive(l);
+        }
+        guest_transmit(l, i % FLOWS);
+        g_usleep(50);
+    }
+    return NULL;
+}
+
+/* Both */
+
+static void load_driver_start(Load *l)
+{
+    QVirtQueue *queues[5];
+
+    if (l->pairs > 1) {
+        guest_start_multiqueue(&l->f, queues);
+        l->f.guest.rx = queues[0];
+        l->f.guest.tx = queues[1];
+    } else {
+        guest_start_queues(&l->f, l->features);
+        qvirtio_set_driver_ok(&l->f.dev->vdev);
+        queues[0] = l->f.guest.rx;
+        queues[1] = l->f.guest.tx;
+    }
+    guest_map_ram(&l->f);
+    for (int i = 0; i < l->pairs; i++) {
+        rx_init(l, &l->rx[i], queues[2 * i]);
+        tx_init(l, &l->tx[i], queues[2 * i + 1]);
+    }
+}
+
+static void load_traffic_start(Load *l)
+{
+    for (int i = 0; i < l->pairs; i++) {
+        rx_post(l, &l->rx[i]);
+    }
+    qatomic_set(&l->quit, false);
+    qatomic_set(&l->guest_takes, true);
+    l->host_thread = g_thread_new("host", host_thread, l);
+    l->guest_thread = g_thread_new("guest", guest_thread, l);
+}
+
+/* All that was sent arrives; only the driver's rings are left as they are. */
+static void load_traffic_stop(Load *l)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    qatomic_set(&l->quit, true);
+    g_thread_join(l->host_thread);
+    g_thread_join(l->guest_thread);
+    while (way_total(l->to_guest.received) != way_total(l->to_guest.sent) ||
+           way_total(l->to_host.received) != way_total(l->to_host.sent)) {
+        host_receive(l);
+        guest_receive(l);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+static void load_start(Load *l, uint64_t features, unsigned pairs,
+                       const char *args)
+{
+    g_autofree char *all = g_strdup_printf(GUEST_MAP_ARGS "%s", args);
+
+    memset(l, 0, sizeof(*l));
+    l->features = features | 1ull << VIRTIO_F_VERSION_1 |
+                  1ull << VIRTIO_NET_F_MRG_RXBUF;
+    l->pairs = pairs;
+    fixture_init(&l->f, pairs > 1 ? "vhost=on,queues=2" : "vhost=on",
+                 pairs > 1 ? ",mq=on" : "", all);
+    l->host = host_open(l->f.ifname);
+    load_driver_start(l);
+}
+
+static void load_close(Load *l)
+{
+    close(l->host);
+    fixture_close(&l->f);
+}
+
+/* QEMU */
+
+static char *nic_property(Fixture *f, const char *name)
+{
+    QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
+                           " {'path': %s, 'property': %s}}", NIC_PATH, name);
+    char *value = g_strdup(qdict_get_str(rsp, "return"));
+
+    qobject_unref(rsp);
+    return value;
+}
+
+static void expect_datapath(Fixture *f, const char *datapath,
+                            const char *reason)
+{
+    g_autofree char *is = nic_property(f, "datapath");
+    g_autofree char *why = nic_property(f, "datapath-reason");
+
+    g_assert_cmpstr(is, ==, datapath);
+    g_assert_cmpstr(why, ==, reason);
+    g_assert_cmpint(vhost_started(f), ==, g_str_equal(datapath, "vhost"));
+}
+
+/* vhost comes back, though it may have to wait for packets on their way. */
+static void wait_vhost(Fixture *f)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (!vhost_started(f)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    expect_datapath(f, "vhost", "");
+}
+
+static void add_object(Fixture *f, const char *type, const char *id,
+                       const char *more)
+{
+    g_autofree char *json = g_strdup_printf("{'execute': 'object-add',"
+        " 'arguments': {'qom-type': '%s', 'id': '%s', 'netdev': 'n0'%s}}",
+        type, id, more);
+
+    qtest_qmp_assert_success(f->qts, "%p", qobject_from_json(json, NULL));
+}
+
+/* Filters that let the packets pass */
+static const struct {
+    const char *type;
+    const char *more;
+} passing[] = {
+    { "filter-rewriter", ", 'vnet_hdr_support': true" },
+    { "filter-replay", "" },
+    { "filter-mirror", ", 'outdev': 'out', 'packet-socket': 'off',"
+                       " 'queue': 'tx'" },
+    { "filter-dump", ", 'file': '/dev/null', 'packet-socket': 'off'" },
+};
+
+static void switch_once(Load *l, unsigned i)
+{
+    unsigned kind = i % ARRAY_SIZE(passing);
+    Fixture *f = &l->f;
+
+    add_object(f, passing[kind].type, "flt", passing[kind].more);
+    expect_datapath(f, "userspace", "filter 'flt' is on");
+    way_wait(&l->to_guest, BETWEEN);
+    way_wait(&l->to_host, BETWEEN);
+    if (i & 4) {
+        set_status(f, "flt", "off");
+        wait_vhost(f);
+        way_wait(&l->to_guest, BETWEEN);
+        way_wait(&l->to_host, BETWEEN);
+        set_status(f, "flt", "on");
+        expect_datapath(f, "userspace", "filter 'flt' is on");
+    }
+    del_object(f, "flt");
+    wait_vhost(f);
+    way_wait(&l->to_guest, BETWEEN);
+    way_wait(&l->to_host, BETWEEN);
+}
+
+/* The peer of "out" takes what it gets. */
+static void *drain_thread(void *opaque)
+{
+    int fd = GPOINTER_TO_INT(opaque);
+    char buf[4096];
+
+    while (read(fd, buf, sizeof(buf)) > 0) {
+        /* there is more */
+    }
+    return NULL;
+}
+
+static void check_switch(uint64_t features, unsigned pairs, int count)
+{
+    Load l;
+    GThread *drain;
+
+    load_start(&l, features, pairs, "");
+    drain = g_thread_new("drain", drain_thread, GINT_TO_POINTER(l.f.out));
+    load_traffic_start(&l);
+    wait_vhost(&l.f);
+    for (int i = 0; i < count; i++) {
+        switch_once(&l, i);
+    }
+    load_traffic_stop(&l);
+    g_test_message("%d switches: %u frames to the guest, %u from it", count,
+                   way_total(l.to_guest.sent), way_total(l.to_host.sent));
+    shutdown(l.f.out, SHUT_RDWR);
+    g_thread_join(drain);
+    load_close(&l);
+}
+
+static void test_switch(void)
+{
+    check_switch(0, 1, rounds(100, 1000));
+}
+
+static void test_switch_event_idx(void)
+{
+    check_switch(1ull << VIRTIO_RING_F_EVENT_IDX, 1, rounds(100, 1000));
+}
+
+static void test_switch_indirect(void)
+{
+    check_switch(1ull << VIRTIO_RING_F_EVENT_IDX |
+                 1ull << VIRTIO_RING_F_INDIRECT_DESC, 1, rounds(100, 1000));
+}
+
+static void test_switch_multiqueue(void)
+{
+    check_switch(0, MAX_PAIRS, rounds(100, 1000));
+}
+
+/* vhost has no packed rings, so a device with vhost does not offer them. */
+static void test_packed(void)
+{
+    Fixture f;
+
+    fixture_init(&f, "vhost=on", ",packed=on", "");
+    qvirtio_start_device(&f.dev->vdev);
+    g_assert_cmphex(qvirtio_get_features(&f.dev->vdev) &
+                    1ull << VIRTIO_F_RING_PACKED, ==, 0);
+    fixture_close(&f);
+}
+
+/* The last filter that goes brings vhost back. */
+static void test_last(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    expect_datapath(&f, "userspace", "the driver is not ready");
+    guest_start(&f);
+    expect_datapath(&f, "vhost", "");
+    /* This one does not need it. */
+    add_capture(&f);
+    expect_datapath(&f, "vhost", "");
+    add_object(&f, "filter-buffer", "a", ", 'interval': 1000");
+    expect_datapath(&f, "userspace", "filter 'a' is on");
+    add_object(&f, "filter-rewriter", "b", "");
+    add_object(&f, "filter-rewriter", "c", ", 'status': 'off'");
+    set_status(&f, "a", "off");
+    expect_datapath(&f, "userspace", "filter 'b' is on");
+    del_object(&f, "b");
+    expect_datapath(&f, "vhost", "");
+    set_status(&f, "c", "on");
+    expect_datapath(&f, "userspace", "filter 'c' is on");
+    vm_stop(&f);
+    set_status(&f, "c", "off");
+    expect_datapath(&f, "userspace", "the VM is stopped");
+    vm_cont(&f);
+    expect_datapath(&f, "vhost", "");
+    vm_stop(&f);
+    set_status(&f, "a", "on");
+    vm_cont(&f);
+    expect_datapath(&f, "userspace", "filter 'a' is on");
+    fixture_close(&f);
+}
+
+/* Filters of the command line, before there is a NIC */
+static void test_command_line(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "-object filter-rewriter,id=rew,netdev=n0");
+    guest_start(&f);
+    guest_post(&f, 10);
+    expect_datapath(&f, "userspace", "filter 'rew' is on");
+    host_send(&f, 0, 10);
+    expect_guest(&f, 0, 10);
+    guest_send(&f, 10, 10);
+    expect_host(&f, 10, 10);
+    fixture_close(&f);
+}
+
+/* What a filter holds comes before what comes behind, on whatever way. */
+static void test_held(void)
+{
+    Fixture f;
+    uint32_t n = 0;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    guest_post(&f, 60);
+    for (int i = 0; i < 3; i++) {
+        add_object(&f, "filter-buffer", "buf", ", 'interval': 1000");
+        host_send(&f, n, 10);
+        guest_send(&f, 1000 + n, 10);
+        if (i == 1) {
+            set_status(&f, "buf", "off");
+        }
+        del_object(&f, "buf");
+        wait_vhost(&f);
+        host_send(&f, n + 10, 10);
+        guest_send(&f, 1000 + n + 10, 10);
+        expect_guest(&f, n, 20);
+        expect_host(&f, 1000 + n, 20);
+        n += 20;
+    }
+    fixture_close(&f);
+}
+
+/* The guest has no buffers: vhost waits for the packets that QEMU has read. */
+static void test_delayed(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    for (int i = 0; i < 3; i++) {
+        uint32_t n = i * 20;
+
+        add_object(&f, "filter-rewriter", "rew", "");
+        host_send(&f, n, 10);
+        /* A stop drops what QEMU has read, and reading goes on then. */
+        guest_send(&f, 1000 + n, 1);
+        expect_host(&f, 1000 + n, 1);
+        del_object(&f, "rew");
+        expect_datapath(&f, "userspace", "packets wait in QEMU");
+        guest_send(&f, 1001 + n, 1);
+        expect_host(&f, 1001 + n, 1);
+        if (i == 1) {
+            add_object(&f, "filter-rewriter", "rew", "");
+            del_object(&f, "rew");
+            expect_datapath(&f, "userspace", "packets wait in QEMU");
+        }
+        guest_post(&f, 20);
+        wait_vhost(&f);
+        host_send(&f, n + 10, 10);
+        expect_guest(&f, n, 20);
+    }
+    fixture_close(&f);
+}
+
+/* The same at a continuation: without a filter, too, nothing is lost. */
+static void test_continued(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    for (int i = 0; i < 5; i++) {
+        vm_stop(&f);
+        host_send(&f, 20 * i, 10);
+        if (i & 1) {
+            guest_post(&f, 20);
+            vm_cont(&f);
+        } else {
+            vm_cont(&f);
+            expect_datapath(&f, "userspace", "packets wait in QEMU");
+            guest_post(&f, 20);
+        }
+        wait_vhost(&f);
+        host_send(&f, 20 * i + 10, 10);
+        expect_guest(&f, 20 * i, 20);
+    }
+    fixture_close(&f);
+}
+
+static void test_stop_cont(void)
+{
+    Load l;
+
+    load_start(&l, 1ull << VIRTIO_RING_F_EVENT_IDX, 1, "");
+    load_traffic_start(&l);
+    for (int i = 0; i < rounds(20, 200); i++) {
+        add_object(&l.f, "filter-rewriter", "rew", "");
+        way_wait(&l.to_guest, BETWEEN);
+        if (i & 1) {
+            vm_stop(&l.f);
+            vm_cont(&l.f);
+            del_object(&l.f, "rew");
+        } else {
+            vm_stop(&l.f);
+            del_object(&l.f, "rew");
+            vm_cont(&l.f);
+        }
+        wait_vhost(&l.f);
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+    }
+    load_traffic_stop(&l);
+    load_close(&l);
+}
+
+static void test_reset(void)
+{
+    Load l;
+
+    load_start(&l, 0, 1, "");
+    for (int i = 0; i < 6; i++) {
+        load_traffic_start(&l);
+        way_wait(&l.to_guest, BETWEEN);
+        add_object(&l.f, "filter-rewriter", "rew", "");
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+        if (i & 1) {
+            del_object(&l.f, "rew");
+        }
+        load_traffic_stop(&l);
+        guest_stop(&l.f);
+        load_driver_start(&l);
+        if (i & 1) {
+            expect_datapath(&l.f, "vhost", "");
+        } else {
+            expect_datapath(&l.f, "userspace", "filter 'rew' is on");
+            del_object(&l.f, "rew");
+            expect_datapath(&l.f, "vhost", "");
+        }
+    }
+    load_close(&l);
+}
+
+/* While a migration logs what is written to memory */
+static void test_migration(void)
+{
+    Load l;
+
+    load_start(&l, 0, 1, "");
+    load_traffic_start(&l);
+    for (int i = 0; i < 5; i++) {
+        qtest_qmp_assert_success(l.f.qts, "{'execute': 'migrate-set-parameters',"
+                                 " 'arguments': {'max-bandwidth': 100000}}");
+        qtest_qmp_assert_success(l.f.qts, "{'execute': 'migrate', 'arguments':"
+                                 " {'uri': 'exec:cat > /dev/null'}}");
+        expect_status(&l.f, "query-migrate", "active");
+        switch_once(&l, 2 * i);
+        switch_once(&l, 2 * i + 1);
+        expect_status(&l.f, "query-migrate", "active");
+        if (i & 1) {
+            add_object(&l.f, "filter-rewriter", "rew", "");
+        }
+        migration_cancel(&l.f);
+        if (i & 1) {
+            del_object(&l.f, "rew");
+        }
+        wait_vhost(&l.f);
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+    }
+    load_traffic_stop(&l);
+    load_close(&l);
+}
+
+/* A guest that resets one queue while vhost is not in use */
+static void test_queue_reset(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start_queues(&f, 1ull << VIRTIO_F_VERSION_1 |
+                           1ull << VIRTIO_NET_F_MRG_RXBUF |
+                           1ull << VIRTIO_F_RING_RESET);
+    if (!(f.dev->vdev.features & 1ull << VIRTIO_F_RING_RESET)) {
+        g_test_skip("vhost cannot reset one queue");
+        fixture_close(&f);
+        return;
+    }
+    qvirtio_set_driver_ok(&f.dev->vdev);
+    guest_post(&f, 20);
+    host_send(&f, 0, 5);
+    expect_guest(&f, 0, 5);
+    add_object(&f, "filter-rewriter", "rew", "");
+    host_send(&f, 5, 5);
+    expect_guest(&f, 5, 5);
+    f.dev->vdev.bus->queue_select(&f.dev->vdev, 0);
+    qpci_io_writew(f.dev->pdev, f.dev->bar, f.dev->common_cfg_offset + 0x3a, 1);
+    del_object(&f, "rew");
+    guest_send(&f, 100, 10);
+    expect_host(&f, 100, 10);
+    fixture_close(&f);
+}
+
+/* A NIC that does not use vhost is all right with any filter. */
+static void test_other_nic(void)
+{
+    QTestState *qts = qtest_init("-nodefaults -machine pc -netdev tap,id=n0,"
+                                 "ifname=tapother,script=no,downscript=no,"
+                                 "vhost=on -device e1000,netdev=n0 "
+                                 "-object filter-rewriter,id=rew,netdev=n0");
+
+    qtest_qmp_assert_success(qts, "{'execute': 'object-del', 'arguments':"
+                             " {'id': 'rew'}}");
+    qtest_quit(qts);
+}
+
+/* As much of a vhost-user backend as QEMU needs to create the netdev */
+static void *vhost_user_thread(void *opaque)
+{
+    const uint32_t get_features = 1, reply_flags = 1 | 1 << 2;
+    struct QEMU_PACKED {
+        uint32_t request;
+        uint32_t flags;
+        uint32_t size;
+        uint8_t payload[256];
+    } msg;
+    int fd = connect_to(opaque, "vhost-user");
+
+    while (recv(fd, &msg, 12, MSG_WAITALL) == 12) {
+        g_assert_cmpuint(msg.size, <=, sizeof(msg.payload));
+        if (msg.size) {
+            recv(fd, msg.payload, msg.size, MSG_WAITALL);
+        }
+        if (msg.request == get_features) {
+            msg.flags = reply_flags;
+            msg.size = 8;
+            memset(msg.payload, 0, 8);
+            g_assert_cmpint(write(fd, &msg, 20), ==, 20);
+        }
+    }
+    close(fd);
+    return NULL;
+}
+
+/* One that has no way through QEMU is not. */
+static void test_refused(void)
+{
+    Fixture f = { .dir = g_dir_make_tmp("filter-fallback-XXXXXX", NULL) };
+    GThread *backend = g_thread_new("backend", vhost_user_thread, &f);
+    g_autofree char *path = g_build_filename(f.dir, "vhost-user", NULL);
+    QDict *rsp;
+
+    f.qts = qtest_initf("-nodefaults -machine none -chardev socket,id=c,"
+                        "path=%s,server=on,wait=off "
+                        "-netdev vhost-user,id=n0,chardev=c", path);
+    rsp = qtest_qmp_assert_failure_ref(f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'filter-rewriter', 'id': 'rew',"
+        " 'netdev': 'n0'}}");
+    g_assert_cmpstr(qdict_get_str(rsp, "desc"), ==,
+                    "Vhost is not supported: the packets of netdev 'n0' of "
+                    "type 'vhost-user' cannot pass through QEMU");
+    qobject_unref(rsp);
+    qtest_quit(f.qts);
+    g_thread_join(backend);
+    unlink(path);
+    rmdir(f.dir);
+    g_free(f.dir);
+}
+
+/* A filter that is on goes with its netdev. */
+static void test_unplug(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    add_object(&f, "filter-rewriter", "rew", "");
+    expect_datapath(&f, "userspace", "filter 'rew' is on");
+    qtest_qmp_assert_success(f.qts, "{'execute': 'netdev_del', 'arguments':"
+                             " {'id': 'n0'}}");
+    expect_datapath(&f, "userspace", "the link is down");
+    fixture_close(&f);
+}
+
+int main(int argc, char **argv)
+{
+    rig_init(&argc, &argv, "filter-fallback");
+    rig_add("last", test_last);
+    rig_add("command-line", test_command_line);
+    rig_add("held", test_held);
+    rig_add("delayed", test_delayed);
+    rig_add("continued", test_continued);
+    rig_add("switch/plain", test_switch);
+    rig_add("switch/event-idx", test_switch_event_idx);
+    rig_add("switch/indirect", test_switch_indirect);
+    rig_add("switch/multiqueue", test_switch_multiqueue);
+    rig_add("packed", test_packed);
+    rig_add("stop-cont", test_stop_cont);
+    rig_add("reset", test_reset);
+    rig_add("migration", test_migration);
+    rig_add("queue-reset", test_queue_reset);
+    rig_add("other-nic", test_other_nic);
+    rig_add("refused", test_refused);
+    rig_add("unplug", test_unplug);
+    return g_test_run();
+}
