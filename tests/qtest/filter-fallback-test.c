@@ -23,6 +23,7 @@
 #include "qobject/qjson.h"
 #include "standard-headers/linux/virtio_config.h"
 #include "standard-headers/linux/virtio_net.h"
+#include "standard-headers/linux/virtio_pci.h"
 #include "standard-headers/linux/virtio_ring.h"
 
 #define NIC_PATH "/machine/peripheral/nic/virtio-backend"
@@ -389,16 +390,14 @@ static void load_traffic_stop(Load *l)
 }
 
 static void load_start(Load *l, uint64_t features, unsigned pairs,
-                       const char *args)
+                       const char *nic_opts)
 {
-    g_autofree char *all = g_strdup_printf(GUEST_MAP_ARGS "%s", args);
-
     memset(l, 0, sizeof(*l));
     l->features = features | 1ull << VIRTIO_F_VERSION_1 |
                   1ull << VIRTIO_NET_F_MRG_RXBUF;
     l->pairs = pairs;
     fixture_init(&l->f, pairs > 1 ? "vhost=on,queues=2" : "vhost=on",
-                 pairs > 1 ? ",mq=on" : "", all);
+                 nic_opts, GUEST_MAP_ARGS);
     l->host = host_open(l->f.ifname);
     load_driver_start(l);
 }
@@ -500,12 +499,13 @@ static void *drain_thread(void *opaque)
     return NULL;
 }
 
-static void check_switch(uint64_t features, unsigned pairs, int count)
+static void check_switch(uint64_t features, unsigned pairs,
+                         const char *nic_opts, int count)
 {
     Load l;
     GThread *drain;
 
-    load_start(&l, features, pairs, "");
+    load_start(&l, features, pairs, nic_opts);
     drain = g_thread_new("drain", drain_thread, GINT_TO_POINTER(l.f.out));
     load_traffic_start(&l);
     wait_vhost(&l.f);
@@ -522,23 +522,31 @@ static void check_switch(uint64_t features, unsigned pairs, int count)
 
 static void test_switch(void)
 {
-    check_switch(0, 1, rounds(100, 1000));
+    check_switch(0, 1, "", rounds(100, 1000));
 }
 
 static void test_switch_event_idx(void)
 {
-    check_switch(1ull << VIRTIO_RING_F_EVENT_IDX, 1, rounds(100, 1000));
+    check_switch(1ull << VIRTIO_RING_F_EVENT_IDX, 1, "", rounds(100, 1000));
 }
 
 static void test_switch_indirect(void)
 {
     check_switch(1ull << VIRTIO_RING_F_EVENT_IDX |
-                 1ull << VIRTIO_RING_F_INDIRECT_DESC, 1, rounds(100, 1000));
+                 1ull << VIRTIO_RING_F_INDIRECT_DESC, 1, "",
+                 rounds(100, 1000));
+}
+
+/* Nobody kicks for what was in the rings before the switch. */
+static void test_switch_no_ioeventfd(void)
+{
+    check_switch(1ull << VIRTIO_RING_F_EVENT_IDX, 1, ",ioeventfd=off",
+                 rounds(20, 1000));
 }
 
 static void test_switch_multiqueue(void)
 {
-    check_switch(0, MAX_PAIRS, rounds(100, 1000));
+    check_switch(0, MAX_PAIRS, ",mq=on", rounds(100, 1000));
 }
 
 static void wait_at_host(Load *l)
@@ -576,7 +584,7 @@ static void test_multiqueue_direction(void)
     uint32_t header_len;
     Load l;
 
-    load_start(&l, 0, MAX_PAIRS, "");
+    load_start(&l, 0, MAX_PAIRS, ",mq=on");
     file = g_build_filename(l.f.dir, "dump", NULL);
     dump = g_strdup_printf(", 'file': '%s', 'packet-socket': 'off',"
                            " 'queue': 'tx'", file);
@@ -698,6 +706,35 @@ static void test_held(void)
         expect_guest(&f, n, 20);
         expect_host(&f, 1000 + n, 20);
         n += 20;
+    }
+    fixture_close(&f);
+}
+
+/*
+ * vhost may stop when it has told the driver not to notify it, and has not
+ * looked again yet.
+ */
+static void test_left_over(void)
+{
+    uint8_t packet[HEADER + FRAME_LEN] = { };
+    uint32_t head;
+    Fixture f;
+
+    fixture_init(&f, "vhost=on", ",ioeventfd=off", GUEST_MAP_ARGS);
+    guest_start(&f);
+    guest_map(&f);
+    make_frame(packet + HEADER, 7);
+    head = f.guest.tx_head;
+    for (int i = 0; i < 3; i++) {
+        struct vring_desc *desc = (void *)(f.guest.ram + f.guest.tx->desc);
+
+        memcpy(f.guest.ram + le64_to_cpu(desc[head].addr), packet,
+               sizeof(packet));
+        guest_make_available(&f.guest, f.guest.tx, head);
+        add_object(&f, "filter-rewriter", "rew", "");
+        expect_host(&f, 7, 1);
+        del_object(&f, "rew");
+        wait_vhost(&f);
     }
     fixture_close(&f);
 }
@@ -847,29 +884,44 @@ static void test_migration(void)
 /* A guest that resets one queue while vhost is not in use */
 static void test_queue_reset(void)
 {
+    QVirtioPCIDevice *dev;
+    QVirtioDevice *vdev;
     Fixture f;
 
     fixture_start(&f, "");
+    dev = f.dev;
+    vdev = &dev->vdev;
     guest_start_queues(&f, 1ull << VIRTIO_F_VERSION_1 |
                            1ull << VIRTIO_NET_F_MRG_RXBUF |
                            1ull << VIRTIO_F_RING_RESET);
-    if (!(f.dev->vdev.features & 1ull << VIRTIO_F_RING_RESET)) {
+    if (!(vdev->features & 1ull << VIRTIO_F_RING_RESET)) {
         g_test_skip("vhost cannot reset one queue");
         fixture_close(&f);
         return;
     }
-    qvirtio_set_driver_ok(&f.dev->vdev);
-    guest_post(&f, 20);
-    host_send(&f, 0, 5);
-    expect_guest(&f, 0, 5);
-    add_object(&f, "filter-rewriter", "rew", "");
-    host_send(&f, 5, 5);
-    expect_guest(&f, 5, 5);
-    f.dev->vdev.bus->queue_select(&f.dev->vdev, 0);
-    qpci_io_writew(f.dev->pdev, f.dev->bar, f.dev->common_cfg_offset + 0x3a, 1);
-    del_object(&f, "rew");
-    guest_send(&f, 100, 10);
-    expect_host(&f, 100, 10);
+    qvirtio_set_driver_ok(vdev);
+    for (int i = 0; i < 20; i++) {
+        guest_post(&f, 10);
+        host_send(&f, 0, 5);
+        expect_guest(&f, 0, 5);
+        add_object(&f, "filter-rewriter", "rew", "");
+        host_send(&f, 5, 5);
+        expect_guest(&f, 5, 5);
+
+        vdev->bus->queue_select(vdev, 0);
+        qpci_io_writew(dev->pdev, dev->bar, dev->common_cfg_offset +
+                       offsetof(struct virtio_pci_modern_common_cfg,
+                                queue_reset), 1);
+        qvirtqueue_cleanup(vdev->bus, f.guest.rx, &f.alloc);
+        f.guest.rx = qvirtqueue_setup(vdev, &f.alloc, 0);
+        guest_post(&f, 10);
+        host_send(&f, 10, 5);
+        expect_guest(&f, 10, 5);
+        del_object(&f, "rew");
+        wait_vhost(&f);
+        host_send(&f, 15, 5);
+        expect_guest(&f, 15, 5);
+    }
     fixture_close(&f);
 }
 
@@ -960,11 +1012,13 @@ int main(int argc, char **argv)
     rig_add("last", test_last);
     rig_add("command-line", test_command_line);
     rig_add("held", test_held);
+    rig_add("left-over", test_left_over);
     rig_add("delayed", test_delayed);
     rig_add("continued", test_continued);
     rig_add("switch/plain", test_switch);
     rig_add("switch/event-idx", test_switch_event_idx);
     rig_add("switch/indirect", test_switch_indirect);
+    rig_add("switch/no-ioeventfd", test_switch_no_ioeventfd);
     rig_add("switch/multiqueue", test_switch_multiqueue);
     rig_add("multiqueue-direction", test_multiqueue_direction);
     rig_add("packed", test_packed);

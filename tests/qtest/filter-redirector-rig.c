@@ -367,41 +367,55 @@ void guest_post(Fixture *f, int count)
     }
 }
 
-void expect_guest(Fixture *f, uint32_t first, uint32_t count)
+size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size)
 {
     gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    uint8_t buf[12 + FRAME_LEN];
     uint32_t head, len;
 
-    for (uint32_t i = 0; i < count; i++) {
-        while (!qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len)) {
-            g_assert_cmpint(g_get_monotonic_time(), <, end);
-        }
-        g_assert_cmpuint(len, ==, sizeof(buf));
-        qtest_memread(f->qts, f->guest.buffer[head], buf, sizeof(buf));
-        guest_free(&f->alloc, f->guest.buffer[head]);
-        g_assert_cmpuint(frame_number(buf + 12), ==, first + i);
+    while (!qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
     }
+    g_assert_cmpuint(len, >=, 12);
+    g_assert_cmpuint(len - 12, <=, size);
+    qtest_memread(f->qts, f->guest.buffer[head] + 12, frame, len - 12);
+    guest_free(&f->alloc, f->guest.buffer[head]);
+    return len - 12;
+}
+
+void expect_guest(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t frame[BUFFER_LEN];
+
+    for (uint32_t i = 0; i < count; i++) {
+        g_assert_cmpuint(guest_read_frame(f, frame, sizeof(frame)), ==,
+                         FRAME_LEN);
+        g_assert_cmpuint(frame_number(frame), ==, first + i);
+    }
+}
+
+void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint64_t addr = guest_alloc(&f->alloc, 12 + size);
+    uint32_t head, len;
+
+    qtest_memset(f->qts, addr, 0, 12);
+    qtest_memwrite(f->qts, addr + 12, frame, size);
+    head = qvirtqueue_add(f->qts, f->guest.tx, addr, 12 + size, false, false);
+    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
+    while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    guest_free(&f->alloc, addr);
 }
 
 void guest_send(Fixture *f, uint32_t first, uint32_t count)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    uint8_t buf[12 + FRAME_LEN] = { };
-    uint32_t head, len;
+    uint8_t frame[FRAME_LEN];
 
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t addr = guest_alloc(&f->alloc, sizeof(buf));
-
-        make_frame(buf + 12, first + i);
-        qtest_memwrite(f->qts, addr, buf, sizeof(buf));
-        head = qvirtqueue_add(f->qts, f->guest.tx, addr, sizeof(buf),
-                              false, false);
-        qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
-        while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
-            g_assert_cmpint(g_get_monotonic_time(), <, end);
-        }
-        guest_free(&f->alloc, addr);
+        make_frame(frame, first + i);
+        guest_send_frame(f, frame, sizeof(frame));
     }
 }
 

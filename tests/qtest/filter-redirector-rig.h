@@ -124,6 +124,10 @@ void guest_post(Fixture *f, int count);
 void expect_guest(Fixture *f, uint32_t first, uint32_t count);
 void guest_send(Fixture *f, uint32_t first, uint32_t count);
 
+/* The same for one frame of any kind, with a header that says nothing */
+size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size);
+void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size);
+
 /*
  * A faster driver, in mapped memory, for a guest that was started and has
  * nothing posted.  All buffers are posted, and posted again when taken.

@@ -1,0 +1,444 @@
+/*
+ * QTest testcase for the COLO proxy on TAPs with vhost
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Two VMs, a primary and a secondary one, with the filters of
+ * docs/system/qemu-colo.rst:
+ *
+ *   host -> TAP -> m0 ---------------> f1 -> rew0 -> secondary guest
+ *                   |                                     |
+ *             primary guest                             rew0
+ *                   |                                     |
+ *                redire1 -> colo-compare <-- f2 ----------+
+ *                                |
+ *   host <- TAP <- redire0 <-----+
+ *
+ * What both guests answer alike comes to the host, once.  Nothing comes to the
+ * host's side of the secondary's TAP.
+ */
+
+#include "qemu/osdep.h"
+#include <sys/socket.h>
+#include <linux/if_packet.h>
+#include <linux/if_ether.h>
+#include "filter-redirector-rig.h"
+#include "libqos/virtio.h"
+#include "qemu/bswap.h"
+#include "qobject/qdict.h"
+#include "standard-headers/linux/virtio_config.h"
+#include "standard-headers/linux/virtio_net.h"
+
+#define NIC_PATH "/machine/peripheral/nic/virtio-backend"
+
+#define IP_AT 14
+#define L4_AT (IP_AT + 20)
+#define TCP_DATA_AT (L4_AT + 20)
+
+#define SYN 0x02
+#define PSH 0x08
+#define ACK 0x10
+
+typedef struct Vm {
+    Fixture f;
+    int host;           /* gets IPv4 */
+} Vm;
+
+typedef struct Pair {
+    Vm primary;
+    Vm secondary;
+    bool vnet;
+    char *dir;
+    int notify;         /* the peer of colo-compare's notify_dev */
+} Pair;
+
+/* Packets */
+
+static uint16_t sum(const uint8_t *data, size_t len, uint32_t start)
+{
+    for (size_t i = 0; i < len; i += 2) {
+        start += i + 1 < len ? lduw_be_p(data + i) : data[i] << 8;
+    }
+    while (start >> 16) {
+        start = (start & 0xffff) + (start >> 16);
+    }
+    return start;
+}
+
+static void put_ip(uint8_t *frame, uint8_t protocol, size_t len, bool to_guest)
+{
+    static const uint8_t guest_mac[] = { 0x52, 0x54, 0x00, 0x12, 0x34, 0x56 };
+    static const uint8_t host_mac[] = { 0x02, 0, 0, 0, 0, 1 };
+    uint8_t *ip = frame + IP_AT;
+
+    memcpy(frame, to_guest ? guest_mac : host_mac, ETH_ALEN);
+    memcpy(frame + ETH_ALEN, to_guest ? host_mac : guest_mac, ETH_ALEN);
+    stw_be_p(frame + 12, ETH_P_IP);
+    ip[0] = 0x45;
+    stw_be_p(ip + 2, len - IP_AT);
+    ip[8] = 64;
+    ip[9] = protocol;
+    stl_be_p(ip + 12, to_guest ? 0xc0000201 : 0xc0000202);
+    stl_be_p(ip + 16, to_guest ? 0xc0000202 : 0xc0000201);
+    stw_be_p(ip + 10, ~sum(ip, 20, 0));
+}
+
+/* Returns the length. */
+static size_t make_udp(uint8_t *frame, uint32_t number, bool to_guest)
+{
+    memset(frame, 0, FRAME_LEN);
+    put_ip(frame, IPPROTO_UDP, FRAME_LEN, to_guest);
+    stw_be_p(frame + L4_AT, to_guest ? 1000 : 2000);
+    stw_be_p(frame + L4_AT + 2, to_guest ? 2000 : 1000);
+    stw_be_p(frame + L4_AT + 4, FRAME_LEN - L4_AT);
+    stl_be_p(frame + L4_AT + 8, number);
+    return FRAME_LEN;
+}
+
+static size_t make_tcp(uint8_t *frame, uint32_t seq, uint32_t ack,
+                       uint8_t flags, const char *data, bool to_guest)
+{
+    size_t len = TCP_DATA_AT + strlen(data);
+    uint8_t *tcp = frame + L4_AT;
+
+    memset(frame, 0, TCP_DATA_AT);
+    put_ip(frame, IPPROTO_TCP, len, to_guest);
+    stw_be_p(tcp, to_guest ? 1000 : 80);
+    stw_be_p(tcp + 2, to_guest ? 80 : 1000);
+    stl_be_p(tcp + 4, seq);
+    stl_be_p(tcp + 8, ack);
+    tcp[12] = 0x50;
+    tcp[13] = flags;
+    stw_be_p(tcp + 14, 0xffff);
+    memcpy(frame + TCP_DATA_AT, data, strlen(data));
+    stw_be_p(tcp + 16, ~sum(tcp, len - L4_AT,
+                            sum(frame + IP_AT + 12, 8,
+                                IPPROTO_TCP + len - L4_AT)));
+    return len;
+}
+
+/* Whether the checksum is right */
+static bool tcp_intact(const uint8_t *frame, size_t len)
+{
+    return sum(frame + L4_AT, len - L4_AT,
+               sum(frame + IP_AT + 12, 8, IPPROTO_TCP + len - L4_AT)) == 0xffff;
+}
+
+static void host_write(Vm *vm, const uint8_t *frame, size_t len)
+{
+    g_assert_cmpint(send(vm->host, frame, len, 0), ==, len);
+}
+
+/* The next frame from the guest, with up to 6 bytes of padding behind */
+static void expect_at_host(Vm *vm, const uint8_t *frame, size_t len)
+{
+    uint8_t got[BUFFER_LEN];
+    struct sockaddr_ll from;
+    socklen_t from_len;
+    ssize_t n;
+
+    do {
+        from_len = sizeof(from);
+        wait_readable(vm->host);
+        n = recvfrom(vm->host, got, sizeof(got), 0,
+                     (struct sockaddr *)&from, &from_len);
+        g_assert_cmpint(n, >=, 0);
+    } while (from.sll_pkttype == PACKET_OUTGOING);
+    g_assert_cmpint(n, ==, len);
+    g_assert_cmpint(memcmp(got, frame, len), ==, 0);
+}
+
+static void expect_at_guest(Vm *vm, const uint8_t *frame, size_t len)
+{
+    uint8_t got[BUFFER_LEN];
+
+    g_assert_cmpuint(guest_read_frame(&vm->f, got, sizeof(got)), ==, len);
+    g_assert_cmpint(memcmp(got, frame, len), ==, 0);
+}
+
+/* VMs */
+
+static char *primary_args(const char *dir, const char *vnet)
+{
+    return g_strdup_printf(
+        "-chardev socket,id=mirror0,path=%s/mirror0,server=on,wait=off "
+        "-chardev socket,id=compare1,path=%s/compare1,server=on,wait=off "
+        "-chardev socket,id=compare0,path=%s/compare0,server=on,wait=off "
+        "-chardev socket,id=compare0-0,path=%s/compare0 "
+        "-chardev socket,id=compare_out,path=%s/compare_out,server=on,wait=off "
+        "-chardev socket,id=compare_out0,path=%s/compare_out "
+        "-chardev socket,id=notify,path=%s/notify,server=on,wait=off "
+        "-object filter-mirror,id=m0,netdev=n0,queue=tx,outdev=mirror0,"
+        "packet-socket=off%s "
+        "-object filter-redirector,netdev=n0,id=redire0,queue=rx,"
+        "indev=compare_out,packet-socket=off%s "
+        "-object filter-redirector,netdev=n0,id=redire1,queue=rx,"
+        "outdev=compare0,packet-socket=off%s "
+        "-object iothread,id=iothread1 "
+        "-object colo-compare,id=comp0,primary_in=compare0-0,"
+        "secondary_in=compare1,outdev=compare_out0,iothread=iothread1,"
+        "notify_dev=notify%s", dir, dir, dir, dir, dir, dir, dir,
+        vnet, vnet, vnet, vnet);
+}
+
+static char *secondary_args(const char *dir, const char *vnet)
+{
+    return g_strdup_printf(
+        "-chardev socket,id=red0,path=%s/mirror0,reconnect-ms=100 "
+        "-chardev socket,id=red1,path=%s/compare1,reconnect-ms=100 "
+        "-object filter-redirector,id=f1,netdev=n0,queue=tx,indev=red0,"
+        "packet-socket=off%s "
+        "-object filter-redirector,id=f2,netdev=n0,queue=rx,outdev=red1,"
+        "packet-socket=off%s "
+        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s",
+        dir, dir, vnet, vnet, vnet);
+}
+
+static void vm_start(Vm *vm, const char *netdev_opts, const char *args)
+{
+    struct sockaddr_ll addr = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons(ETH_P_IP),
+    };
+
+    fixture_init(&vm->f, netdev_opts, "", args);
+    addr.sll_ifindex = if_nametoindex(vm->f.ifname);
+    vm->host = socket(AF_PACKET, SOCK_RAW, 0);
+    g_assert_cmpint(vm->host, >=, 0);
+    g_assert_cmpint(bind(vm->host, (struct sockaddr *)&addr, sizeof(addr)),
+                    ==, 0);
+    guest_start(&vm->f);
+    guest_post(&vm->f, 100);
+}
+
+static void vm_close(Vm *vm)
+{
+    close(vm->host);
+    fixture_close(&vm->f);
+}
+
+static void expect_datapath(Vm *vm, const char *datapath)
+{
+    QDict *rsp = qtest_qmp(vm->f.qts, "{'execute': 'qom-get', 'arguments':"
+                           " {'path': %s, 'property': 'datapath'}}",
+                           NIC_PATH);
+
+    g_assert_cmpstr(qdict_get_str(rsp, "return"), ==, datapath);
+    qobject_unref(rsp);
+}
+
+static void pair_start(Pair *p, bool vnet)
+{
+    const char *opts = vnet ? ",vnet_hdr_support=on" : "";
+    const char *netdev = vnet ? "vhost=on" : "vhost=on,vnet_hdr=off";
+    g_autofree char *primary = NULL;
+    g_autofree char *secondary = NULL;
+    Fixture at;
+
+    p->vnet = vnet;
+    p->dir = g_dir_make_tmp("filter-colo-XXXXXX", NULL);
+    at.dir = p->dir;
+    primary = primary_args(p->dir, opts);
+    secondary = secondary_args(p->dir, opts);
+    vm_start(&p->primary, netdev, primary);
+    p->notify = connect_to(&at, "notify");
+    vm_start(&p->secondary, netdev, secondary);
+    expect_connected(&p->secondary.f, "red0", true);
+    expect_connected(&p->secondary.f, "red1", true);
+    expect_connected(&p->primary.f, "mirror0", true);
+    expect_connected(&p->primary.f, "compare1", true);
+    expect_datapath(&p->primary, "userspace");
+    expect_datapath(&p->secondary, "userspace");
+}
+
+static void pair_close(Pair *p)
+{
+    static const char *const names[] = {
+        "mirror0", "compare1", "compare0", "compare_out", "notify",
+    };
+
+    vm_close(&p->secondary);
+    vm_close(&p->primary);
+    close(p->notify);
+    for (int i = 0; i < ARRAY_SIZE(names); i++) {
+        g_autofree char *path = g_build_filename(p->dir, names[i], NULL);
+
+        unlink(path);
+    }
+    rmdir(p->dir);
+    g_free(p->dir);
+}
+
+/* From the host to both guests */
+static void pass_to_guests(Pair *p, const uint8_t *frame, size_t len)
+{
+    host_write(&p->primary, frame, len);
+    expect_at_guest(&p->primary, frame, len);
+    expect_at_guest(&p->secondary, frame, len);
+}
+
+/*
+ * What is in "notify" is in the stream's format; only what goes to QEMU has
+ * the length of a header.
+ */
+static void expect_checkpoint(Pair *p)
+{
+    char text[13];
+    uint8_t prefix[4];
+
+    read_full(p->notify, prefix, sizeof(prefix));
+    g_assert_cmpuint(ldl_be_p(prefix), ==, sizeof(text));
+    read_full(p->notify, text, sizeof(text));
+    g_assert_cmpint(memcmp(text, "DO_CHECKPOINT", sizeof(text)), ==, 0);
+}
+
+static void do_checkpoint(Pair *p)
+{
+    static const char text[] = "COLO_CHECKPOINT";
+    uint8_t record[8 + sizeof(text) - 1] = { };
+    size_t prefix = p->vnet ? 8 : 4;
+
+    stl_be_p(record, sizeof(text) - 1);
+    memcpy(record + prefix, text, sizeof(text) - 1);
+    g_assert_cmpint(write(p->notify, record, prefix + sizeof(text) - 1), ==,
+                    prefix + sizeof(text) - 1);
+}
+
+/* Tests */
+
+static void check_match(Pair *p, uint32_t first)
+{
+    uint8_t frame[FRAME_LEN];
+
+    for (uint32_t i = first; i < first + 10; i++) {
+        size_t len = make_udp(frame, i, true);
+
+        pass_to_guests(p, frame, len);
+        len = make_udp(frame, 1000 + i, false);
+        /* Either of them may be the first one. */
+        guest_send_frame(i & 1 ? &p->primary.f : &p->secondary.f, frame, len);
+        guest_send_frame(i & 1 ? &p->secondary.f : &p->primary.f, frame, len);
+        expect_at_host(&p->primary, frame, len);
+    }
+}
+
+/* What differs comes to the host with the next checkpoint, from the primary. */
+static void check_differ(Pair *p)
+{
+    uint8_t frame[FRAME_LEN], other[FRAME_LEN];
+    size_t len = make_udp(frame, 5000, false);
+
+    make_udp(other, 6000, false);
+    guest_send_frame(&p->primary.f, frame, len);
+    guest_send_frame(&p->secondary.f, other, len);
+    expect_checkpoint(p);
+    do_checkpoint(p);
+    expect_at_host(&p->primary, frame, len);
+}
+
+/* A connection with another initial sequence number at the secondary */
+static void check_tcp(Pair *p)
+{
+    const uint32_t seq = 100, primary = 1000, secondary = 70000;
+    uint8_t frame[BUFFER_LEN], there[BUFFER_LEN];
+    size_t len = make_tcp(frame, seq, 0, SYN, "", true);
+
+    pass_to_guests(p, frame, len);
+    len = make_tcp(frame, primary, seq + 1, SYN | ACK, "", false);
+    guest_send_frame(&p->primary.f, frame, len);
+    make_tcp(there, secondary, seq + 1, SYN | ACK, "", false);
+    guest_send_frame(&p->secondary.f, there, len);
+    expect_at_host(&p->primary, frame, len);
+
+    /* The host knows that of the primary. */
+    len = make_tcp(frame, seq + 1, primary + 1, ACK, "", true);
+    host_write(&p->primary, frame, len);
+    expect_at_guest(&p->primary, frame, len);
+    make_tcp(there, seq + 1, secondary + 1, ACK, "", true);
+    expect_at_guest(&p->secondary, there, len);
+
+    len = make_tcp(frame, seq + 1, primary + 1, PSH | ACK, "hello", true);
+    host_write(&p->primary, frame, len);
+    expect_at_guest(&p->primary, frame, len);
+    guest_read_frame(&p->secondary.f, there, sizeof(there));
+    g_assert_true(tcp_intact(there, len));
+    g_assert_cmpint(memcmp(there + TCP_DATA_AT, "hello", 5), ==, 0);
+
+    len = make_tcp(frame, primary + 1, seq + 6, PSH | ACK, "answer", false);
+    guest_send_frame(&p->primary.f, frame, len);
+    make_tcp(there, secondary + 1, seq + 6, PSH | ACK, "answer", false);
+    guest_send_frame(&p->secondary.f, there, len);
+    expect_at_host(&p->primary, frame, len);
+}
+
+/* As at a failover: each VM goes on by itself, with vhost. */
+static void check_failover(Pair *p)
+{
+    uint8_t frame[FRAME_LEN];
+    size_t len;
+
+    set_status(&p->primary.f, "m0", "off");
+    set_status(&p->primary.f, "redire0", "off");
+    expect_datapath(&p->primary, "userspace");
+    set_status(&p->primary.f, "redire1", "off");
+    expect_datapath(&p->primary, "vhost");
+    set_status(&p->secondary.f, "f1", "off");
+    set_status(&p->secondary.f, "f2", "off");
+    set_status(&p->secondary.f, "rew0", "off");
+    expect_datapath(&p->secondary, "vhost");
+
+    len = make_udp(frame, 7000, true);
+    host_write(&p->primary, frame, len);
+    expect_at_guest(&p->primary, frame, len);
+    len = make_udp(frame, 7001, false);
+    guest_send_frame(&p->primary.f, frame, len);
+    expect_at_host(&p->primary, frame, len);
+
+    /* This is the first that comes here from the secondary. */
+    len = make_udp(frame, 7002, true);
+    host_write(&p->secondary, frame, len);
+    expect_at_guest(&p->secondary, frame, len);
+    len = make_udp(frame, 7003, false);
+    guest_send_frame(&p->secondary.f, frame, len);
+    expect_at_host(&p->secondary, frame, len);
+
+    /* And back again */
+    set_status(&p->primary.f, "m0", "on");
+    set_status(&p->primary.f, "redire0", "on");
+    set_status(&p->primary.f, "redire1", "on");
+    set_status(&p->secondary.f, "f1", "on");
+    set_status(&p->secondary.f, "f2", "on");
+    set_status(&p->secondary.f, "rew0", "on");
+    check_match(p, 8000);
+}
+
+static void run_proxy(bool vnet)
+{
+    Pair p;
+
+    pair_start(&p, vnet);
+    check_match(&p, 0);
+    check_differ(&p);
+    check_match(&p, 100);
+    check_tcp(&p);
+    check_failover(&p);
+    pair_close(&p);
+}
+
+static void test_vnet_hdr(void)
+{
+    run_proxy(true);
+}
+
+static void test_no_vnet_hdr(void)
+{
+    run_proxy(false);
+}
+
+int main(int argc, char **argv)
+{
+    rig_init(&argc, &argv, "filter-colo");
+    rig_add("proxy/vnet-hdr", test_vnet_hdr);
+    rig_add("proxy/no-vnet-hdr", test_no_vnet_hdr);
+    return g_test_run();
+}
