@@ -397,10 +397,15 @@ static void filter_tap_capture_error(FilterTapEndpoints *ep, int err)
 static void filter_tap_sink(FilterTapEndpoints *ep, struct virtio_net_hdr *hdr,
                             uint8_t *frame, size_t len)
 {
+    struct timespec time = packet_socket_time(ep->capture);
+
     hdr->gso_type = VIRTIO_NET_HDR_GSO_NONE;
     frame_offload_to_guest(hdr, frame, len, NULL, 0, false);
-    filter_tap_count_captured(ep, len);
-    ep->sink(ep->sink_opaque, frame, len);
+    if (ep->sink(ep->sink_opaque, &time, frame, len)) {
+        filter_tap_count_captured(ep, len);
+    } else {
+        ep->stats.capture_peer_drops++;
+    }
 }
 
 /* Returns false when nothing more can be read now. */
@@ -1272,7 +1277,8 @@ static bool filter_tap_open_capture(FilterTapEndpoints *ep, Error **errp)
                                             directions,
                                             BUFFER_SIZE_SOCKET(ep->buffer_size),
                                             errp);
-    return ep->capture;
+    return ep->capture &&
+           (!ep->sink || packet_socket_stamp(ep->capture, errp));
 }
 
 static bool filter_tap_open_inject(FilterTapEndpoints *ep, Error **errp)
@@ -1690,7 +1696,8 @@ static const struct {
       "was full" },
     COUNTER("capture-peer-drops", capture_peer_drops,
             "Packets that were thrown away because the peer had not taken "
-            "them when it went away or the filter went off"),
+            "them when it went away or the filter went off, or because they "
+            "could not be written"),
     COUNTER("capture-skipped-gso", capture_skipped_gso,
             "Packets left out because without a virtio-net header they "
             "cannot be expressed"),

@@ -97,6 +97,7 @@ struct PacketSocket {
     size_t ring_size;
     unsigned slots;
     unsigned next_slot;
+    struct timespec time;       /* of the frame that was taken last */
     char ifname[IFNAMSIZ];
 };
 
@@ -164,6 +165,22 @@ void packet_socket_free(PacketSocket *ps)
 int packet_socket_fd(const PacketSocket *ps)
 {
     return ps->fd;
+}
+
+/*
+ * Without the option only the ring has times, and they are of the moment when
+ * the kernel wrote the slot.  With it the kernel stamps a packet before it
+ * makes the copies, so that all packet sockets have the same time for it.
+ */
+bool packet_socket_stamp(PacketSocket *ps, Error **errp)
+{
+    return packet_socket_option(ps, SOL_SOCKET, SO_TIMESTAMPNS, 1,
+                                "SO_TIMESTAMPNS", errp);
+}
+
+struct timespec packet_socket_time(const PacketSocket *ps)
+{
+    return ps->time;
 }
 
 static int packet_socket_bind(PacketSocket *ps, uint16_t protocol)
@@ -394,15 +411,49 @@ static size_t packet_socket_restore_tag(struct virtio_net_hdr *hdr,
     return len + PACKET_SOCKET_TAG_ROOM;
 }
 
+/* What the kernel tells beside a frame of the queue */
+typedef union PacketSocketControl {
+    struct cmsghdr align;
+    uint8_t buf[CMSG_SPACE(sizeof(struct tpacket_auxdata)) +
+                CMSG_SPACE(sizeof(struct timespec))];
+} PacketSocketControl;
+
+/* Returns the data of a message, or NULL if it is another one. */
+static const void *packet_socket_control_data(struct cmsghdr *cmsg, int level,
+                                              int type, size_t size)
+{
+    return cmsg->cmsg_level == level && cmsg->cmsg_type == type &&
+           cmsg->cmsg_len >= CMSG_LEN(size) ? CMSG_DATA(cmsg) : NULL;
+}
+
+static void packet_socket_parse_control(struct msghdr *msg,
+                                        struct tpacket_auxdata *aux,
+                                        struct timespec *time)
+{
+    struct cmsghdr *cmsg;
+
+    for (cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
+        const void *data;
+
+        data = packet_socket_control_data(cmsg, SOL_PACKET, PACKET_AUXDATA,
+                                          sizeof(*aux));
+        if (data) {
+            memcpy(aux, data, sizeof(*aux));
+        }
+        data = packet_socket_control_data(cmsg, SOL_SOCKET, SO_TIMESTAMPNS,
+                                          sizeof(*time));
+        if (data) {
+            memcpy(time, data, sizeof(*time));
+        }
+    }
+}
+
 /* Take a frame from the queue. */
 static ssize_t packet_socket_recv_queue(PacketSocket *ps,
                                         struct virtio_net_hdr *hdr,
                                         uint8_t *frame, size_t size)
 {
-    union {
-        struct cmsghdr align;
-        uint8_t buf[CMSG_SPACE(sizeof(struct tpacket_auxdata))];
-    } control;
+    PacketSocketControl control;
     struct iovec iov[] = {
         { .iov_base = hdr, .iov_len = sizeof(*hdr) },
         { .iov_base = frame, .iov_len = size },
@@ -413,7 +464,7 @@ static ssize_t packet_socket_recv_queue(PacketSocket *ps,
         .msg_control = &control,
         .msg_controllen = sizeof(control),
     };
-    struct cmsghdr *cmsg;
+    struct tpacket_auxdata aux = { };
     ssize_t len;
 
     /* With MSG_TRUNC the length is the frame's even if it does not fit. */
@@ -425,19 +476,9 @@ static ssize_t packet_socket_recv_queue(PacketSocket *ps,
     if (len < 0 || len > size) {
         return -EMSGSIZE;
     }
-    for (cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
-        if (cmsg->cmsg_level == SOL_PACKET &&
-            cmsg->cmsg_type == PACKET_AUXDATA &&
-            cmsg->cmsg_len >= CMSG_LEN(sizeof(struct tpacket_auxdata))) {
-            struct tpacket_auxdata aux;
-
-            memcpy(&aux, CMSG_DATA(cmsg), sizeof(aux));
-            return packet_socket_restore_tag(hdr, frame, len, aux.tp_status,
-                                             aux.tp_vlan_tci,
-                                             aux.tp_vlan_tpid);
-        }
-    }
-    return len;
+    packet_socket_parse_control(&msg, &aux, &ps->time);
+    return packet_socket_restore_tag(hdr, frame, len, aux.tp_status,
+                                     aux.tp_vlan_tci, aux.tp_vlan_tpid);
 }
 
 static struct tpacket2_hdr *packet_socket_slot(const PacketSocket *ps,
@@ -503,6 +544,8 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
     } else {
         memcpy(hdr, data - sizeof(*hdr), sizeof(*hdr));
         memcpy(frame, data, slot->tp_len);
+        ps->time.tv_sec = slot->tp_sec;
+        ps->time.tv_nsec = slot->tp_nsec;
         len = packet_socket_restore_tag(hdr, frame, slot->tp_len, status,
                                         slot->tp_vlan_tci,
                                         slot->tp_vlan_tpid);

@@ -74,11 +74,20 @@ bool filter_tap_reaches(const FilterTap *ft, NetClientState *netdev);
 bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
                       CharFrontend *chr_out, bool vnet_hdr, Error **errp);
 
-/*
- * Gets a captured packet: the frame as it would be sent, with its checksum
- * completed, but in one piece if it is yet to be segmented.
+/**
+ * FilterTapSink:
+ * @opaque: as given to filter_tap_setup_sink()
+ * @time: when it came to the interface, by the host's clock
+ * @frame: the frame as it would be sent, with its checksum completed, but in
+ *         one piece if it is yet to be segmented
+ * @len: its length in bytes
+ *
+ * Deals with a captured packet.
+ *
+ * Returns: whether it could; if not, the packet counts as dropped.
  */
-typedef void FilterTapSink(void *opaque, const uint8_t *frame, size_t len);
+typedef bool FilterTapSink(void *opaque, const struct timespec *time,
+                           const uint8_t *frame, size_t len);
 
 /**
  * filter_tap_setup_sink:

@@ -90,6 +90,28 @@ void packet_socket_free(PacketSocket *ps);
 int packet_socket_fd(const PacketSocket *ps);
 
 /**
+ * packet_socket_stamp:
+ * @ps: a capturing socket
+ * @errp: set on failure
+ *
+ * From now on packet_socket_time() tells the time of each frame.  As long as
+ * there is such a socket, each packet of the host costs the kernel a look at
+ * the clock.
+ *
+ * Returns: true on success.
+ */
+bool packet_socket_stamp(PacketSocket *ps, Error **errp);
+
+/**
+ * packet_socket_time:
+ * @ps: a capturing socket, after packet_socket_stamp()
+ *
+ * Returns: when the frame that packet_socket_recv() has given last came to the
+ * interface, by the host's clock (CLOCK_REALTIME).
+ */
+struct timespec packet_socket_time(const PacketSocket *ps);
+
+/**
  * packet_socket_hook:
  * @ps: a capturing socket
  * @errp: set on failure

@@ -1618,6 +1618,205 @@ static void test_colo_compare(void)
     side_close(&secondary);
 }
 
+/*
+ * Files: filter-dump beside tcpdump
+ */
+
+#define DUMP_LAST 0xfeedbeef    /* the number of the last packet */
+
+/* Something that is run, and the file that it writes */
+typedef struct Tcpdump {
+    GPid pid;
+    char *path;
+} Tcpdump;
+
+static void tcpdump_start(Tcpdump *t, const char *ifname, const char *dir)
+{
+    int before = packet_sockets(ifname, ETH_P_ALL, 1);
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    char *argv[] = {
+        (char *)"tcpdump", (char *)"-i", (char *)ifname, (char *)"-q",
+        (char *)"--immediate-mode", (char *)"-U", (char *)"-B",
+        (char *)"32768", (char *)"-s", (char *)"262144", (char *)"-Z",
+        (char *)"root", (char *)"-w", NULL, NULL,
+    };
+
+    t->path = g_build_filename(dir, "tcpdump", NULL);
+    argv[ARRAY_SIZE(argv) - 2] = t->path;
+    g_assert_true(g_spawn_async(NULL, argv, NULL, G_SPAWN_SEARCH_PATH |
+                                G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL,
+                                &t->pid, NULL));
+    while (packet_sockets(ifname, ETH_P_ALL, 1) == before ||
+           access(t->path, R_OK) < 0) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        g_usleep(1000);
+    }
+}
+
+static void tcpdump_stop(Tcpdump *t)
+{
+    kill(t->pid, SIGINT);
+    g_assert_cmpint(waitpid(t->pid, NULL, 0), ==, t->pid);
+    unlink(t->path);
+    g_free(t->path);
+}
+
+/* Whether the frame has a checksum of TCP or UDP, and puts its place to @at. */
+static bool frame_checksum(const uint8_t *frame, size_t len, size_t *at)
+{
+    size_t l3 = l3_offset(frame);
+    uint16_t type = lduw_be_p(frame + l3 - 2);
+
+    if (type != ETH_P_IP && type != ETH_P_IPV6) {
+        return false;
+    }
+    *at = l3 + ip_len(frame + l3) +
+          (ip_protocol(frame + l3) == IPPROTO_TCP ? 16 : 6);
+    return true;
+}
+
+static void expect_checksum(const uint8_t *frame, size_t len)
+{
+    const uint8_t *ip = frame + l3_offset(frame);
+    const uint8_t *l4 = ip + ip_len(ip);
+    size_t l4_bytes = frame + len - l4;
+
+    g_assert_cmphex(sum(l4, l4_bytes,
+                        sum_pseudo(ip, l4_bytes, ip_protocol(ip))), ==,
+                    0xffff);
+}
+
+/*
+ * One packet in both files: the same, at the same time, but a checksum that is
+ * left to do in tcpdump's is done in ours.  Returns whether it was.
+ */
+static bool expect_same_packet(FILE *ours, FILE *theirs, uint32_t *number)
+{
+    g_autofree uint8_t *a = g_malloc(FRAME_MAX), *b = g_malloc(FRAME_MAX);
+    PcapPacket pa, pb;
+    bool differs;
+    size_t at;
+
+    read_pcap(ours, &pa, a, FRAME_MAX);
+    read_pcap(theirs, &pb, b, FRAME_MAX);
+    g_assert_cmpuint(pa.len, ==, pb.len);
+    g_assert_cmpuint(pa.caplen, ==, pa.len);
+    g_assert_cmpuint(pb.caplen, ==, pb.len);
+    g_assert_cmpuint(pa.sec, ==, pb.sec);
+    g_assert_cmpuint(pa.usec, ==, pb.usec);
+    *number = pa.len >= 18 ? ldl_be_p(a + 14) : 0;
+    differs = memcmp(a, b, pa.len);
+    if (frame_checksum(a, pa.len, &at)) {
+        expect_checksum(a, pa.len);
+        memcpy(b + at, a + at, 2);
+    }
+    g_assert_cmpmem(a, pa.len, b, pb.len);
+    return differs;
+}
+
+/* What Wireshark shows of the file has no flaw. */
+static void expect_tshark_content(const char *path, unsigned packets)
+{
+    g_autofree char *program = g_find_program_in_path("tshark");
+    g_autofree char *command = NULL, *text = NULL;
+    g_auto(GStrv) lines = NULL;
+    int status;
+
+    if (!program) {
+        g_test_message("there is no tshark");
+        return;
+    }
+    /* A line for each packet, and in it the flaws. */
+    command = g_strdup_printf(
+        "tshark -n -r %s -o tcp.check_checksum:TRUE -o udp.check_checksum:TRUE"
+        " -o ip.check_checksum:TRUE -T fields -E separator=, -e frame.number"
+        " -e _ws.malformed -e ip.checksum.status -e tcp.checksum.status"
+        " -e udp.checksum.status", path);
+    g_assert_true(g_spawn_command_line_sync(command, &text, NULL, &status,
+                                            NULL));
+    g_assert_cmpint(status, ==, 0);
+    lines = g_strsplit(text, "\n", -1);
+    g_assert_cmpuint(g_strv_length(lines), ==, packets + 1);
+    for (unsigned i = 0; i < packets; i++) {
+        g_auto(GStrv) fields = g_strsplit(lines[i], ",", -1);
+
+        g_test_message("%s", lines[i]);
+        g_assert_cmpuint(g_strv_length(fields), ==, 5);
+        g_assert_cmpstr(fields[1], ==, "");
+        for (int j = 2; j < 5; j++) {
+            g_assert_true(!*fields[j] || g_str_equal(fields[j], "1"));
+        }
+    }
+}
+
+static void run_dump(uint64_t features, bool whole)
+{
+    char dir[] = "/tmp/filter-dump-XXXXXX";
+    static const Shape last = PLAIN("last", 64);
+    g_autofree char *path = NULL, *args = NULL;
+    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    bool uso = kernel_has_uso();
+    unsigned packets = 0, completed = 0;
+    uint32_t number;
+    FILE *ours, *theirs;
+    Tcpdump tcpdump;
+    Side a;
+
+    g_assert_nonnull(mkdtemp(dir));
+    path = g_build_filename(dir, "dump", NULL);
+    args = g_strdup_printf("-object filter-dump,id=dump,netdev=n0,"
+                           "maxlen=262144,file=%s", path);
+    side_open(&a, "vhost=on", "", args);
+    side_start(&a, features, 0);
+    g_assert_true(vhost_started(&a.f));
+    tcpdump_start(&tcpdump, a.f.ifname, dir);
+    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
+        if (shapes[i].gso == VIRTIO_NET_HDR_GSO_UDP_L4 && !uso) {
+            continue;
+        }
+        packet_make(p, &shapes[i], i);
+        host_write(a.host, p);
+        expect_guest_packet(&a, p);
+        if (guest_can_send(&a, p)) {
+            packet_make(p, &shapes[i], 100 + i);
+            guest_write(&a, p);
+            host_read(a.host, got);
+        }
+    }
+    packet_make(p, &last, DUMP_LAST);
+    host_write(a.host, p);
+
+    ours = open_pcap(path);
+    theirs = open_pcap(tcpdump.path);
+    do {
+        completed += expect_same_packet(ours, theirs, &number);
+        packets++;
+    } while (number != DUMP_LAST);
+    g_assert_cmpuint(packets, ==, counter(&a.f, "dump", "capture-packets"));
+    g_assert_cmpuint(packets, >=, ARRAY_SIZE(shapes));
+    g_assert_true(!whole || completed > 0);
+    expect_tshark_content(path, packets);
+
+    fclose(ours);
+    fclose(theirs);
+    tcpdump_stop(&tcpdump);
+    side_close(&a);
+    unlink(path);
+    rmdir(dir);
+}
+
+static void test_dump(void)
+{
+    g_autofree char *program = g_find_program_in_path("tcpdump");
+
+    if (!program) {
+        g_test_skip("there is no tcpdump");
+        return;
+    }
+    run_dump(BASE | OFFLOADS, true);
+    run_dump(BASE, false);
+}
+
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-redirector-fidelity");
@@ -1637,5 +1836,6 @@ int main(int argc, char **argv)
     rig_add("order/segments", test_order_segments);
     rig_add("streams/each-with-each", test_streams);
     rig_add("streams/colo-compare", test_colo_compare);
+    rig_add("dump/tcpdump", test_dump);
     return g_test_run();
 }

@@ -230,6 +230,38 @@ void swap_peers(Fixture *f)
     f->in = out;
 }
 
+/* The files of filter-dump and tcpdump */
+
+static void read_growing(FILE *file, void *buf, size_t size)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    for (size_t done = 0; done < size;) {
+        clearerr(file);
+        done += fread(buf + done, 1, size - done, file);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+FILE *open_pcap(const char *path)
+{
+    FILE *file = fopen(path, "r");
+    uint32_t header[6];
+
+    g_assert_nonnull(file);
+    read_growing(file, header, sizeof(header));
+    g_assert_cmphex(header[0], ==, 0xa1b2c3d4);     /* microseconds */
+    g_assert_cmpuint(header[5], ==, 1);             /* Ethernet */
+    return file;
+}
+
+void read_pcap(FILE *file, PcapPacket *packet, uint8_t *frame, size_t size)
+{
+    read_growing(file, packet, sizeof(*packet));
+    g_assert_cmpuint(packet->caplen, <=, size);
+    read_growing(file, frame, packet->caplen);
+}
+
 /* The guest's driver */
 
 /*

@@ -109,6 +109,20 @@ void in_send(Fixture *f, uint32_t first, uint32_t count);
 /* Exchange what f->out and f->in are. */
 void swap_peers(Fixture *f);
 
+/* The files of filter-dump and tcpdump, which may be being written */
+
+/* What is before each packet, in the host's byte order */
+typedef struct PcapPacket {
+    uint32_t sec;
+    uint32_t usec;
+    uint32_t caplen;            /* bytes in the file */
+    uint32_t len;               /* of the packet */
+} PcapPacket;
+
+FILE *open_pcap(const char *path);
+/* The next packet; it must come. */
+void read_pcap(FILE *file, PcapPacket *packet, uint8_t *frame, size_t size);
+
 /* The guest's driver */
 
 /* Start the driver with those of @features that there are ... */

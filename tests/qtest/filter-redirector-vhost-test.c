@@ -209,35 +209,13 @@ static void test_capture_mirror(void)
     fixture_close(&f);
 }
 
-static void read_pcap(FILE *file, void *buf, size_t size)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    for (size_t done = 0; done < size;) {
-        clearerr(file);
-        done += fread(buf + done, 1, size - done, file);
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
-/* The next packet of a file that is being written, in the host's order. */
-static size_t read_pcap_packet(FILE *file, uint8_t *frame, size_t size)
-{
-    uint32_t header[4];
-
-    read_pcap(file, header, sizeof(header));
-    g_assert_cmpuint(header[2], ==, header[3]);
-    g_assert_cmpuint(header[2], <=, size);
-    read_pcap(file, frame, header[2]);
-    return header[2];
-}
-
 /* The file can be read while it is written, and says what was on the wire. */
 static void test_capture_dump(void)
 {
     char path[] = "/tmp/filter-dump-XXXXXX";
-    uint8_t frame[BUFFER_LEN], header[24];
+    uint8_t frame[BUFFER_LEN];
     g_autofree char *args = NULL;
+    PcapPacket packet;
     FILE *file;
     Fixture f;
 
@@ -248,18 +226,16 @@ static void test_capture_dump(void)
     guest_start(&f);
     g_assert_true(vhost_started(&f));
     expect_source(&f, "cap", "packet-socket");
-    file = fopen(path, "r");
-    g_assert_nonnull(file);
-    read_pcap(file, header, sizeof(header));
-    g_assert_cmphex(*(uint32_t *)header, ==, 0xa1b2c3d4);
+    file = open_pcap(path);
     guest_post(&f, 20);
     for (int i = 0; i < 20; i += 2) {
         host_send(&f, i, 1);
         expect_guest(&f, i, 1);
         guest_send(&f, i + 1, 1);
         for (int j = i; j < i + 2; j++) {
-            g_assert_cmpuint(read_pcap_packet(file, frame, sizeof(frame)),
-                             ==, FRAME_LEN);
+            read_pcap(file, &packet, frame, sizeof(frame));
+            g_assert_cmpuint(packet.caplen, ==, FRAME_LEN);
+            g_assert_cmpuint(packet.len, ==, FRAME_LEN);
             g_assert_cmpuint(frame_number(frame), ==, j);
             g_assert_cmphex(frame[FRAME_LEN - 1], ==, 0x5a);
         }
@@ -268,7 +244,7 @@ static void test_capture_dump(void)
     host_send(&f, 20, 1);
     set_status(&f, "cap", "on");
     host_send(&f, 21, 1);
-    read_pcap_packet(file, frame, sizeof(frame));
+    read_pcap(file, &packet, frame, sizeof(frame));
     g_assert_cmpuint(frame_number(frame), ==, 21);
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 21);
     del_object(&f, "cap");
@@ -276,6 +252,57 @@ static void test_capture_dump(void)
     fclose(file);
     unlink(path);
     fixture_close(&f);
+}
+
+/* What is longer than maxlen is cut off, and its length is told. */
+static void test_capture_dump_maxlen(void)
+{
+    char path[] = "/tmp/filter-dump-XXXXXX";
+    uint8_t frame[BUFFER_LEN];
+    g_autofree char *args = NULL;
+    PcapPacket packet;
+    FILE *file;
+    Fixture f;
+
+    close(mkstemp(path));
+    args = g_strdup_printf("-object filter-dump,id=cap,netdev=n0,queue=tx,"
+                           "maxlen=20,file=%s", path);
+    fixture_start(&f, args);
+    file = open_pcap(path);
+    for (int i = 0; i < 2; i++) {
+        host_send(&f, i, 1);
+        read_pcap(file, &packet, frame, sizeof(frame));
+        g_assert_cmpuint(packet.caplen, ==, 20);
+        g_assert_cmpuint(packet.len, ==, FRAME_LEN);
+        g_assert_cmpuint(frame_number(frame), ==, i);
+    }
+    fclose(file);
+    unlink(path);
+    fixture_close(&f);
+}
+
+/* When the disk is full the file ends, and what does not come is counted. */
+static void test_capture_dump_full(void)
+{
+    char dir[] = "/tmp/filter-dump-XXXXXX";
+    g_autofree char *mount = NULL, *umount = NULL, *args = NULL;
+    Fixture f;
+
+    g_assert_nonnull(mkdtemp(dir));
+    mount = g_strdup_printf("mount -t tmpfs -o size=4k none %s", dir);
+    umount = g_strdup_printf("umount %s", dir);
+    g_assert_cmpint(system(mount), ==, 0);
+    args = g_strdup_printf("-object filter-dump,id=cap,netdev=n0,queue=tx,"
+                           "file=%s/pcap", dir);
+    fixture_start(&f, args);
+    host_send(&f, 0, 60);
+    wait_counter(&f, "cap", "capture-peer-drops", 60 - (4096 - 24) / 80);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==,
+                     (4096 - 24) / 80);
+    del_object(&f, "cap");
+    fixture_close(&f);
+    g_assert_cmpint(system(umount), ==, 0);
+    rmdir(dir);
 }
 
 /* A mirror takes nothing from the guest, whenever it works. */
@@ -1665,6 +1692,8 @@ int main(int argc, char **argv)
     rig_add("capture/two", test_capture_two);
     rig_add("capture/mirror", test_capture_mirror);
     rig_add("capture/dump", test_capture_dump);
+    rig_add("capture/dump-maxlen", test_capture_dump_maxlen);
+    rig_add("capture/dump-full", test_capture_dump_full);
     rig_add("capture/header", test_capture_header);
     rig_add("capture/stream-format", test_capture_stream_format);
     rig_add("status/on-off", test_status);
