@@ -94,9 +94,10 @@ int packet_socket_fd(const PacketSocket *ps);
  * @ps: a capturing socket
  * @errp: set on failure
  *
- * From now on packet_socket_time() tells the time of each frame.  As long as
- * there is such a socket, each packet of the host costs the kernel a look at
- * the clock.
+ * From now on packet_socket_time() tells the time of each frame.  (The kernel
+ * begins with it some ms later; until then it may be a time at which the frame
+ * was taken.)  As long as there is such a socket, each packet of the host costs
+ * the kernel a look at the clock.
  *
  * Returns: true on success.
  */

@@ -15,6 +15,7 @@
 #include "filter-redirector-rig.h"
 #include "libqos/virtio.h"
 #include "qemu/bswap.h"
+#include "qapi/error.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "qobject/qjson.h"
@@ -1508,6 +1509,192 @@ static void test_interface_down_up(void)
     fixture_close(&f);
 }
 
+/* Filters of all kinds on one netdev */
+
+#define MIXED 4
+
+static const struct {
+    const char *id;
+    const char *args;
+} mixed[MIXED] = {
+    { "mirror", "'qom-type': 'filter-mirror', 'outdev': 'mir',"
+                " 'vnet_hdr_support': true, 'queue': 'all'" },
+    { "cap", "'qom-type': 'filter-redirector', 'outdev': 'out',"
+             " 'vnet_hdr_support': true, 'queue': 'all'" },
+    { "dump", "'qom-type': 'filter-dump', 'queue': 'all'" },
+    { "inj", "'qom-type': 'filter-redirector', 'indev': 'in',"
+             " 'vnet_hdr_support': true, 'queue': 'all'" },
+};
+
+typedef struct Mixed {
+    Fixture f;
+    int mirror;                 /* peer of its outdev */
+    char *path;                 /* of the dump */
+    FILE *dump;
+    bool there[MIXED];
+    uint32_t number;            /* of the next packet */
+} Mixed;
+
+static void swap_ints(int *a, int *b)
+{
+    int was = *a;
+
+    *a = *b;
+    *b = was;
+}
+
+/* Add a filter: at either end, or beside another one. */
+static void mixed_add(Mixed *m, int which, int step)
+{
+    g_autofree char *place = NULL, *args = NULL;
+
+    for (int i = 0; i < MIXED; i++) {
+        if (m->there[i] && step % 2) {
+            g_free(place);
+            place = g_strdup_printf("'position': 'id=%s', 'insert': '%s'",
+                                    mixed[i].id,
+                                    step % 4 == 1 ? "before" : "behind");
+        }
+    }
+    place = place ?: g_strdup_printf("'position': '%s'",
+                                     step % 3 ? "tail" : "head");
+    args = g_strdup_printf("{'id': '%s', 'netdev': 'n0', %s, %s%s%s%s}",
+                           mixed[which].id, mixed[which].args, place,
+                           which == 2 ? ", 'file': '" : "",
+                           which == 2 ? m->path : "", which == 2 ? "'" : "");
+    qtest_qmp_assert_success(m->f.qts, "{'execute': 'object-add',"
+                             " 'arguments': %p}",
+                             qobject_from_json(args, &error_abort));
+    m->there[which] = true;
+    if (which == 2) {
+        m->dump = open_pcap(m->path);
+    }
+}
+
+static void mixed_add_mirror_peer(Mixed *m)
+{
+    g_autofree char *path = g_build_filename(m->f.dir, "mir", NULL);
+
+    qtest_qmp_assert_success(m->f.qts, "{'execute': 'chardev-add',"
+        " 'arguments': {'id': 'mir', 'backend': {'type': 'socket',"
+        " 'data': {'server': true, 'wait': false, 'addr': {"
+        " 'type': 'unix', 'data': {'path': %s}}}}}}", path);
+    m->mirror = connect_to(&m->f, "mir");
+    expect_connected(&m->f, "mir", true);
+    unlink(path);
+}
+
+static void mixed_del(Mixed *m, int which)
+{
+    del_object(&m->f, mixed[which].id);
+    m->there[which] = false;
+    if (which == 2) {
+        fclose(m->dump);
+        unlink(m->path);
+    }
+}
+
+static void mixed_took(void *opaque, uint32_t number)
+{
+    uint32_t *next = opaque;
+
+    g_assert_cmpuint(number, ==, *next);
+    ++*next;
+}
+
+static void mixed_expect_guest(Mixed *m, uint32_t number)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint32_t next = number;
+
+    while (next == number) {
+        guest_take(&m->f, mixed_took, &next);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    g_assert_cmpuint(next, ==, number + 1);
+}
+
+/* Each of the filters that capture has this packet next. */
+static void mixed_expect_copies(Mixed *m, uint32_t number)
+{
+    uint8_t frame[BUFFER_LEN];
+    PcapPacket packet;
+
+    if (m->there[0]) {
+        swap_ints(&m->f.out, &m->mirror);
+        expect_out(&m->f, number, 1);
+        swap_ints(&m->f.out, &m->mirror);
+    }
+    if (m->there[1]) {
+        expect_out(&m->f, number, 1);
+    }
+    if (m->there[2]) {
+        read_pcap(m->dump, &packet, frame, sizeof(frame));
+        g_assert_cmpuint(frame_number(frame), ==, number);
+    }
+}
+
+/*
+ * A packet each way, and one that is injected both ways, which no filter
+ * captures.  That each comes once shows by the one that comes next.
+ */
+static void mixed_pass(Mixed *m)
+{
+    host_send(&m->f, m->number, 1);
+    mixed_expect_guest(m, m->number);
+    mixed_expect_copies(m, m->number++);
+    if (m->there[3]) {
+        in_send(&m->f, m->number, 1);
+        mixed_expect_guest(m, m->number);
+        expect_host(&m->f, m->number++, 1);
+    }
+    guest_put(&m->f, m->number);
+    expect_host(&m->f, m->number, 1);
+    mixed_expect_copies(m, m->number++);
+}
+
+/* The order with this number, of MIXED! ones */
+static void mixed_order(int number, int order[MIXED])
+{
+    for (int i = 0; i < MIXED; i++) {
+        order[i] = i;
+    }
+    for (int i = MIXED; i > 1; i--) {
+        swap_ints(&order[i - 1], &order[number % i]);
+        number /= i;
+    }
+}
+
+static void test_mixed(void)
+{
+    const int orders = 24;      /* MIXED! */
+    Mixed m = { };
+    int order[MIXED];
+
+    fixture_start(&m.f, GUEST_MAP_ARGS);
+    m.path = g_build_filename(m.f.dir, "dump", NULL);
+    mixed_add_mirror_peer(&m);
+    guest_start(&m.f);
+    guest_map(&m.f);
+    g_assert_true(vhost_started(&m.f));
+    for (int i = 0; i < orders; i++) {
+        mixed_order(i, order);
+        for (int j = 0; j < MIXED; j++) {
+            mixed_add(&m, order[j], i + j);
+            mixed_pass(&m);
+        }
+        mixed_order(i * 7 % orders, order);
+        for (int j = 0; j < MIXED; j++) {
+            mixed_del(&m, order[j]);
+            mixed_pass(&m);
+        }
+        g_assert_cmpint(packet_sockets(m.f.ifname, ETH_P_ALL, 1), ==, 0);
+    }
+    close(m.mirror);
+    g_free(m.path);
+    fixture_close(&m.f);
+}
+
 /* Errors */
 
 static void expect_error_args(Fixture *f, const char *args, const char *text)
@@ -1694,6 +1881,7 @@ int main(int argc, char **argv)
     rig_add("capture/dump", test_capture_dump);
     rig_add("capture/dump-maxlen", test_capture_dump_maxlen);
     rig_add("capture/dump-full", test_capture_dump_full);
+    rig_add("mixed", test_mixed);
     rig_add("capture/header", test_capture_header);
     rig_add("capture/stream-format", test_capture_stream_format);
     rig_add("status/on-off", test_status);

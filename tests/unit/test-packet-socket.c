@@ -13,6 +13,7 @@
 #include "qemu/bswap.h"
 #include "qemu/sockets.h"
 #include "qemu/thread.h"
+#include "qemu/timer.h"
 #include "qemu/units.h"
 #include "net/frame-offload.h"
 #include "net/packet-socket.h"
@@ -1765,6 +1766,61 @@ static void test_capture_wakeup(gconstpointer way)
     flow_free(&flow);
 }
 
+static int64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    return now.tv_sec * NANOSECONDS_PER_SECOND + now.tv_nsec;
+}
+
+/* Returns when the next frame came, which has this number. */
+static int64_t capture_expect_time(PacketSocket *ps, uint32_t number)
+{
+    struct timespec time;
+
+    capture_expect_made(ps, frame_make_some_jumbo, number);
+    time = packet_socket_time(ps);
+    return time.tv_sec * NANOSECONDS_PER_SECOND + time.tv_nsec;
+}
+
+/* A frame has the time at which it came, whenever it is taken. */
+static void test_capture_times(gconstpointer way)
+{
+    enum { FRAMES = 100 };
+    int64_t before[FRAMES], after[FRAMES];
+    gint64 end = g_get_monotonic_time() + 20 * G_USEC_PER_SEC;
+    PacketSocket *ps;
+    int64_t passed;
+    Lab lab;
+
+    if (!lab_new(&lab, way)) {
+        return;
+    }
+    ps = capture_new_hooked(&lab.tap, lab.way->directions);
+    g_assert_true(packet_socket_stamp(ps, &error_abort));
+    /* The kernel begins with it in its own time. */
+    do {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        lab_pass_made(&lab, frame_make_some_jumbo, 0);
+        passed = now_ns();
+    } while (capture_expect_time(ps, 0) > passed);
+
+    for (int i = 0; i < FRAMES; i++) {
+        before[i] = now_ns();
+        lab_pass_made(&lab, frame_make_some_jumbo, i);
+        after[i] = now_ns();
+    }
+    for (int i = 0; i < FRAMES; i++) {
+        int64_t time = capture_expect_time(ps, i);
+
+        g_assert_cmpint(time, >=, before[i]);
+        g_assert_cmpint(time, <=, after[i]);
+    }
+    packet_socket_free(ps);
+    lab_free(&lab);
+}
+
 /*
  * Injecting
  */
@@ -2908,6 +2964,7 @@ int main(int argc, char **argv)
     add_ways("order", true, test_capture_order);
     add_ways("memory", true, test_capture_memory);
     add_ways("wakeup", true, test_capture_wakeup);
+    add_ways("times", true, test_capture_times);
     TEST("inject/plain", test_inject_plain);
     TEST("inject/checksum", test_inject_checksum);
     TEST("inject/gso", test_inject_gso);
