@@ -829,12 +829,8 @@ static int filter_tap_inject_send(FilterTapEndpoints *ep,
 {
     int ret = -EOPNOTSUPP;
 
-    /*
-     * What has been begun in segments goes on so.  And a packet socket cannot
-     * send a frame in a tunnel otherwise.
-     */
-    if (!ep->segments_sent &&
-        !(frames->hdr.gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL)) {
+    /* What has been begun in segments goes on so. */
+    if (!ep->segments_sent) {
         ret = packet_socket_send(ep->inject, frames, n);
     }
     if (ret == -EOPNOTSUPP) {

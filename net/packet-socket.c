@@ -33,7 +33,11 @@
  *          are longer than a slot (the slot then refers to the queue), or all
  *          of them.
  *
- * An injecting socket is on no list at all.
+ * An injecting socket is on no list at all.  Past the qdisc nothing is
+ * segmented: the kernel drops a GSO frame that the interface cannot take whole,
+ * and counts that.  So the interface's offloads are known before such a frame
+ * is sent.  They change while the socket exists, above all when the guest's
+ * driver negotiates, and a netlink socket tells when.
  */
 
 #include "qemu/osdep.h"
@@ -45,10 +49,13 @@
 #include <linux/filter.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
 #include <linux/sockios.h>
 #include "qapi/error.h"
 #include "net/packet-socket.h"
 #include "qemu/atomic.h"
+#include "qemu/bitops.h"
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qemu/sockets.h"
@@ -83,6 +90,22 @@
 /* Longer GSO frames are segmented whatever the interface can do. */
 #define GSO_MAX_LEN 65536
 
+/* Offloads that let an interface take GSO frames whole */
+enum {
+    OFFLOAD_TCPV4,
+    OFFLOAD_TCPV6,
+    OFFLOAD_ECN,
+    OFFLOAD_UDP,
+};
+
+/* ... by the names that "ethtool -k" has for them */
+static const char *const offload_names[] = {
+    [OFFLOAD_TCPV4] = "tx-tcp-segmentation",
+    [OFFLOAD_TCPV6] = "tx-tcp6-segmentation",
+    [OFFLOAD_ECN] = "tx-tcp-ecn-segmentation",
+    [OFFLOAD_UDP] = "tx-udp-segmentation",
+};
+
 #ifndef PACKET_IGNORE_OUTGOING
 #define PACKET_IGNORE_OUTGOING 23       /* Linux 4.20 */
 #endif
@@ -98,6 +121,8 @@ struct PacketSocket {
     unsigned slots;
     unsigned next_slot;
     struct timespec time;       /* of the frame that was taken last */
+    unsigned offloads;          /* bits: those that were on, when last seen */
+    int link_fd;                /* tells when they may be others, or -1 */
     char ifname[IFNAMSIZ];
 };
 
@@ -125,6 +150,7 @@ static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
 
     pstrcpy(ps->ifname, sizeof(ps->ifname), ifname);
     ps->ifindex = ifindex;
+    ps->link_fd = -1;
     if (!ifindex) {
         /* To the kernel it means: all interfaces. */
         error_setg_errno(errp, ENODEV, "could not find interface '%s'",
@@ -156,6 +182,9 @@ void packet_socket_free(PacketSocket *ps)
     if (ps) {
         if (ps->ring) {
             munmap(ps->ring, ps->ring_size);
+        }
+        if (ps->link_fd >= 0) {
+            close(ps->link_fd);
         }
         close(ps->fd);
         g_free(ps);
@@ -614,7 +643,6 @@ static int packet_socket_sendmmsg(PacketSocket *ps,
     struct mmsghdr msgs[PACKET_SOCKET_BATCH];
     int ret;
 
-    n = MIN(n, PACKET_SOCKET_BATCH);
     for (size_t i = 0; i < n; i++) {
         iov[i][0].iov_base = (void *)&frames[i].hdr;
         iov[i][0].iov_len = sizeof(frames[i].hdr);
@@ -641,8 +669,8 @@ static bool packet_socket_ethtool(PacketSocket *ps, void *cmd)
     return ioctl(ps->fd, SIOCETHTOOL, &ifr) == 0;
 }
 
-/* Whether an offload, by the name that "ethtool -k" has for it, is on. */
-static bool packet_socket_has_feature(PacketSocket *ps, const char *name)
+/* Returns the offloads that are on; none if the kernel does not tell. */
+static unsigned packet_socket_get_offloads(PacketSocket *ps)
 {
     g_autofree struct ethtool_gstrings *names = NULL;
     g_autofree struct ethtool_gfeatures *features = NULL;
@@ -653,10 +681,11 @@ static bool packet_socket_has_feature(PacketSocket *ps, const char *name)
         .info.cmd = ETHTOOL_GSSET_INFO,
         .info.sset_mask = 1 << ETH_SS_FEATURES,
     };
+    unsigned offloads = 0;
     uint32_t blocks;
 
     if (!packet_socket_ethtool(ps, &set)) {
-        return false;
+        return 0;
     }
     blocks = DIV_ROUND_UP(set.count, 32);
     names = g_malloc0(sizeof(*names) + set.count * ETH_GSTRING_LEN);
@@ -669,43 +698,109 @@ static bool packet_socket_has_feature(PacketSocket *ps, const char *name)
     features->size = blocks;
     if (!packet_socket_ethtool(ps, names) ||
         !packet_socket_ethtool(ps, features)) {
-        return false;
+        return 0;
     }
     for (uint32_t i = 0; i < set.count; i++) {
-        if (!strncmp((char *)names->data + i * ETH_GSTRING_LEN, name,
-                     ETH_GSTRING_LEN)) {
-            return features->features[i / 32].active & (1u << i % 32);
+        const char *name = (char *)names->data + i * ETH_GSTRING_LEN;
+        bool on = features->features[i / 32].active & (1u << i % 32);
+
+        for (int j = 0; on && j < ARRAY_SIZE(offload_names); j++) {
+            if (!strncmp(name, offload_names[j], ETH_GSTRING_LEN)) {
+                offloads |= BIT(j);
+            }
         }
     }
-    return false;
+    return offloads;
+}
+
+/*
+ * The kernel queues a message when an interface's offloads change, before the
+ * system call that changes them returns (6.1, 6.18).
+ */
+static void packet_socket_watch_links(PacketSocket *ps)
+{
+    struct sockaddr_nl addr = {
+        .nl_family = AF_NETLINK,
+        .nl_groups = RTMGRP_LINK,
+    };
+    int size = 1;               /* the least: one message is enough */
+
+    ps->link_fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK,
+                         NETLINK_ROUTE);
+    if (ps->link_fd < 0) {
+        return;
+    }
+    setsockopt(ps->link_fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+    if (bind(ps->link_fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
+        close(ps->link_fd);
+        ps->link_fd = -1;
+    }
+}
+
+/* Whether an interface may have changed since the last time. */
+static bool packet_socket_links_changed(PacketSocket *ps)
+{
+    bool changed = false;
+    uint8_t byte;
+
+    if (ps->link_fd < 0) {
+        packet_socket_watch_links(ps);
+        return true;
+    }
+    for (;;) {
+        if (recv(ps->link_fd, &byte, sizeof(byte), 0) < 0 &&
+            errno != ENOBUFS && errno != EINTR) {
+            return changed || errno != EAGAIN;
+        }
+        changed = true;         /* ENOBUFS: by more messages than fit */
+    }
 }
 
 /* Whether the frame must be segmented for the interface. */
-static bool packet_socket_must_segment(PacketSocket *ps,
+static bool packet_socket_must_segment(const PacketSocket *ps,
                                        const PacketSocketFrame *frame)
 {
-    const struct virtio_net_hdr *hdr = &frame->hdr;
-    const char *feature;
+    unsigned needed = 0;
 
-    switch (hdr->gso_type & ~VIRTIO_NET_HDR_GSO_ECN) {
-    case VIRTIO_NET_HDR_GSO_NONE:
-        return false;
+    switch (frame->hdr.gso_type & ~VIRTIO_NET_HDR_GSO_ECN) {
     case VIRTIO_NET_HDR_GSO_TCPV4:
-        feature = "tx-tcp-segmentation";
+        needed = BIT(OFFLOAD_TCPV4);
         break;
     case VIRTIO_NET_HDR_GSO_TCPV6:
-        feature = "tx-tcp6-segmentation";
+        needed = BIT(OFFLOAD_TCPV6);
         break;
     case VIRTIO_NET_HDR_GSO_UDP_L4:
-        feature = "tx-udp-segmentation";
+        needed = BIT(OFFLOAD_UDP);
         break;
     default:
         return true;
     }
-    return frame->len >= GSO_MAX_LEN ||
-           !packet_socket_has_feature(ps, feature) ||
-           (hdr->gso_type & VIRTIO_NET_HDR_GSO_ECN &&
-            !packet_socket_has_feature(ps, "tx-tcp-ecn-segmentation"));
+    if (frame->hdr.gso_type & VIRTIO_NET_HDR_GSO_ECN) {
+        needed |= BIT(OFFLOAD_ECN);
+    }
+    return frame->len >= GSO_MAX_LEN || (ps->offloads & needed) != needed;
+}
+
+/* How many frames there are before the first that must be segmented. */
+static size_t packet_socket_count_whole(PacketSocket *ps,
+                                        const PacketSocketFrame *frames,
+                                        size_t n)
+{
+    bool known = false;
+
+    for (size_t i = 0; i < n; i++) {
+        if (frames[i].hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE) {
+            continue;
+        }
+        if (!known && packet_socket_links_changed(ps)) {
+            ps->offloads = packet_socket_get_offloads(ps);
+        }
+        known = true;
+        if (packet_socket_must_segment(ps, &frames[i])) {
+            return i;
+        }
+    }
+    return n;
 }
 
 int packet_socket_send_plain(PacketSocket *ps, const PacketSocketFrame *frame)
@@ -722,11 +817,15 @@ int packet_socket_send_plain(PacketSocket *ps, const PacketSocketFrame *frame)
 int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
                        size_t n)
 {
-    int ret = packet_socket_sendmmsg(ps, frames, n);
+    int ret = -EOPNOTSUPP;
 
-    /* The bypass does not segment, and says the same as on a full queue. */
+    n = packet_socket_count_whole(ps, frames, MIN(n, PACKET_SOCKET_BATCH));
+    if (n) {
+        ret = packet_socket_sendmmsg(ps, frames, n);
+    }
     if (ret == -ENOBUFS) {
-        ret = packet_socket_must_segment(ps, frames) ? -EOPNOTSUPP : -EAGAIN;
+        /* The queue is full; or it had to be segmented, from just now on. */
+        ret = packet_socket_count_whole(ps, frames, 1) ? -EAGAIN : -EOPNOTSUPP;
     }
     return ret;
 }

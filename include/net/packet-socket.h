@@ -175,7 +175,8 @@ typedef struct PacketSocketFrame {
  * @frames: the frames
  * @n: their number, not 0; no more than PACKET_SOCKET_BATCH are sent
  *
- * Send frames out of the interface, past its queueing discipline.
+ * Send frames out of the interface, past its queueing discipline.  None goes
+ * behind the first GSO frame that the interface does not take whole.
  *
  * Returns: how many of the frames were sent, or a negative errno that is about
  * the first of them, with nothing sent: -EAGAIN when the interface cannot take

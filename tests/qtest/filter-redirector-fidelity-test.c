@@ -752,8 +752,20 @@ static void side_start(Side *s, uint64_t features, uint32_t high)
     s->stream_hdr_len = s->hdr_len;
 }
 
+/* No more is dropped than is lost: what must go in segments is not tried. */
+static void expect_no_drops(Side *s)
+{
+    g_autofree char *path = g_strdup_printf("/sys/class/net/%s/statistics/"
+                                            "tx_dropped", s->f.ifname);
+    g_autofree char *text = NULL;
+
+    g_assert_true(g_file_get_contents(path, &text, NULL, NULL));
+    g_assert_cmpstr(text, ==, "0\n");
+}
+
 static void side_close(Side *s)
 {
+    expect_no_drops(s);
     fixture_close(&s->f);
     close(s->host);
 }
