@@ -412,7 +412,8 @@ static void filter_tap_sink(FilterTapEndpoints *ep, struct virtio_net_hdr *hdr,
 static bool filter_tap_capture_one(FilterTapEndpoints *ep)
 {
     size_t hdr_len = ep->sink ? 0 : ep->nf->netdev->vnet_hdr_len;
-    size_t room = FRAME_STREAM_MAX_PAYLOAD;
+    size_t room = ep->sink ? FRAME_STREAM_MAX_PAYLOAD :
+                             frame_writer_max_payload(ep->writer);
     uint8_t *payload = ep->sink ? ep->sink_frame :
                                   frame_writer_reserve(ep->writer, room);
     uint8_t *frame = payload + hdr_len;
@@ -612,7 +613,7 @@ static void filter_tap_take_iov(FilterTapEndpoints *ep,
 {
     size_t size = iov_size(iov, iovcnt);
 
-    if (size > FRAME_STREAM_MAX_PAYLOAD) {
+    if (size > frame_writer_max_payload(ep->writer)) {
         ep->stats.capture_skipped_oversize++;
         return;
     }

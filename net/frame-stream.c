@@ -17,6 +17,10 @@
  *
  * "first" is the start of the first frame that is not written completely: a
  * new connection goes on there.
+ *
+ * A character device that sends datagrams gets each frame in a write of its
+ * own, which is one datagram: what gets lost on the way is then a frame, and
+ * what comes behind still begins with one.
  */
 
 #include "qemu/osdep.h"
@@ -35,6 +39,9 @@
 /* The same, for who waits for it */
 #define FRAME_WRITER_WAIT_NS (100 * SCALE_US)
 
+/* The most that a UDP datagram holds over IPv4, in bytes */
+#define DATAGRAM_MAX 65507
+
 /* How many batches are handed out before others get their turn. */
 #define FRAME_READER_BATCHES 4
 
@@ -48,6 +55,7 @@ typedef struct FrameBuffer {
 struct FrameWriter {
     CharFrontend *chr;
     bool vnet_hdr;
+    bool datagrams;             /* what chr sends */
     FrameBuffer buf;
     size_t first;
     size_t limit;
@@ -93,6 +101,7 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
 
     fw->chr = chr;
     fw->vnet_hdr = vnet_hdr;
+    fw->datagrams = object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
     fw->limit = FRAME_WRITER_LIMIT;
     fw->progress = progress;
     fw->opaque = opaque;
@@ -103,6 +112,12 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
 void frame_writer_set_limit(FrameWriter *fw, size_t limit)
 {
     fw->limit = limit;
+}
+
+size_t frame_writer_max_payload(const FrameWriter *fw)
+{
+    return fw->datagrams ? DATAGRAM_MAX - frame_prefix_len(fw->vnet_hdr) :
+                           FRAME_STREAM_MAX_PAYLOAD;
 }
 
 static void frame_writer_unwatch(FrameWriter *fw)
@@ -151,7 +166,7 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
 {
     FrameBuffer *buf = &fw->buf;
 
-    assert(size <= FRAME_STREAM_MAX_PAYLOAD);
+    assert(size <= frame_writer_max_payload(fw));
     stl_be_p(buf->data + buf->tail, size);
     if (fw->vnet_hdr) {
         stl_be_p(buf->data + buf->tail + 4, vnet_hdr_len);
@@ -181,6 +196,16 @@ static void frame_writer_advance(FrameWriter *fw, size_t written)
            frame_writer_end(fw, fw->first) <= fw->buf.head) {
         fw->first = frame_writer_end(fw, fw->first);
     }
+}
+
+/* Write what may go together.  Returns as qemu_chr_fe_write() does. */
+static int frame_writer_write(FrameWriter *fw)
+{
+    FrameBuffer *buf = &fw->buf;
+    size_t end = fw->datagrams ? frame_writer_end(fw, fw->first) : buf->tail;
+
+    return qemu_chr_fe_write(fw->chr, buf->data + buf->head,
+                             MIN(end - buf->head, INT_MAX));
 }
 
 static gboolean frame_writer_writable(void *do_not_use, GIOCondition cond,
@@ -217,8 +242,7 @@ int frame_writer_flush(FrameWriter *fw)
     }
     while (buf->head < buf->tail) {
         unsigned generation = fw->generation;
-        int ret = qemu_chr_fe_write(fw->chr, buf->data + buf->head,
-                                    MIN(buf->tail - buf->head, INT_MAX));
+        int ret = frame_writer_write(fw);
 
         if (generation != fw->generation) {
             /* The write ended the connection, and its handler came first. */
@@ -273,8 +297,7 @@ int frame_writer_flush_wait(FrameWriter *fw, size_t limit)
     fw->flushing = true;
     while (!err && buf->tail - buf->head > limit) {
         unsigned generation = fw->generation;
-        int ret = qemu_chr_fe_write(fw->chr, buf->data + buf->head,
-                                    MIN(buf->tail - buf->head, INT_MAX));
+        int ret = frame_writer_write(fw);
 
         if (generation != fw->generation) {
             /* The write ended the connection, and its handler came first. */

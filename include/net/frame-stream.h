@@ -73,6 +73,16 @@ void frame_writer_free(FrameWriter *fw);
 void frame_writer_set_limit(FrameWriter *fw, size_t limit);
 
 /**
+ * frame_writer_max_payload:
+ * @fw: the writer
+ *
+ * Returns: the length in bytes of the longest payload that it takes; less than
+ * FRAME_STREAM_MAX_PAYLOAD if the character device sends each frame as one
+ * datagram.
+ */
+size_t frame_writer_max_payload(const FrameWriter *fw);
+
+/**
  * frame_writer_reserve:
  * @fw: the writer
  * @size: an upper bound of the payload's length in bytes
@@ -86,7 +96,8 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size);
  * frame_writer_commit:
  * @fw: the writer
  * @vnet_hdr_len: the length in bytes of the payload's virtio-net header
- * @size: the length in bytes of the payload at frame_writer_reserve()'s
+ * @size: the length in bytes of the payload at frame_writer_reserve()'s, no
+ *        more than frame_writer_max_payload()
  *
  * Stage the frame.  It is written by frame_writer_flush().
  */

@@ -1435,6 +1435,74 @@ static void test_chain_mirror_no_peer(void)
     fixture_close(&f);
 }
 
+/* The receiver of a character device "datagrams", which is added here */
+static int add_datagrams(Fixture *f)
+{
+    struct sockaddr_in addr = {
+        .sin_family = AF_INET,
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    };
+    socklen_t addr_len = sizeof(addr);
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    g_autofree char *port = NULL;
+
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    g_assert_cmpint(getsockname(fd, (struct sockaddr *)&addr, &addr_len), ==,
+                    0);
+    port = g_strdup_printf("%u", ntohs(addr.sin_port));
+    qtest_qmp_assert_success(f->qts, "{'execute': 'chardev-add', 'arguments':"
+        " {'id': 'datagrams', 'backend': {'type': 'udp', 'data': {"
+        "  'remote': {'type': 'inet', 'data': {'host': '127.0.0.1',"
+        "                                      'port': %s}}}}}}", port);
+    return fd;
+}
+
+/* Each frame in one, however many of them are read together */
+static void expect_datagrams(int fd, uint32_t first, uint32_t count)
+{
+    uint8_t datagram[BUFFER_LEN];
+
+    for (uint32_t i = 0; i < count; i++) {
+        wait_readable(fd);
+        g_assert_cmpint(recv(fd, datagram, sizeof(datagram), 0), ==,
+                        8 + 12 + FRAME_LEN);
+        g_assert_cmpuint(ldl_be_p(datagram), ==, 12 + FRAME_LEN);
+        g_assert_cmpuint(ldl_be_p(datagram + 4), ==, 12);
+        g_assert_cmpuint(frame_number(datagram + 8 + 12), ==, first + i);
+    }
+}
+
+static void run_datagrams(const char *netdev_opts)
+{
+    Fixture f;
+    int fd;
+
+    fixture_init(&f, netdev_opts, "", "");
+    guest_start(&f);
+    guest_post(&f, 200);
+    fd = add_datagrams(&f);
+    qtest_qmp_assert_success(f.qts, "{'execute': 'object-add', 'arguments':"
+        " {'qom-type': 'filter-mirror', 'id': 'mirror', 'netdev': 'n0',"
+        "  'outdev': 'datagrams', 'queue': 'tx', 'vnet_hdr_support': true}}");
+    for (int i = 0; i < 4; i++) {
+        host_send(&f, 50 * i, 50);
+        expect_datagrams(fd, 50 * i, 50);
+    }
+    expect_guest(&f, 0, 200);
+    close(fd);
+    fixture_close(&f);
+}
+
+static void test_capture_datagrams(void)
+{
+    run_datagrams("vhost=on");
+}
+
+static void test_chain_datagrams(void)
+{
+    run_datagrams("vhost=off");
+}
+
 /* A slow peer holds up QEMU, and gets everything. */
 static void test_chain_slow_peer(void)
 {
@@ -1882,6 +1950,7 @@ int main(int argc, char **argv)
     rig_add("capture/dump-maxlen", test_capture_dump_maxlen);
     rig_add("capture/dump-full", test_capture_dump_full);
     rig_add("mixed", test_mixed);
+    rig_add("capture/datagrams", test_capture_datagrams);
     rig_add("capture/header", test_capture_header);
     rig_add("capture/stream-format", test_capture_stream_format);
     rig_add("status/on-off", test_status);
@@ -1929,6 +1998,7 @@ int main(int argc, char **argv)
     rig_add("peer/reconnect", test_reconnect);
     rig_add("chain/mirror", test_chain_mirror);
     rig_add("chain/mirror-no-peer", test_chain_mirror_no_peer);
+    rig_add("chain/datagrams", test_chain_datagrams);
     rig_add("chain/slow-peer", test_chain_slow_peer);
     rig_add("chain/reconnect", test_chain_reconnect);
     rig_add("interface/down-up", test_interface_down_up);

@@ -24,6 +24,7 @@
 #include "qemu/thread.h"
 #include "qom/object.h"
 #include "system/system.h"
+#include <sys/resource.h>
 #include <sys/un.h>
 
 #define LIMIT_S 60
@@ -1021,6 +1022,120 @@ static void test_writer_errors(void)
 static void test_writer_flush_wait_errors(void)
 {
     check_errors(true);
+}
+
+/*
+ * Each datagram is one frame, and so is what gets lost, also when its receiver
+ * is not there at all.
+ */
+static Link *link_new_datagrams(bool vnet_hdr)
+{
+    struct sockaddr_in addr = {
+        .sin_family = AF_INET,
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    };
+    socklen_t addr_len = sizeof(addr);
+    int size = 4 * MiB;
+    int peer = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    g_autofree char *spec = NULL;
+    Link *link;
+
+    g_assert_cmpint(peer, >=, 0);
+    setsockopt(peer, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+    g_assert_cmpint(bind(peer, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    g_assert_cmpint(getsockname(peer, (struct sockaddr *)&addr, &addr_len), ==,
+                    0);
+    spec = g_strdup_printf("udp:127.0.0.1:%u", ntohs(addr.sin_port));
+    link = link_new_on(qemu_chr_new("datagrams", spec, NULL), vnet_hdr);
+    link->peer = peer;
+    link->fw = frame_writer_new(&link->fe, vnet_hdr, link_progress, link);
+    qemu_chr_fe_set_handlers(&link->fe, NULL, NULL, link_event, NULL, link,
+                             NULL, true);
+    return link;
+}
+
+static void check_datagrams(bool vnet_hdr, bool wait)
+{
+    Link *link = link_new_datagrams(vnet_hdr);
+    size_t longest = frame_writer_max_payload(link->fw), at = 0;
+    g_autofree uint8_t *got = g_malloc(64 * KiB);
+    int ret;
+
+    g_assert_cmpuint(longest + (vnet_hdr ? 8 : 4), ==, 65507);
+    for (int i = 0; i < 50; i++) {
+        link_stage_next(link);
+        if (i % 10 == 9) {
+            link_stage(link, longest);
+        }
+        if (i % 5 == 4) {
+            ret = wait ? link_flush_wait(link, 0) : link_try_flush(link);
+            g_assert_cmpint(ret, ==, 0);
+        }
+        while (at < link->expected->len && i % 5 == 4) {
+            size_t end = frame_start(link->expected, vnet_hdr, at + 1, NULL,
+                                     NULL);
+
+            AWAIT((ret = recv(link->peer, got, 64 * KiB, 0)) >= 0);
+            g_assert_cmpmem(got, ret, link->expected->data + at, end - at);
+            at = end;
+        }
+    }
+
+    /* Nobody is there: that is told, and not for ever. */
+    link_close_peer(link);
+    for (int i = 0; i < 10; i++) {
+        link_stage(link, 100);
+        ret = wait ? link_flush_wait(link, 0) : link_try_flush(link);
+        g_assert(ret == 0 || ret == -ECONNREFUSED);
+        g_assert_false(frame_writer_mid_frame(link->fw));
+        frame_writer_discard(link->fw);
+    }
+    link_free(link);
+}
+
+static void test_writer_datagrams(gconstpointer vnet_hdr)
+{
+    check_datagrams(GPOINTER_TO_INT(vnet_hdr), false);
+    check_datagrams(GPOINTER_TO_INT(vnet_hdr), true);
+}
+
+/*
+ * A file that takes a part and then no more, as on a full disk: what was
+ * written is not written again when there is room.
+ */
+static void test_writer_partial_error(void)
+{
+    g_autofree char *dir = g_dir_make_tmp("frame-stream-XXXXXX", NULL);
+    g_autofree char *path = g_build_filename(dir, "file", NULL);
+    g_autofree char *spec = g_strdup_printf("file:%s", path);
+    g_autofree char *got = NULL;
+    struct rlimit old, small;
+    size_t got_len;
+    Link *link;
+
+    g_assert_cmpint(getrlimit(RLIMIT_FSIZE, &old), ==, 0);
+    signal(SIGXFSZ, SIG_IGN);
+    link = link_new_on(qemu_chr_new("file", spec, NULL), true);
+    link->fw = frame_writer_new(&link->fe, true, link_progress, link);
+    small = old;
+    for (int i = 0; i < 20; i++) {
+        size_t before = link->expected->len;
+
+        for (int j = 0; j < 5; j++) {
+            link_stage(link, 1000);
+        }
+        /* In the middle of one of these frames, or between two */
+        small.rlim_cur = before + 1008 * (i % 5) + (i & 1 ? 123 : 0);
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &small), ==, 0);
+        g_assert_cmpint(link_try_flush(link), <, 0);
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
+        g_assert_cmpint(link_try_flush(link), ==, 0);
+    }
+    g_assert_true(g_file_get_contents(path, &got, &got_len, NULL));
+    g_assert_cmpmem(got, got_len, link->expected->data, link->expected->len);
+    link_free(link);
+    unlink(path);
+    rmdir(dir);
 }
 
 /* One that cannot tell when it takes more: it is tried again. */
@@ -2245,6 +2360,12 @@ int main(int argc, char **argv)
 #endif
     g_test_add_func("/frame-stream/writer/free", test_writer_free);
     g_test_add_func("/frame-stream/writer/errors", test_writer_errors);
+    g_test_add_func("/frame-stream/writer/partial-error",
+                    test_writer_partial_error);
+    g_test_add_data_func("/frame-stream/writer/datagrams/plain",
+                         GINT_TO_POINTER(false), test_writer_datagrams);
+    g_test_add_data_func("/frame-stream/writer/datagrams/vnet-hdr",
+                         GINT_TO_POINTER(true), test_writer_datagrams);
     g_test_add_func("/frame-stream/writer/retry", test_writer_retry);
     g_test_add_func("/frame-stream/writer/limit", test_writer_limit);
     g_test_add_func("/frame-stream/writer/flush-wait/slow-peer",
