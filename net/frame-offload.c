@@ -112,11 +112,16 @@ static bool frame_offload_parse_inner(FrameLayout *inner, const uint8_t *frame,
 
     *inner = (FrameLayout) { .l3 = l3, .l4 = l4, .ip6 = ip[0] >> 4 == 6 };
     if (inner->ip6) {
-        if (l3 + sizeof(struct ip6_header) != l4 ||
-            lduw_be_p(ip + 4) != len - l4) {
+        struct iovec iov = { .iov_base = (void *)frame, .iov_len = l4 };
+        eth_ip6_hdr_info info;
+
+        if (l3 + sizeof(struct ip6_header) > l4 ||
+            lduw_be_p(ip + 4) != len - l3 - sizeof(struct ip6_header) ||
+            !eth_parse_ipv6_hdr(&iov, 1, l3, &info) || info.fragment ||
+            l3 + info.full_hdr_len != l4) {
             return false;
         }
-        proto = ip[6];
+        proto = info.l4proto;
     } else {
         if (ip[0] >> 4 != 4 || l3 + IP_HDR_GET_LEN(ip) != l4 ||
             lduw_be_p(ip + 2) != len - l3 ||
@@ -156,7 +161,8 @@ static bool frame_offload_find_tunnel(const FrameLayout *outer,
         return false;
     }
     for (size_t l3 = l4 - sizeof(struct ip_header);
-         l3 >= outer->payload && l3 + ETH_MAX_IP4_HDR_LEN >= l4; l3 -= 4) {
+         l3 >= outer->payload && l4 - l3 <= FRAME_SEGMENTS_MAX_HEADERS;
+         l3 -= 4) {
         if (frame_offload_parse_inner(inner, frame, len, l3, l4) &&
             frame_offload_is_type(inner, hdr->gso_type)) {
             return true;

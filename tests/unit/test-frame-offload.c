@@ -579,8 +579,11 @@ static void plan_random(Plan *plan, bool tunnel)
         plan->tunnel = pick(2) ? 4 : 6;
         plan->geneve = pick(2);
         plan->tunnel_sum = pick(2);
-        plan->tunnel_options = pick(2) ? pick(4) : 0;
-        plan->options = plan->version == 4 ? plan->options : 0;
+        plan->tunnel_options = pick(2) ? pick(3) : 0;
+        if (plan->version == 6) {
+            /* All headers together have 256 bytes at the most. */
+            plan->options = MIN(plan->options, 2);
+        }
     }
     most = 65000 - 14 - 8 - 400;
     if (plan->udp) {
@@ -909,9 +912,6 @@ static void plan_kind(Plan *plan, unsigned kind)
         .tunnel_options = kind / 4 % 2,
         .tunnel_sum = kind & 1,
     };
-    if (plan->tunnel && plan->version == 6) {
-        plan->options = 0;
-    }
 }
 
 #define KINDS 24
