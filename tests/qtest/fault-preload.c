@@ -114,6 +114,17 @@ int socket(int domain, int type, int protocol)
     return REAL(socket)(domain, type, protocol);
 }
 
+int connect(int fd, __CONST_SOCKADDR_ARG addr, socklen_t size)
+{
+    const struct sockaddr *generic = (const void *)addr.__sockaddr__;
+
+    if (armed(FAULT_CONNECT) && generic->sa_family == AF_UNIX &&
+        is_named((const void *)generic, "client") && fails(FAULT_CONNECT)) {
+        return -1;
+    }
+    return REAL(connect)(fd, addr, size);
+}
+
 int setsockopt(int fd, int level, int option, const void *value,
                socklen_t size)
 {

@@ -13,7 +13,7 @@
 
 #define FAULT_CONTROL_ENV "QTEST_FAULT_CONTROL"
 
-/* "out" and "in" are Unix sockets with such a path at one end. */
+/* "out", "in" and "client" are Unix sockets with such a path at one end. */
 typedef enum FaultCall {
     FAULT_SOCKET,       /* packet sockets, and those for ioctls */
     FAULT_SETSOCKOPT,   /* of packet sockets, as all to FAULT_SENDMMSG */
@@ -28,6 +28,7 @@ typedef enum FaultCall {
     FAULT_WRITE_OUT,    /* sendmsg() to "out" */
     FAULT_READ_IN,      /* recvmsg() from "in" */
     FAULT_WRITE_TAP,    /* writev() */
+    FAULT_CONNECT,      /* connect() to "client" */
     FAULT_CALLS
 } FaultCall;
 

@@ -320,6 +320,12 @@ static void vm_quit(Vm *vm)
     fixture_close(&vm->f);
 }
 
+static void guest_begin(Vm *vm)
+{
+    guest_start(&vm->f);
+    guest_map(&vm->f);
+}
+
 /* Traffic that is checked: a peer that reads what it wants, and a guest */
 
 typedef struct Traffic {
@@ -509,7 +515,7 @@ static void test_peer_all(void)
     vm_quit(&vm);
 }
 
-static int listen_at(Vm *vm, const char *name)
+static int bind_at(Vm *vm, const char *name)
 {
     g_autofree char *path = g_build_filename(vm->f.dir, name, NULL);
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
@@ -517,6 +523,13 @@ static int listen_at(Vm *vm, const char *name)
 
     pstrcpy(addr.sun_path, sizeof(addr.sun_path), path);
     g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    return fd;
+}
+
+static int listen_at(Vm *vm, const char *name)
+{
+    int fd = bind_at(vm, name);
+
     g_assert_cmpint(listen(fd, 1), ==, 0);
     return fd;
 }
@@ -605,6 +618,41 @@ static void test_peer_reconnect(void)
     vm_quit(&vm);
 }
 
+/*
+ * QEMU tries to connect and is refused, since there is no socket, and then
+ * since nobody listens; at last somebody does.
+ */
+static void test_peer_refuses(void)
+{
+    int listener;
+    Vm vm;
+
+    vm_start(&vm, "");
+    guest_start(&vm.f);
+    monitor_begin(&vm);
+    /* The tries before one that is made to fail were real ones. */
+    fail_after(FAULT_CONNECT, ECONNREFUSED, 10, 1);
+    add_chardev(&vm, "client", false);
+    add_capture_to(&vm, "client", "tx");
+    expect_failed(FAULT_CONNECT, 1);
+    listener = bind_at(&vm, "client");
+    fail_after(FAULT_CONNECT, ECONNREFUSED, 10, 1);
+    expect_failed(FAULT_CONNECT, 1);
+    expect_source(&vm.f, "cap", "none");
+    expect_other(&vm);
+
+    g_assert_cmpint(listen(listener, 1), ==, 0);
+    wait_readable(listener);
+    close(vm.f.out);
+    vm.f.out = accept(listener, NULL, NULL);
+    expect_source(&vm.f, "cap", "packet-socket");
+    host_send(&vm.f, 0, 10);
+    expect_out(&vm.f, 0, 10);
+    monitor_end(&vm);
+    unlisten(&vm, listener, "client");
+    vm_quit(&vm);
+}
+
 /* The interface */
 
 typedef struct Expected {
@@ -633,12 +681,6 @@ static void expect_taken(Vm *vm, uint32_t first, uint32_t count)
         guest_take(&vm->f, expected_frame, &expected);
         g_assert_cmpint(g_get_monotonic_time(), <, end);
     }
-}
-
-static void guest_begin(Vm *vm)
-{
-    guest_start(&vm->f);
-    guest_map(&vm->f);
 }
 
 /* What is written to "in" comes to the guest, and what is sent to "out". */
@@ -1508,6 +1550,7 @@ int main(int argc, char **argv)
     rig_add("peer/all", test_peer_all);
     rig_add("peer/never", test_peer_never);
     rig_add("peer/reconnect", test_peer_reconnect);
+    rig_add("peer/refuses", test_peer_refuses);
     rig_add("interface/down", test_interface_down);
     rig_add("interface/deleted", test_interface_deleted);
     rig_add("interface/renamed", test_interface_renamed);
