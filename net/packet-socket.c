@@ -624,12 +624,12 @@ uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)
     uint8_t room[PACKET_SOCKET_TAG_ROOM];
     ssize_t len;
 
-    while (frames < max) {
+    for (uint64_t i = 0; i < max; i++) {
         /* A read of the header takes the whole frame. */
         len = packet_socket_recv(ps, &hdr, room, sizeof(room));
         if (len >= 0 || len == -EMSGSIZE || len == -EINVAL) {
             frames++;
-        } else if (len != -ENETDOWN) { /* which is reported only once */
+        } else if (len != -ENETDOWN) { /* which comes before frames */
             break;
         }
     }

@@ -653,6 +653,78 @@ static void test_peer_refuses(void)
     vm_quit(&vm);
 }
 
+/*
+ * While the source is "none" nothing is kept, neither what waited when it
+ * became so nor what comes meanwhile; and the former is counted.
+ */
+static void test_peer_nothing_stale(void)
+{
+    static const char *const roles[] = { CAPTURE "tx", CAPTURE "all" };
+
+    for (int i = 0; i < ARRAY_SIZE(roles); i++) {
+        g_autofree Traffic *t = g_new0(Traffic, 1);
+        Vm vm;
+
+        vm_start(&vm, roles[i]);
+        ip("link set %s txqueuelen 10000", vm.f.ifname);
+        guest_begin(&vm);
+        t->vm = &vm;
+        expect_source(&vm.f, "cap", "packet-socket");
+        for (int j = 0; j < amount(2, 20); j++) {
+            /* As much as the peer's socket and QEMU hold, and more */
+            while (counter(&vm.f, "cap", "capture-packets") < 800 ||
+                   !counter(&vm.f, "cap", "capture-kernel-drops")) {
+                traffic_send(t, 100, true);
+            }
+            set_status(&vm.f, "cap", "off");
+            g_assert_cmpuint(socket_memory(), ==, 0);
+            traffic_settle(t);
+            traffic_send(t, 100, false);
+            set_status(&vm.f, "cap", "on");
+            t->first = t->sent;
+            traffic_send(t, 100, true);
+            traffic_settle(t);
+
+            traffic_send(t, 2000, true);
+            vm_stop(&vm.f);
+            traffic_send(t, 100, false);
+            vm_cont(&vm.f);
+            traffic_send(t, 100, true);
+            traffic_settle(t);
+        }
+        vm_quit(&vm);
+    }
+}
+
+/*
+ * The filter goes off, or on, while frames come faster than they are thrown
+ * away.  (An error of this kind is one frame.)
+ */
+static void test_peer_flood(void)
+{
+    static const int errors[] = { EINVAL, EMSGSIZE, ENETDOWN };
+    const unsigned flood = 1000 * 1000;
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, CAPTURE "all");
+    guest_start(&vm.f);
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        host_send(&vm.f, n, 10);
+        expect_out(&vm.f, n, 10);
+        n += 10;
+        fail(FAULT_RECVMSG, errors[i], flood);
+        set_status(&vm.f, "cap", "off");
+        set_status(&vm.f, "cap", "on");
+        set_status(&vm.f, "cap", "off");
+        g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), <, flood / 5);
+        set_status(&vm.f, "cap", "on");
+    }
+    host_send(&vm.f, n, 10);
+    expect_out(&vm.f, n, 10);
+    vm_quit(&vm);
+}
+
 /* The interface */
 
 typedef struct Expected {
@@ -1551,6 +1623,8 @@ int main(int argc, char **argv)
     rig_add("peer/never", test_peer_never);
     rig_add("peer/reconnect", test_peer_reconnect);
     rig_add("peer/refuses", test_peer_refuses);
+    rig_add("peer/nothing-stale", test_peer_nothing_stale);
+    rig_add("peer/flood", test_peer_flood);
     rig_add("interface/down", test_interface_down);
     rig_add("interface/deleted", test_interface_deleted);
     rig_add("interface/renamed", test_interface_renamed);
