@@ -50,6 +50,7 @@
 #include <linux/if_link.h>
 #include <linux/if_packet.h>
 #include <linux/sockios.h>
+#include "monitor/monitor.h"
 #include "net/filter-tap.h"
 #include "net/frame-offload.h"
 #include "net/frame-pace.h"
@@ -160,6 +161,12 @@ typedef struct FilterTapStats {
     uint64_t inject_interface_drops;
 } FilterTapStats;
 
+/* A packet socket that somebody else opened, on its way to an endpoint */
+typedef struct FilterTapPassed {
+    const char *property;       /* NULL: none */
+    int fd;
+} FilterTapPassed;
+
 struct FilterTapEndpoints {
     QLIST_ENTRY(FilterTapEndpoints) next;
     NetFilterState *nf;
@@ -185,6 +192,7 @@ struct FilterTapEndpoints {
     FilterTapSink *sink;
     void *sink_opaque;
     uint8_t *sink_frame;
+    FilterTapPassed passed_capture;
     PacketSocket *capture;      /* NULL if the filter takes */
     FilterTapSource source;
     QEMUBH *flush_bh;
@@ -203,6 +211,7 @@ struct FilterTapEndpoints {
     CharFrontend *chr_in;
     bool vnet_hdr;
     FrameReader *reader;
+    FilterTapPassed passed_inject;
     PacketSocket *inject;       /* NULL if nothing goes to the guest */
     uint8_t *segments;          /* room for some */
     unsigned segments_sent;     /* of the frame that comes next */
@@ -1231,6 +1240,13 @@ static bool filter_tap_check_chain(FilterTap *ft, NetFilterState *nf,
                    "not used on netdev '%s'", nf->netdev_id);
         return false;
     }
+    if (ft->packet_fd || ft->inject_packet_fd) {
+        error_setg(errp, "'%s' is a packet socket, which is not used on "
+                   "netdev '%s'",
+                   ft->packet_fd ? "packet-fd" : "inject-packet-fd",
+                   nf->netdev_id);
+        return false;
+    }
     return true;
 }
 
@@ -1259,31 +1275,144 @@ static void filter_tap_update_tx_dropped(FilterTapEndpoints *ep)
     freeifaddrs(list);
 }
 
+/* Which roles need a packet socket */
+static bool filter_tap_needs_capture(const FilterTapEndpoints *ep)
+{
+    return ep->captures && !ep->takes;
+}
+
+static bool filter_tap_needs_inject(const FilterTapEndpoints *ep)
+{
+    return ep->chr_in && filter_tap_wants(ep, NET_FILTER_DIRECTION_TX);
+}
+
+static bool filter_tap_fd_in_use(FilterTapEndpoints *ep, int fd)
+{
+    FilterTapEndpoints *other;
+
+    QLIST_FOREACH(other, &filter_tap_list, next) {
+        if ((other->capture && packet_socket_fd(other->capture) == fd) ||
+            (other->inject && packet_socket_fd(other->inject) == fd)) {
+            return true;
+        }
+    }
+    return ep->passed_capture.property && ep->passed_capture.fd == fd;
+}
+
+/* From here on the fd is ours, and is closed if something fails. */
+static bool filter_tap_take_fd(FilterTapEndpoints *ep, const char *property,
+                               const char *value, FilterTapPassed *passed,
+                               Error **errp)
+{
+    ERRP_GUARD();
+    int fd;
+
+    if (!value) {
+        return true;
+    }
+    if (strstart(value, "/dev/fdset/", NULL)) {
+        fd = qemu_open(value, O_RDWR, errp);
+    } else {
+        fd = monitor_fd_param(monitor_cur(), value, errp);
+    }
+    if (fd >= 0 && filter_tap_fd_in_use(ep, fd)) {
+        /* It is the other user's, so it is not closed. */
+        error_setg(errp, "file descriptor %d is in use already", fd);
+        fd = -1;
+    }
+    if (fd < 0) {
+        error_prepend(errp, "'%s': ", property);
+        return false;
+    }
+    *passed = (FilterTapPassed) { .property = property, .fd = fd };
+    return true;
+}
+
+/* 'packet-fd' is the first or the only one that the filter needs. */
+static bool filter_tap_take_fds(FilterTap *ft, FilterTapEndpoints *ep,
+                                Error **errp)
+{
+    const char *first = ft->packet_fd, *second = ft->inject_packet_fd;
+
+    if (filter_tap_needs_capture(ep)) {
+        if (!filter_tap_take_fd(ep, "packet-fd", first, &ep->passed_capture,
+                                errp)) {
+            return false;
+        }
+        first = NULL;
+    }
+    if (filter_tap_needs_inject(ep)) {
+        const char **value = second ? &second : &first;
+
+        if (!filter_tap_take_fd(ep, second ? "inject-packet-fd" : "packet-fd",
+                                *value, &ep->passed_inject, errp)) {
+            return false;
+        }
+        *value = NULL;
+    }
+    if (first || second) {
+        error_setg(errp, "'%s' is a packet socket that the filter does not "
+                   "need", first ? "packet-fd" : "inject-packet-fd");
+        return false;
+    }
+    return true;
+}
+
+/* The fd that was passed, which is the caller's from now on; or -1 */
+static int filter_tap_steal_fd(FilterTapPassed *passed)
+{
+    int fd = passed->property ? passed->fd : -1;
+
+    passed->fd = -1;
+    return fd;
+}
+
+static void filter_tap_passed_error(const FilterTapPassed *passed,
+                                    Error **errp)
+{
+    if (passed->property) {
+        error_prepend(errp, "'%s': ", passed->property);
+    }
+}
+
 static bool filter_tap_open_capture(FilterTapEndpoints *ep, Error **errp)
 {
+    ERRP_GUARD();
     unsigned directions =
         (filter_tap_wants(ep, NET_FILTER_DIRECTION_TX) ?
          PACKET_SOCKET_OUTGOING : 0) |
         (filter_tap_wants(ep, NET_FILTER_DIRECTION_RX) ?
          PACKET_SOCKET_INCOMING : 0);
 
-    if (ep->takes) {
+    if (!filter_tap_needs_capture(ep)) {
         return true;
     }
     ep->capture = packet_socket_new_capture(ep->ifname, ep->ifindex,
+                                            filter_tap_steal_fd(
+                                                &ep->passed_capture),
                                             directions,
                                             BUFFER_SIZE_SOCKET(ep->buffer_size),
                                             errp);
-    return ep->capture &&
-           (!ep->sink || packet_socket_stamp(ep->capture, errp));
+    if (!ep->capture) {
+        filter_tap_passed_error(&ep->passed_capture, errp);
+        return false;
+    }
+    return !ep->sink || packet_socket_stamp(ep->capture, errp);
 }
 
 static bool filter_tap_open_inject(FilterTapEndpoints *ep, Error **errp)
 {
-    if (!filter_tap_wants(ep, NET_FILTER_DIRECTION_TX)) {
+    ERRP_GUARD();
+
+    if (!filter_tap_needs_inject(ep)) {
         return true;
     }
-    ep->inject = packet_socket_new_inject(ep->ifname, ep->ifindex, errp);
+    ep->inject = packet_socket_new_inject(ep->ifname, ep->ifindex,
+                                          filter_tap_steal_fd(
+                                              &ep->passed_inject), errp);
+    if (!ep->inject) {
+        filter_tap_passed_error(&ep->passed_inject, errp);
+    }
     return ep->inject;
 }
 
@@ -1382,8 +1511,19 @@ static FilterTapEndpoints *filter_tap_new(FilterTap *ft, NetFilterState *nf)
     return ep;
 }
 
+static void filter_tap_close_fd(FilterTapPassed *passed)
+{
+    int fd = filter_tap_steal_fd(passed);
+
+    if (fd >= 0) {
+        qemu_close(fd);
+    }
+}
+
 static void filter_tap_free(FilterTapEndpoints *ep)
 {
+    filter_tap_close_fd(&ep->passed_capture);
+    filter_tap_close_fd(&ep->passed_inject);
     packet_socket_free(ep->capture);
     packet_socket_free(ep->inject);
     g_free(ep->sink_frame);
@@ -1400,15 +1540,17 @@ static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
 
     ep->captures = ep->chr_out || ep->sink;
     ep->takes = ep->captures && !ep->when_running && !ft->copies;
+    if (!filter_tap_take_fds(ft, ep, errp)) {
+        goto fail;
+    }
     if (!ep->when_running && !ep->when_stopped) {
         error_setg(errp, "'enable_when_running=off' without "
                    "'enable_when_stopped=on' leaves nothing to do");
         goto fail;
     }
     ep->ifindex = filter_tap_resolve(nf, ep->ifname, errp);
-    if (!ep->ifindex ||
-        (ep->captures && !filter_tap_open_capture(ep, errp)) ||
-        (ep->chr_in && !filter_tap_open_inject(ep, errp)) ||
+    if (!ep->ifindex || !filter_tap_open_capture(ep, errp) ||
+        !filter_tap_open_inject(ep, errp) ||
         !filter_tap_open_timer(errp)) {
         goto fail;
     }
@@ -1624,6 +1766,40 @@ static void filter_tap_set_buffer_size(Object *obj, Visitor *v,
     filter_tap_of(obj, opaque)->buffer_size = value;
 }
 
+static char **filter_tap_fd_of(Object *obj, const char *name, void *opaque)
+{
+    FilterTap *ft = filter_tap_of(obj, opaque);
+
+    return g_str_equal(name, "packet-fd") ? &ft->packet_fd :
+                                            &ft->inject_packet_fd;
+}
+
+static void filter_tap_get_fd(Object *obj, Visitor *v, const char *name,
+                              void *opaque, Error **errp)
+{
+    char *value = *filter_tap_fd_of(obj, name, opaque) ?: (char *)"";
+
+    visit_type_str(v, name, &value, errp);
+}
+
+static void filter_tap_set_fd(Object *obj, Visitor *v, const char *name,
+                              void *opaque, Error **errp)
+{
+    char **fd = filter_tap_fd_of(obj, name, opaque);
+    char *value;
+
+    if (filter_tap_settable(obj, name, errp) &&
+        visit_type_str(v, name, &value, errp)) {
+        g_free(*fd);
+        *fd = value;
+    }
+}
+
+static void filter_tap_release_fd(Object *obj, const char *name, void *opaque)
+{
+    g_clear_pointer(filter_tap_fd_of(obj, name, opaque), g_free);
+}
+
 static void filter_tap_get_interface(Object *obj, Visitor *v,
                                      const char *name, void *opaque,
                                      Error **errp)
@@ -1760,6 +1936,18 @@ void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset,
                               filter_tap_set_buffer_size, NULL, opaque);
     object_class_property_set_description(oc, "buffer-size",
         "Memory in bytes for captured packets that wait");
+    object_class_property_add(oc, "packet-fd", "str", filter_tap_get_fd,
+                              filter_tap_set_fd, filter_tap_release_fd,
+                              opaque);
+    object_class_property_set_description(oc, "packet-fd",
+        "Packet socket to capture with, or to inject with if that is all");
+    if (injects) {
+        object_class_property_add(oc, "inject-packet-fd", "str",
+                                  filter_tap_get_fd, filter_tap_set_fd,
+                                  filter_tap_release_fd, opaque);
+        object_class_property_set_description(oc, "inject-packet-fd",
+            "Packet socket to inject with");
+    }
 
     object_class_property_add(oc, "interface", "str",
                               filter_tap_get_interface, NULL, NULL, opaque);

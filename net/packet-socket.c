@@ -74,12 +74,6 @@
 #define AHEAD 8
 
 /*
- * The mark (SO_MARK) of frames that are injected, "qemu".  Captures leave
- * them out: a frame that was just put in must not come out again.
- */
-#define INJECTED_MARK 0x71656d75
-
-/*
  * A protocol that no frame of an Ethernet device has: eth_type_trans() in the
  * kernel makes numbers below 0x600 only of a few, and AX.25 is none of them.
  * A socket that is bound to it is not among those that each frame is offered
@@ -137,44 +131,177 @@ static bool packet_socket_option(PacketSocket *ps, int level, int option,
     return true;
 }
 
+/* Returns 0 where the kernel does not have the option. */
+static int packet_socket_get_option(const PacketSocket *ps, int level,
+                                    int option)
+{
+    int value = 0;
+    socklen_t size = sizeof(value);
+
+    return getsockopt(ps->fd, level, option, &value, &size) < 0 ? 0 : value;
+}
+
 /*
  * Until it is bound, a packet socket made for ETH_P_ALL gets the frames of
  * every interface.  Made with protocol 0 it gets none, so nothing foreign is
  * in the queue when packet_socket_hook() binds it.
  */
-static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
-                                       Error **errp)
+static bool packet_socket_open(PacketSocket *ps, Error **errp)
 {
     ERRP_GUARD();
+
+    ps->fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (ps->fd < 0) {
+        error_setg_errno(errp, errno, "could not open a packet socket for "
+                         "interface '%s'", ps->ifname);
+        if (errno == EPERM || errno == EACCES) {
+            error_append_hint(errp, "Packet sockets need CAP_NET_RAW in the "
+                              "network namespace that QEMU runs in.  Without, "
+                              "pass one with 'packet-fd'.\n");
+        }
+        return false;
+    }
+    return true;
+}
+
+/* Since Linux 5.14; before that, 0. */
+static uint64_t packet_socket_netns(int fd)
+{
+    uint64_t cookie = 0;
+#ifdef SO_NETNS_COOKIE
+    socklen_t size = sizeof(cookie);
+
+    if (getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &size) < 0) {
+        return 0;
+    }
+#endif
+    return cookie;
+}
+
+/*
+ * An interface's number counts in its network namespace.  These are the ways
+ * to tell a socket's that need no privilege (SIOCGSKNS does).
+ */
+static bool packet_socket_same_netns(const PacketSocket *ps)
+{
+    struct ifreq ifr = { .ifr_ifindex = ps->ifindex };
+    int own;
+    bool same;
+
+    if (ioctl(ps->fd, SIOCGIFNAME, &ifr) < 0 ||
+        strcmp(ifr.ifr_name, ps->ifname)) {
+        return false;
+    }
+    own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (own < 0) {
+        return false;
+    }
+    same = packet_socket_netns(own) == packet_socket_netns(ps->fd);
+    close(own);
+    return same;
+}
+
+/* Whether the socket is bound to no other interface. */
+static bool packet_socket_check_binding(const PacketSocket *ps, Error **errp)
+{
+    struct sockaddr_ll addr = { };
+    socklen_t size = sizeof(addr);
+    char name[IF_NAMESIZE];
+
+    if (getsockname(ps->fd, (struct sockaddr *)&addr, &size) < 0) {
+        error_setg_errno(errp, errno, "could not see what the packet socket "
+                         "is bound to");
+        return false;
+    }
+    if (!addr.sll_ifindex || addr.sll_ifindex == ps->ifindex) {
+        return true;
+    }
+    if (if_indextoname(addr.sll_ifindex, name)) {
+        error_setg(errp, "the packet socket is bound to interface '%s', not "
+                   "to '%s'", name, ps->ifname);
+    } else {
+        error_setg(errp, "the packet socket is bound to an interface that is "
+                   "gone, not to '%s'", ps->ifname);
+    }
+    return false;
+}
+
+/* The kernel changes neither a ring nor the version while there is one. */
+static bool packet_socket_has_ring(const PacketSocket *ps)
+{
+    int version = packet_socket_get_option(ps, SOL_PACKET, PACKET_VERSION);
+
+    return setsockopt(ps->fd, SOL_PACKET, PACKET_VERSION,
+                      &version, sizeof(version)) < 0 && errno == EBUSY;
+}
+
+/*
+ * Whether a socket that somebody else opened can be made ours.  This changes
+ * nothing about it.
+ */
+static bool packet_socket_check(const PacketSocket *ps, Error **errp)
+{
+    if (packet_socket_get_option(ps, SOL_SOCKET, SO_DOMAIN) != AF_PACKET) {
+        error_setg(errp, "file descriptor %d is not a packet socket", ps->fd);
+        return false;
+    }
+    if (packet_socket_get_option(ps, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
+        error_setg(errp, "the packet socket is not of type SOCK_RAW");
+        return false;
+    }
+    if (!packet_socket_same_netns(ps)) {
+        error_setg(errp, "the packet socket is in another network namespace "
+                   "than interface '%s'", ps->ifname);
+        return false;
+    }
+    if (!packet_socket_check_binding(ps, errp)) {
+        return false;
+    }
+    if (packet_socket_get_option(ps, SOL_PACKET, PACKET_FANOUT)) {
+        error_setg(errp, "the packet socket is in a fanout group, and there "
+                   "is no way out of it");
+        return false;
+    }
+    if (packet_socket_get_option(ps, SOL_SOCKET, SO_LOCK_FILTER)) {
+        error_setg(errp, "the packet socket has a filter that is locked");
+        return false;
+    }
+    if (packet_socket_has_ring(ps)) {
+        error_setg(errp, "the packet socket has a ring already");
+        return false;
+    }
+    return true;
+}
+
+/* Takes @fd over, also when it fails. */
+static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
+                                       int fd, Error **errp)
+{
     PacketSocket *ps = g_new0(PacketSocket, 1);
 
     pstrcpy(ps->ifname, sizeof(ps->ifname), ifname);
     ps->ifindex = ifindex;
     ps->link_fd = -1;
+    ps->fd = fd;
     if (!ifindex) {
         /* To the kernel it means: all interfaces. */
         error_setg_errno(errp, ENODEV, "could not find interface '%s'",
                          ifname);
-        g_free(ps);
-        return NULL;
+        goto fail;
     }
-    ps->fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (ps->fd < 0) {
-        error_setg_errno(errp, errno, "could not open a packet socket for "
-                         "interface '%s'", ifname);
-        if (errno == EPERM || errno == EACCES) {
-            error_append_hint(errp, "Packet sockets need CAP_NET_RAW in the "
-                              "network namespace that QEMU runs in.\n");
-        }
-        g_free(ps);
-        return NULL;
+    if (fd < 0 ? !packet_socket_open(ps, errp) :
+                 !packet_socket_check(ps, errp)) {
+        goto fail;
     }
     if (!packet_socket_option(ps, SOL_PACKET, PACKET_VNET_HDR, 1,
                               "PACKET_VNET_HDR", errp)) {
-        packet_socket_free(ps);
-        return NULL;
+        goto fail;
     }
     return ps;
+
+fail:
+    packet_socket_free(ps);
+    return NULL;
 }
 
 void packet_socket_free(PacketSocket *ps)
@@ -186,7 +313,9 @@ void packet_socket_free(PacketSocket *ps)
         if (ps->link_fd >= 0) {
             close(ps->link_fd);
         }
-        close(ps->fd);
+        if (ps->fd >= 0) {
+            qemu_close(ps->fd);         /* it may be of a set, /dev/fdset/ */
+        }
         g_free(ps);
     }
 }
@@ -239,7 +368,7 @@ static bool packet_socket_set_filter(PacketSocket *ps, unsigned directions,
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PACKET_OUTGOING, 1, 0),
         BPF_STMT(BPF_RET | BPF_K, incoming),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_MARK),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, INJECTED_MARK, 1, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PACKET_SOCKET_INJECTED_MARK, 1, 0),
         BPF_STMT(BPF_RET | BPF_K, outgoing),
         BPF_STMT(BPF_RET | BPF_K, 0),
     };
@@ -264,9 +393,13 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
     /* The kernel doubles the number. */
     int size = MIN(memory / 2, INT_MAX);
 
-    /* Only CAP_NET_ADMIN may go over net.core.rmem_max: take what we get. */
+    /*
+     * Only CAP_NET_ADMIN may go over net.core.rmem_max.  Without, take what we
+     * get, or leave what somebody set who may.
+     */
     if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
-                   &size, sizeof(size)) < 0) {
+                   &size, sizeof(size)) < 0 &&
+        packet_socket_get_option(ps, SOL_SOCKET, SO_RCVBUF) / 2 < size) {
         setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
     }
 }
@@ -318,11 +451,38 @@ static bool packet_socket_map_ring(PacketSocket *ps, size_t memory,
     return true;
 }
 
-PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
-                                        unsigned directions, size_t memory,
-                                        Error **errp)
+/*
+ * A socket that somebody else opened may have got frames of any interface.
+ * Now that the filter is ours, bind it where no frame comes, and throw away
+ * what was queued before.
+ */
+static bool packet_socket_take_over(PacketSocket *ps, Error **errp)
 {
-    PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
+    int ret;
+
+    qemu_set_cloexec(ps->fd);
+    if (!qemu_set_blocking(ps->fd, false, errp) ||
+        !packet_socket_option(ps, SOL_PACKET, PACKET_RESERVE, 0,
+                              "PACKET_RESERVE", errp)) {
+        return false;
+    }
+    ret = packet_socket_bind(ps, NO_PROTOCOL);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "could not bind a packet socket to "
+                         "interface '%s'", ps->ifname);
+        return false;
+    }
+    packet_socket_discard(ps, UINT64_MAX);
+    packet_socket_drops(ps);
+    ps->drops = 0;
+    return true;
+}
+
+PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
+                                        int fd, unsigned directions,
+                                        size_t memory, Error **errp)
+{
+    PacketSocket *ps = packet_socket_new(ifname, ifindex, fd, errp);
     size_t ring = directions == PACKET_SOCKET_OUTGOING ? memory / 3 * 2 : 0;
 
     if (!ps) {
@@ -331,15 +491,15 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
     if (!packet_socket_option(ps, SOL_PACKET, PACKET_AUXDATA, 1,
                               "PACKET_AUXDATA", errp) ||
         !packet_socket_set_filter(ps, directions, errp) ||
+        (fd >= 0 && !packet_socket_take_over(ps, errp)) ||
         (ring && !packet_socket_map_ring(ps, ring, errp))) {
         packet_socket_free(ps);
         return NULL;
     }
-    if (!(directions & PACKET_SOCKET_OUTGOING)) {
-        /* The filter does it too; this spares the sender the filter. */
-        packet_socket_option(ps, SOL_PACKET, PACKET_IGNORE_OUTGOING, 1,
-                             "PACKET_IGNORE_OUTGOING", NULL);
-    }
+    /* The filter does it too; this spares the sender the filter. */
+    packet_socket_option(ps, SOL_PACKET, PACKET_IGNORE_OUTGOING,
+                         !(directions & PACKET_SOCKET_OUTGOING),
+                         "PACKET_IGNORE_OUTGOING", NULL);
     packet_socket_set_queue(ps, memory - ring);
     return ps;
 }
@@ -362,26 +522,46 @@ static bool packet_socket_set_bypass(PacketSocket *ps, bool bypass,
     return true;
 }
 
-PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
-                                       Error **errp)
+/* It takes a privilege, so whoever opened the socket may have set it. */
+static bool packet_socket_set_mark(PacketSocket *ps, Error **errp)
 {
     ERRP_GUARD();
-    PacketSocket *ps = packet_socket_new(ifname, ifindex, errp);
+
+    if (packet_socket_get_option(ps, SOL_SOCKET, SO_MARK) ==
+        PACKET_SOCKET_INJECTED_MARK) {
+        return true;
+    }
+    if (!packet_socket_option(ps, SOL_SOCKET, SO_MARK,
+                              PACKET_SOCKET_INJECTED_MARK,
+                              "SO_MARK "
+                              stringify(PACKET_SOCKET_INJECTED_MARK), errp)) {
+        error_append_hint(errp, "This needs CAP_NET_RAW, before Linux 5.17 "
+                          "CAP_NET_ADMIN.  Whoever opens the socket can do "
+                          "it.\n");
+        return false;
+    }
+    return true;
+}
+
+PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
+                                       int fd, Error **errp)
+{
+    PacketSocket *ps = packet_socket_new(ifname, ifindex, fd, errp);
     int ret;
 
     if (!ps) {
         return NULL;
     }
-    if (!packet_socket_option(ps, SOL_SOCKET, SO_MARK, INJECTED_MARK,
-                              "SO_MARK", errp)) {
-        error_append_hint(errp, "Before Linux 5.17 this needs "
-                          "CAP_NET_ADMIN.\n");
+    if (!packet_socket_set_mark(ps, errp) ||
+        !packet_socket_set_bypass(ps, true, errp) ||
+        !packet_socket_set_filter(ps, 0, errp) ||
+        (fd >= 0 && !packet_socket_take_over(ps, errp))) {
         goto fail;
     }
-    if (!packet_socket_set_bypass(ps, true, errp)) {
-        goto fail;
-    }
-    /* Bound to ETH_P_ALL it would get, and pay for, a copy of each frame. */
+    /*
+     * Bound to ETH_P_ALL it would get, and pay for, a copy of each frame.  With
+     * 0 the protocol stays.
+     */
     ret = packet_socket_bind(ps, 0);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "could not bind a packet socket to "
@@ -440,11 +620,14 @@ static size_t packet_socket_restore_tag(struct virtio_net_hdr *hdr,
     return len + PACKET_SOCKET_TAG_ROOM;
 }
 
-/* What the kernel tells beside a frame of the queue */
+/*
+ * What the kernel tells beside a frame of the queue; some more may come before
+ * if whoever opened the socket set that.
+ */
 typedef union PacketSocketControl {
     struct cmsghdr align;
     uint8_t buf[CMSG_SPACE(sizeof(struct tpacket_auxdata)) +
-                CMSG_SPACE(sizeof(struct timespec))];
+                CMSG_SPACE(sizeof(struct timespec)) + 256];
 } PacketSocketControl;
 
 /* Returns the data of a message, or NULL if it is another one. */

@@ -30,6 +30,8 @@ typedef struct FilterTap {
     OnOffAuto when_running;
     OnOffAuto when_stopped;
     uint64_t buffer_size;               /* bytes; 0: the default */
+    char *packet_fd;                    /* NULL: open a socket */
+    char *inject_packet_fd;
     bool copies;                        /* the filter never takes a packet */
     FilterTapEndpoints *endpoints;      /* NULL: the chain does it all */
 } FilterTap;

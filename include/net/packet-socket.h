@@ -35,10 +35,27 @@ typedef struct PacketSocket PacketSocket;
 /* How many frames are sent at a time. */
 #define PACKET_SOCKET_BATCH 64
 
+/*
+ * The mark (SO_MARK) of sockets that inject, "qemu".  Captures leave their
+ * frames out: a frame that was just put in must not come out again.
+ */
+#define PACKET_SOCKET_INJECTED_MARK 0x71656d75
+
+/*
+ * A socket that somebody else opened, @fd of the functions below, is taken
+ * over: it gets filter and binding anew, what is queued is thrown away, and its
+ * filter is locked, so that nothing can widen it any more.  It is refused
+ * unless it is a packet socket of type SOCK_RAW in the network namespace of
+ * the interface, bound to it or to none, without a ring, a locked filter or a
+ * fanout group.  With it nothing here needs a privilege, see the functions.
+ * It is closed when it is refused, too.
+ */
+
 /**
  * packet_socket_new_capture:
  * @ifname: the interface's name, for messages
  * @ifindex: the interface, not 0
+ * @fd: a packet socket to take over, or -1 to open one
  * @directions: PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, or both
  * @memory: bytes that frames that wait to be taken may use
  * @errp: set on failure
@@ -46,32 +63,33 @@ typedef struct PacketSocket PacketSocket;
  * Create a socket that can capture the frames of @ifindex.  It gets none
  * until packet_socket_hook(), and never one of another interface, nor one
  * that a socket of packet_socket_new_inject() sent.
- * Needs CAP_NET_RAW, now and not later.
+ * Without @fd this needs CAP_NET_RAW, now and not later.
  *
  * Without CAP_NET_ADMIN the third of @memory that is for frames of more than
  * 1522 bytes, or all of it unless @directions is PACKET_SOCKET_OUTGOING, is no
- * more than twice net.core.rmem_max.
+ * more than twice net.core.rmem_max; or more, if @fd has it (SO_RCVBUFFORCE).
  *
  * Returns: the socket, which packet_socket_free() destroys, or NULL.
  */
 PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
-                                        unsigned directions, size_t memory,
-                                        Error **errp);
+                                        int fd, unsigned directions,
+                                        size_t memory, Error **errp);
 
 /**
  * packet_socket_new_inject:
  * @ifname: the interface's name, for messages
  * @ifindex: the interface, not 0
+ * @fd: a packet socket to take over, or -1 to open one
  * @errp: set on failure
  *
  * Create a socket that sends frames out of @ifindex and receives nothing.
- * Needs CAP_NET_RAW (before Linux 5.17 also CAP_NET_ADMIN), now and not
- * later.
+ * Without @fd this needs CAP_NET_RAW (before Linux 5.17 also CAP_NET_ADMIN),
+ * now and not later; with one that has not PACKET_SOCKET_INJECTED_MARK, too.
  *
  * Returns: the socket, which packet_socket_free() destroys, or NULL.
  */
 PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
-                                       Error **errp);
+                                       int fd, Error **errp);
 
 /**
  * packet_socket_free:

@@ -751,12 +751,7 @@ static void fixture_attach_nic(Fixture *f)
     qvirtio_pci_device_enable(f->dev);
 }
 
-/*
- * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
- * whose peers are connected.  @args come behind.
- */
-void fixture_init(Fixture *f, const char *netdev_opts,
-                  const char *nic_opts, const char *args)
+void fixture_name(Fixture *f)
 {
     static unsigned number;
 
@@ -765,20 +760,35 @@ void fixture_init(Fixture *f, const char *netdev_opts,
     f->dir = g_dir_make_tmp("filter-redirector-vhost-XXXXXX", NULL);
     g_assert_nonnull(f->dir);
     snprintf(f->ifname, sizeof(f->ifname), "tapq%u", number++);
+}
+
+void fixture_init_named(Fixture *f, const char *netdev, const char *nic_opts,
+                        const char *args)
+{
     f->qts = qtest_initf("-nodefaults -machine pc "
-                         "-netdev tap,id=n0,ifname=%s,script=no,downscript=no,"
-                         "%s "
+                         "-netdev tap,id=n0,%s "
                          "-device virtio-net-pci,id=nic,netdev=n0,addr=0x%x,"
                          "mac=52:54:00:12:34:56%s "
                          "-chardev socket,id=out,path=%s/out,server=on,"
                          "wait=off "
                          "-chardev socket,id=in,path=%s/in,server=on,wait=off "
-                         "%s", f->ifname, netdev_opts, NIC_SLOT, nic_opts,
-                         f->dir, f->dir, args);
+                         "%s", netdev, NIC_SLOT, nic_opts, f->dir, f->dir,
+                         args);
     set_interface_up(f->ifname, true);
     f->host = open_host(f->ifname);
     fixture_connect(f);
     fixture_attach_nic(f);
+}
+
+void fixture_init(Fixture *f, const char *netdev_opts,
+                  const char *nic_opts, const char *args)
+{
+    g_autofree char *netdev = NULL;
+
+    fixture_name(f);
+    netdev = g_strdup_printf("ifname=%s,script=no,downscript=no,%s",
+                             f->ifname, netdev_opts);
+    fixture_init_named(f, netdev, nic_opts, args);
 }
 
 void fixture_start(Fixture *f, const char *args)

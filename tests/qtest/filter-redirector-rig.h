@@ -77,6 +77,14 @@ void fixture_init(Fixture *f, const char *netdev_opts, const char *nic_opts,
                   const char *args);
 /* The same, with vhost. */
 void fixture_start(Fixture *f, const char *args);
+/*
+ * The same in two steps, for a TAP that somebody else opens: choose its name
+ * and the directory of the chardevs' sockets, then start with the options of
+ * the netdev.
+ */
+void fixture_name(Fixture *f);
+void fixture_init_named(Fixture *f, const char *netdev, const char *nic_opts,
+                        const char *args);
 void fixture_close(Fixture *f);
 
 /* The host's side */

@@ -421,7 +421,7 @@ static bool lab_new(Lab *lab, unsigned offload)
     tap_set_offload(&lab->tap, offload);
     /* All segments of the longest frame wait there at once. */
     set_queue_len(&lab->tap, 4096);
-    lab->ps = packet_socket_new_inject(lab->tap.name, lab->tap.index,
+    lab->ps = packet_socket_new_inject(lab->tap.name, lab->tap.index, -1,
                                        &error_abort);
     return true;
 }
@@ -768,7 +768,7 @@ static void test_tunnel_kernel_checksum(void)
 
 static PacketSocket *capture_new(const Tap *tap, unsigned directions)
 {
-    PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index,
+    PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index, -1,
                                                  directions, 4 * MiB,
                                                  &error_abort);
 

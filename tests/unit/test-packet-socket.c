@@ -27,11 +27,13 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <linux/capability.h>
+#include <linux/filter.h>
 #include <linux/if_bridge.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
 #include <linux/if_tun.h>
 #include <linux/if_vlan.h>
+#include <linux/net_tstamp.h>
 #include <linux/sockios.h>
 
 #define CAPTURE_MEMORY (6 * MiB)
@@ -383,7 +385,7 @@ static void lab_pass_made(Lab *lab, FrameMaker *make, uint32_t number)
 static PacketSocket *capture_new_memory(const Tap *tap, unsigned directions,
                                         size_t memory)
 {
-    PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index,
+    PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index, -1,
                                                  directions, memory,
                                                  &error_abort);
 
@@ -831,7 +833,7 @@ static void test_capture_no_interface(void)
     tap_new(&tap);
     for (int i = 0; i < ARRAY_SIZE(indexes); i++) {
         Error *err = NULL;
-        PacketSocket *ps = packet_socket_new_capture("nowhere0", indexes[i],
+        PacketSocket *ps = packet_socket_new_capture("nowhere0", indexes[i], -1,
                                                      BOTH, CAPTURE_MEMORY,
                                                      &err);
 
@@ -848,7 +850,7 @@ static void test_capture_no_interface(void)
         error_free(err);
 
         err = NULL;
-        ps = packet_socket_new_inject("nowhere0", indexes[i], &err);
+        ps = packet_socket_new_inject("nowhere0", indexes[i], -1, &err);
         g_assert_null(ps);
         g_assert_nonnull(err);
         g_assert_nonnull(strstr(error_get_pretty(err), "nowhere0"));
@@ -1709,7 +1711,7 @@ static void test_capture_memory(gconstpointer opaque)
             return;
         }
         flow.ps = packet_socket_new_capture(flow.lab.tap.name,
-                                            flow.lab.tap.index,
+                                            flow.lab.tap.index, -1,
                                             way->directions, cases[i].memory,
                                             &err);
         if (!flow.ps) {
@@ -1827,7 +1829,7 @@ static void test_capture_times(gconstpointer way)
 
 static PacketSocket *inject_new(const Tap *tap)
 {
-    PacketSocket *ps = packet_socket_new_inject(tap->name, tap->index,
+    PacketSocket *ps = packet_socket_new_inject(tap->name, tap->index, -1,
                                                 &error_abort);
 
     g_assert_nonnull(ps);
@@ -2883,7 +2885,7 @@ static unsigned count_fds(void)
     return fds;
 }
 
-static bool drop_net_raw(void)
+static bool drop_capabilities(uint64_t which)
 {
     struct __user_cap_header_struct head = {
         .version = _LINUX_CAPABILITY_VERSION_3,
@@ -2893,8 +2895,10 @@ static bool drop_net_raw(void)
     if (syscall(SYS_capget, &head, data) < 0) {
         return false;
     }
-    data[0].effective &= ~(1u << CAP_NET_RAW);
-    data[0].permitted &= ~(1u << CAP_NET_RAW);
+    for (int i = 0; i < ARRAY_SIZE(data); i++) {
+        data[i].effective &= ~(uint32_t)(which >> 32 * i);
+        data[i].permitted &= ~(uint32_t)(which >> 32 * i);
+    }
     return syscall(SYS_capset, &head, data) == 0;
 }
 
@@ -2909,11 +2913,12 @@ static void test_errors_capability_subprocess(void)
         return;
     }
     tap_new(&tap);
-    g_assert_true(drop_net_raw());
+    g_assert_true(drop_capabilities(1ull << CAP_NET_RAW));
     fds = count_fds();
-    g_assert_null(packet_socket_new_capture(tap.name, tap.index, BOTH,
+    g_assert_null(packet_socket_new_capture(tap.name, tap.index, -1, BOTH,
                                             CAPTURE_MEMORY, &capture_err));
-    g_assert_null(packet_socket_new_inject(tap.name, tap.index, &inject_err));
+    g_assert_null(packet_socket_new_inject(tap.name, tap.index, -1,
+                                           &inject_err));
     g_assert_cmpuint(count_fds(), ==, fds);
     g_assert_nonnull(strstr(error_get_pretty(capture_err), tap.name));
     g_assert_nonnull(strstr(error_get_pretty(inject_err), tap.name));
@@ -2972,7 +2977,7 @@ static void test_errors_leak(void)
         packet_socket_free(ps);
         injector = inject_new(&tap);
         packet_socket_free(injector);
-        injector = packet_socket_new_inject(tap.name, tap.index + 100000,
+        injector = packet_socket_new_inject(tap.name, tap.index + 100000, -1,
                                             NULL);
         g_assert_null(injector);
     }
@@ -2981,17 +2986,325 @@ static void test_errors_leak(void)
     tap_delete(&tap);
 }
 
+/*
+ * Sockets that somebody else opened
+ */
+
+static void set_option(int fd, int level, int option, int value)
+{
+    g_assert_cmpint(setsockopt(fd, level, option, &value, sizeof(value)),
+                    ==, 0);
+}
+
+static int get_option(int fd, int level, int option)
+{
+    int value = 0;
+    socklen_t size = sizeof(value);
+
+    g_assert_cmpint(getsockopt(fd, level, option, &value, &size), ==, 0);
+    return value;
+}
+
+static int set_filter(int fd, uint32_t len)
+{
+    struct sock_filter code = BPF_STMT(BPF_RET | BPF_K, len);
+    struct sock_fprog prog = { .len = 1, .filter = &code };
+
+    return setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &prog, sizeof(prog));
+}
+
+/* It gets all frames of all interfaces, and has got some of @flood. */
+static int others_new(Flood *flood)
+{
+    int fd = socket(AF_PACKET, SOCK_RAW, htons(ETH_P_ALL));
+
+    g_assert_cmpint(fd, >=, 0);
+    set_option(fd, SOL_SOCKET, SO_MARK, PACKET_SOCKET_INJECTED_MARK);
+    flood_pass(flood);
+    g_assert_true(readable(fd, LIMIT_MS));
+    return fd;
+}
+
+/* Whatever can be set that would be in the way */
+static void others_spoil(int fd)
+{
+    set_option(fd, SOL_PACKET, PACKET_VERSION, TPACKET_V3);
+    set_option(fd, SOL_PACKET, PACKET_RESERVE, 8192);
+    set_option(fd, SOL_PACKET, PACKET_IGNORE_OUTGOING, 1);
+    set_option(fd, SOL_PACKET, PACKET_TIMESTAMP, SOF_TIMESTAMPING_SOFTWARE);
+    set_option(fd, SOL_PACKET, PACKET_ORIGDEV, 1);
+    set_option(fd, SOL_SOCKET, SO_TIMESTAMP, 1);
+    set_option(fd, SOL_SOCKET, SO_TIMESTAMPING,
+               SOF_TIMESTAMPING_SOFTWARE | SOF_TIMESTAMPING_RX_SOFTWARE);
+    set_option(fd, SOL_SOCKET, SO_RXQ_OVFL, 1);
+    g_assert_cmpint(set_filter(fd, 0), ==, 0);
+}
+
+static PacketSocket *capture_passed(const Tap *tap, int fd,
+                                    unsigned directions)
+{
+    PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index, fd,
+                                                 directions, CAPTURE_MEMORY,
+                                                 &error_abort);
+
+    g_assert_nonnull(ps);
+    return ps;
+}
+
+static PacketSocket *inject_passed(const Tap *tap, int fd)
+{
+    PacketSocket *ps = packet_socket_new_inject(tap->name, tap->index, fd,
+                                                &error_abort);
+
+    g_assert_nonnull(ps);
+    return ps;
+}
+
+/* As one that we opened, and with nothing of what was there before */
+static void test_passed_capture(gconstpointer way)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    unsigned protocol, running;
+    PacketSocket *ps;
+    Flood flood;
+    Lab lab;
+    int fd;
+
+    if (!lab_new(&lab, way)) {
+        return;
+    }
+    flood_start(&flood);
+    for (int round = 0; round < (g_test_slow() ? 100 : 10); round++) {
+        fd = others_new(&flood);
+        if (round & 1) {
+            others_spoil(fd);
+        }
+        ps = capture_passed(&lab.tap, fd, lab.way->directions);
+        g_assert_cmpint(packet_socket_fd(ps), ==, fd);
+        capture_expect_none(ps);
+        g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
+        proc_packet(fd, &protocol, &running);
+        g_assert_false(running && protocol == ETH_P_ALL);
+        lab_pass_made(&lab, frame_make_small, 1000);
+        capture_expect_none(ps);
+        g_assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+        g_assert_true(fcntl(fd, F_GETFL) & O_NONBLOCK);
+
+        g_assert_true(packet_socket_hook(ps, &error_abort));
+        for (int i = 0; i < 50; i++) {
+            lab_pass_made(&lab, frame_make_mixed, i);
+            capture_expect_made(ps, frame_make_mixed, i);
+            frame_make(sent, i, 60 + 30 * i);
+            frame_add_tag(sent, ETH_P_8021Q, i);
+            lab_pass(&lab, sent);
+            capture_next(ps, got);
+            frame_assert_equal(got, sent);
+        }
+        packet_socket_unhook(ps);
+        capture_expect_none(ps);
+        packet_socket_free(ps);
+    }
+    flood_stop(&flood);
+    lab_free(&lab);
+}
+
+static void test_passed_inject(void)
+{
+    g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    PacketSocket *ps, *capture;
+    unsigned protocol, running;
+    Flood flood;
+    Tap tap;
+    int fd;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    flood_start(&flood);
+    capture = capture_new_hooked(&tap, BOTH);
+    for (int round = 0; round < 10; round++) {
+        fd = others_new(&flood);
+        if (round & 1) {
+            others_spoil(fd);
+        }
+        ps = inject_passed(&tap, fd);
+        proc_packet(fd, &protocol, &running);
+        g_assert_false(running && protocol == ETH_P_ALL);
+        for (int i = 0; i < 20; i++) {
+            frame_make(sent, i, 60 + 70 * i);
+            g_assert_cmpint(inject(ps, sent), ==, 0);
+            tap_read(&tap, got);
+            frame_assert_equal(got, sent);
+        }
+        /* The kernel cuts it, on the path where captures would see it. */
+        frame_make_gso(sent, 4, 5000);
+        g_assert_cmpint(inject(ps, sent), ==, 0);
+        tap_drain(&tap);
+        capture_expect_none(capture);
+        /* And it gets nothing. */
+        host_send(tap.sender, sent);
+        tap_write(&tap, sent);
+        tap_drain(&tap);
+        g_assert_false(readable(fd, 0));
+        packet_socket_discard(capture, UINT64_MAX);
+        packet_socket_free(ps);
+    }
+    packet_socket_free(capture);
+    flood_stop(&flood);
+    tap_delete(&tap);
+}
+
+/* Nobody else who has the socket can have it get more. */
+static void test_passed_locked(void)
+{
+    PacketSocket *ps;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    for (int i = 0; i < 2; i++) {
+        int fd = socket(AF_PACKET, SOCK_RAW, 0);
+
+        ps = i ? inject_passed(&tap, fd) : capture_passed(&tap, fd, BOTH);
+        g_assert_cmpint(get_option(fd, SOL_SOCKET, SO_LOCK_FILTER), ==, 1);
+        g_assert_cmpint(set_filter(fd, UINT32_MAX), ==, -1);
+        g_assert_cmpint(errno, ==, EPERM);
+        g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_DETACH_FILTER, &i,
+                                   sizeof(i)), ==, -1);
+        g_assert_cmpint(errno, ==, EPERM);
+        packet_socket_free(ps);
+    }
+    tap_delete(&tap);
+}
+
+static void expect_passed_error(const Tap *tap, int fd, bool injects,
+                                const char *text)
+{
+    Error *err = NULL;
+    PacketSocket *ps = injects ?
+        packet_socket_new_inject(tap->name, tap->index, fd, &err) :
+        packet_socket_new_capture(tap->name, tap->index, fd, BOTH,
+                                  CAPTURE_MEMORY, &err);
+
+    g_assert_null(ps);
+    g_assert_nonnull(strstr(error_get_pretty(err), text));
+    error_free(err);
+    g_assert_cmpint(fcntl(fd, F_GETFD), ==, -1);
+}
+
+static void test_passed_errors(void)
+{
+    Tap tap, other;
+    unsigned fds;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    tap_new(&other);
+    fds = count_fds();
+    for (int injects = 0; injects < 2; injects++) {
+        struct tpacket_req req = {
+            .tp_block_size = 65536,
+            .tp_block_nr = 1,
+            .tp_frame_size = 2048,
+            .tp_frame_nr = 32,
+        };
+        int fd = open("/dev/null", O_RDWR);
+
+        expect_passed_error(&tap, fd, injects, "is not a packet socket");
+        expect_passed_error(&tap, 1000, injects, "is not a packet socket");
+        fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+        expect_passed_error(&tap, fd, injects, "is not a packet socket");
+        fd = socket(AF_PACKET, SOCK_DGRAM, 0);
+        expect_passed_error(&tap, fd, injects, "SOCK_RAW");
+        expect_passed_error(&tap, sender_new(other.index), injects,
+                            other.name);
+        fd = socket(AF_PACKET, SOCK_RAW, 0);
+        set_option(fd, SOL_SOCKET, SO_LOCK_FILTER, 1);
+        expect_passed_error(&tap, fd, injects, "locked");
+        fd = socket(AF_PACKET, SOCK_RAW, 0);
+        g_assert_cmpint(setsockopt(fd, SOL_PACKET, PACKET_RX_RING,
+                                   &req, sizeof(req)), ==, 0);
+        expect_passed_error(&tap, fd, injects, "ring");
+        g_assert_cmpuint(count_fds(), ==, fds);
+    }
+    tap_delete(&other);
+    tap_delete(&tap);
+}
+
+/* Whoever opened it has done all that takes a privilege. */
+static void test_passed_no_privilege_subprocess(void)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+    int capture_fd, inject_fd, unmarked_fd, large;
+    PacketSocket *capture, *injector;
+    Tap tap;
+
+    if (!can_run()) {
+        return;
+    }
+    tap_new(&tap);
+    capture_fd = socket(AF_PACKET, SOCK_RAW, 0);
+    set_option(capture_fd, SOL_SOCKET, SO_RCVBUFFORCE, CAPTURE_MEMORY);
+    large = get_option(capture_fd, SOL_SOCKET, SO_RCVBUF);
+    inject_fd = socket(AF_PACKET, SOCK_RAW, 0);
+    set_option(inject_fd, SOL_SOCKET, SO_MARK, PACKET_SOCKET_INJECTED_MARK);
+    unmarked_fd = socket(AF_PACKET, SOCK_RAW, 0);
+    g_assert_true(drop_capabilities(UINT64_MAX));
+
+    expect_passed_error(&tap, unmarked_fd, true, "SO_MARK 0x71656d75");
+    capture = capture_passed(&tap, capture_fd, BOTH);
+    g_assert_cmpint(get_option(capture_fd, SOL_SOCKET, SO_RCVBUF), ==, large);
+    injector = inject_passed(&tap, inject_fd);
+    for (int i = 0; i < 3; i++) {
+        g_assert_true(packet_socket_hook(capture, &error_abort));
+        frame_make(frame, i, 100);
+        g_assert_cmpint(inject(injector, frame), ==, 0);
+        tap_read(&tap, got);
+        frame_assert_equal(got, frame);
+        host_send(tap.sender, frame);
+        capture_next(capture, got);
+        frame_assert_equal(got, frame);
+        tap_drain(&tap);
+        packet_socket_unhook(capture);
+    }
+    frame_make_gso(frame, 4, 5000);
+    g_assert_cmpint(inject(injector, frame), ==, 0);
+    packet_socket_free(capture);
+    packet_socket_free(injector);
+}
+
+static void test_passed_no_privilege(void)
+{
+    if (!can_run()) {
+        return;
+    }
+    g_test_trap_subprocess("/packet-socket/passed/no-privilege/subprocess", 0,
+                           0);
+    g_test_trap_assert_passed();
+}
+
 /* A test for each way, or for those to one TAP alone */
-static void add_ways(const char *name, bool bridged, GTestDataFunc function)
+static void add_ways_of(const char *group, const char *name, bool bridged,
+                        GTestDataFunc function)
 {
     for (int i = 0; i < ARRAY_SIZE(ways); i++) {
-        g_autofree char *path = g_strdup_printf("/packet-socket/capture/%s/%s",
-                                                name, ways[i].name);
+        g_autofree char *path = g_strdup_printf("/packet-socket/%s/%s/%s",
+                                                group, name, ways[i].name);
 
         if (bridged || !ways[i].bridged) {
             g_test_add_data_func(path, &ways[i], function);
         }
     }
+}
+
+static void add_ways(const char *name, bool bridged, GTestDataFunc function)
+{
+    add_ways_of("capture", name, bridged, function);
 }
 
 int main(int argc, char **argv)
@@ -3048,5 +3361,12 @@ int main(int argc, char **argv)
     TEST("errors/capability", test_errors_capability);
     TEST("errors/capability/subprocess", test_errors_capability_subprocess);
     TEST("errors/leak", test_errors_leak);
+    add_ways_of("passed", "capture", true, test_passed_capture);
+    TEST("passed/inject", test_passed_inject);
+    TEST("passed/locked", test_passed_locked);
+    TEST("passed/errors", test_passed_errors);
+    TEST("passed/no-privilege", test_passed_no_privilege);
+    TEST("passed/no-privilege/subprocess",
+         test_passed_no_privilege_subprocess);
     return g_test_run();
 }
