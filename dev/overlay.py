@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+What this repository puts on QEMU's tree: the patches to files that QEMU has,
+and files of our own.
+
+Each patch names, between its message and its diff, the files that it adds:
+
+    Adds: net/packet-socket.c include/net/packet-socket.h
+
+so that it is whole, and can be mailed.  The section of MAINTAINERS grows with
+them.
+"""
+
+import fnmatch
+import pathlib
+import re
+import shutil
+import subprocess
+
+from qemu_source import TOP, Failure
+
+PATCHES = TOP / 'patches'
+
+# Where our own files lie in QEMU's tree.
+DIRECTORIES = ('net', 'include', 'tests', 'contrib', 'docs/devel',
+               'docs/system')
+
+# Our section of MAINTAINERS goes behind this one, where its name belongs.
+NEIGHBOUR = 'Network device backends'
+
+
+class Patch:
+    """A file of patches/."""
+
+    def __init__(self, path):
+        self.path = path
+        head, found, self.diff = path.read_text().partition('\ndiff --git ')
+        mail, dashes, notes = f'{head}\n'.partition('\n---\n')
+        fields, blank, self.message = mail.partition('\n\n')
+        match = re.fullmatch(r'From: (.*)\nSubject: \[PATCH\] (.*)', fields)
+        if not (found and dashes and blank and match):
+            raise Failure(f'patches/{path.name} is not in the form of the '
+                          'others: From, Subject, message, ---, diff')
+        self.sender, self.subject = match.groups()
+        self.adds = re.findall(r'\S+', ' '.join(
+            re.findall(r'^Adds: (.*)$', notes, flags=re.M)))
+        self.edits = re.findall(r'^\+\+\+ b/(\S+)', self.diff, flags=re.M)
+
+    def __str__(self):
+        return f'patches/{self.path.name}'
+
+
+def patches():
+    """The series.  Each of our own files must be in one patch."""
+    names = (PATCHES / 'series').read_text().splitlines()
+    names = [n.partition('#')[0].strip() for n in names]
+    series = [Patch(PATCHES / name) for name in names if name]
+    check(series)
+    return series
+
+
+def check(series):
+    left = {p.name for p in PATCHES.glob('*.patch')} - \
+        {patch.path.name for patch in series}
+    if left:
+        raise Failure(f'patches/series does not name {", ".join(sorted(left))}')
+    adder = {}
+    for patch in series:
+        for name in patch.adds:
+            if name in adder:
+                raise Failure(f'{name} is added by {adder[name]} and {patch}')
+            if not (TOP / name).is_file():
+                raise Failure(f'{patch} adds {name}, which is not there')
+            adder[name] = patch
+    for name in own_files():
+        if name not in adder:
+            raise Failure(f'no patch adds {name}: write "Adds: {name}" before '
+                          'the diff of the patch in patches/ that it '
+                          'belongs to')
+        if not any(covers(line, name) for line in section()):
+            raise Failure(f'MAINTAINERS has no line "F:" for {name}')
+    for line in section():
+        if line.startswith('F:') and not any(covers(line, n) for n in adder):
+            raise Failure(f'MAINTAINERS: "{line}" is no file of ours')
+
+
+def own_files():
+    return [str(path.relative_to(TOP)) for top in DIRECTORIES
+            for path in sorted((TOP / top).rglob('*'))
+            if path.is_file() and '__pycache__' not in path.parts]
+
+
+def edited(series):
+    """The files of QEMU that the series changes."""
+    return {name for patch in series for name in patch.edits} | \
+        {'MAINTAINERS'}
+
+
+def section():
+    return (TOP / 'MAINTAINERS').read_text().splitlines()
+
+
+def covers(line, name):
+    """Whether a line of MAINTAINERS is about the file."""
+    return line.startswith('F:') and fnmatch.fnmatch(name, line[2:].strip())
+
+
+def add_section(text, names):
+    """Put our section, as far as it is about NAMES, into QEMU's MAINTAINERS.
+
+    The file's sections are not sorted; ours goes before the first one behind
+    NEIGHBOUR that comes after it in the alphabet.
+    """
+    ours = section()
+    title = ours[0]
+    ours = '\n'.join(line for line in ours if not line.startswith('F:')
+                     or any(covers(line, name) for name in names))
+    paragraphs = [p for p in text.split('\n\n')
+                  if p.partition('\n')[0] != title]
+    titles = [p.strip('\n').partition('\n')[0] for p in paragraphs]
+    if NEIGHBOUR not in titles:
+        raise Failure(f'MAINTAINERS has no section "{NEIGHBOUR}": is it a '
+                      'QEMU of another version?')
+    start = titles.index(NEIGHBOUR)
+    place = next((i for i in range(start, len(titles))
+                  if titles[i].casefold() > title.casefold()), len(titles))
+    paragraphs.insert(place, ours)
+    return '\n\n'.join(paragraphs)
+
+
+def apply(patch, tree, added):
+    """Apply PATCH to TREE, whose files of our own so far are ADDED."""
+    run = subprocess.run(
+        ['patch', '-p1', '-F0', '-s', '-f', '--no-backup-if-mismatch',
+         '-r', '-', '-i', patch.path], cwd=tree, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if run.returncode:
+        raise Failure(f'{patch} does not apply:\n' +
+                      re.sub('^', '    ', run.stdout.rstrip(), flags=re.M))
+    for name in patch.adds:
+        target = pathlib.Path(tree, name)
+        if target.exists():
+            raise Failure(f'the base already has {name}: is it patched with '
+                          'this series already?')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(TOP / name, target)
+        shutil.copymode(TOP / name, target)
+    added.update(patch.adds)
+    if patch.adds:
+        maintainers = pathlib.Path(tree, 'MAINTAINERS')
+        maintainers.write_text(add_section(maintainers.read_text(), added))
+
+
+def apply_all(base, scratch):
+    """Apply the series to copies of BASE's files in SCRATCH.
+
+    Return the names of the files that QEMU has, and of our own; both are
+    changed in SCRATCH, and BASE is only read.
+    """
+    series = patches()
+    names = edited(series)
+    for name in names:
+        if not (base / name).exists():
+            raise Failure(f'patches/ edits {name}, which the base lacks: is '
+                          'it a QEMU of another version?')
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(base / name, scratch / name)
+    added = set()
+    for patch in series:
+        apply(patch, scratch, added)
+    clash = sorted(name for name in added if (base / name).exists())
+    if clash:
+        raise Failure(f'the base already has {", ".join(clash)}: is it patched '
+                      'with this series already?')
+    return names, added
