@@ -2,7 +2,8 @@
 #
 # Names for what Meson and Ninja do; see meson.build.
 
-.PHONY: help demo check check-long bench bench-vhost qemu clean
+.PHONY: help demo check check-long bench bench-vhost qemu
+.PHONY: series check-series apply unapply clean
 .NOTPARALLEL:
 
 help:
@@ -12,13 +13,18 @@ help:
 	@echo 'make bench  what the redirector costs, beside others; as root'
 	@echo 'make bench-vhost  the same for the capture, beside a vhost worker'
 	@echo 'make qemu   the patched QEMU, and where it is'
+	@echo 'make series   the patches as mails and for Debian, in build/series'
+	@echo 'make check-series  compile and test at each of them'
+	@echo 'make apply QEMU_SRC=<dir>    apply them to your QEMU tree'
+	@echo 'make unapply QEMU_SRC=<dir>  take them out again'
 	@echo 'make clean  remove build/; downloads are kept in the cache'
 	@echo
-	@echo 'QEMU_SRC=<dir>   work on a copy of this QEMU tree'
+	@echo 'QEMU_SRC=<dir>   with the others: work on a copy of this QEMU tree'
 	@echo 'VHOST_HOST=1     use the kernel of the host, which needs'
 	@echo '                 /dev/vhost-net, and not that of a virtual machine'
 
-demo check check-long bench bench-vhost qemu:
+demo check check-long bench bench-vhost qemu \
+series check-series apply unapply:
 	@dev/make $@
 
 clean:

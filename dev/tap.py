@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+The results of a test, in the Test Anything Protocol.
+"""
+
+import re
+
+
+class Tap:
+    def __init__(self, prefix):
+        self.prefix = prefix
+        self.count = self.failed = 0
+
+    def ok(self, condition, name, detail=''):
+        self.count += 1
+        self.failed += not condition
+        print(f'{"" if condition else "not "}ok {self.count} - '
+              f'{self.prefix}/{name}', flush=True)
+        if not condition and detail:
+            self.note(detail)
+        return bool(condition)
+
+    def skip(self, name, reason):
+        self.count += 1
+        reason = ' '.join(str(reason).split())
+        print(f'ok {self.count} - {self.prefix}/{name} # SKIP {reason}',
+              flush=True)
+
+    def note(self, text):
+        print(re.sub('^', '# ', str(text), flags=re.M), flush=True)
+
+    def end(self):
+        """Print the plan; return the exit status."""
+        print(f'1..{self.count}')
+        return 1 if self.failed else 0
