@@ -102,7 +102,10 @@ def section():
 
 def covers(line, name):
     """Whether a line of MAINTAINERS is about the file."""
-    return line.startswith('F:') and fnmatch.fnmatch(name, line[2:].strip())
+    pattern = line[2:].strip()
+    return line.startswith('F:') and (
+        fnmatch.fnmatch(name, pattern) or
+        (pattern.endswith('/') and name.startswith(pattern)))
 
 
 def add_section(text, names):
