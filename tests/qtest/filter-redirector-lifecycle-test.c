@@ -16,8 +16,8 @@
  *   - A frame that the host sends or inj injects comes to the guest or to
  *     sav's peer, once, and in order.  None is lost, but for those that sav
  *     has taken and is deleted with, while it has no peer; and for one each
- *     time that the VM is stopped, or a migration ends, without any redirector
- *     (see filter_tap_update_tap()).
+ *     time that a migration without any redirector ends: the VM stops once
+ *     more then, and net.c drops the one that QEMU had read.
  *   - From when cap's source is packet-socket until the command that ends it,
  *     each frame comes to its peer, once and in order, unless the kernel says
  *     that it dropped some because the peer did not read; and no other comes.
@@ -109,7 +109,7 @@ typedef struct Life {
     uint64_t sav_frames;
     uint64_t sav_taken;     /* by those that are deleted */
     uint64_t sav_lost;
-    unsigned exposed;       /* times without any redirector while stopped */
+    unsigned exposed;       /* times that a migration without any ended */
 
     Redirector inj;
     uint8_t inj_rest[RECORD];
@@ -858,10 +858,8 @@ static void command(Life *l, unsigned i)
             tell(l);
         }
     }
-    /* A migration may stop the VM once more when it ends. */
-    l->exposed += is_exposed(l) != was_exposed
-                  ? is_exposed(l) || commands[i].func == do_cancel
-                  : was_exposed && commands[i].func == do_complete;
+    l->exposed += was_exposed && (commands[i].func == do_cancel ||
+                                  commands[i].func == do_complete);
 }
 
 static unsigned draw(Life *l)
