@@ -125,7 +125,7 @@ static void assert_no_privilege(Fixture *f)
     assert_status(pid, "\nUid:\t" NOBODY "\t" NOBODY "\t" NOBODY "\t" NOBODY);
     assert_status(pid, "\nCapPrm:\t0000000000000000\n");
     assert_status(pid, "\nCapEff:\t0000000000000000\n");
-    assert_status(pid, "\nCapBnd:\t0000000000000000\n");
+    assert_status(pid, "\nCapAmb:\t0000000000000000\n");
     assert_status(pid, "\nNoNewPrivs:\t1\n");
     assert_status(pid, "\nSeccomp:\t2\n");
 }
