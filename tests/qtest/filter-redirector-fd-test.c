@@ -138,7 +138,8 @@ static void start_by(Fixture *f, const char *starter, const char *args)
     g_autofree char *binary = g_strdup_printf("%s %s", starter, install.qemu);
     g_autofree char *netdev = g_strdup_printf("fd=%d,vhostfd=%d,vhost=on",
                                               tap, vhost);
-    g_autofree char *all = g_strdup_printf(SANDBOX "-bios %s %s",
+    g_autofree char *all = g_strdup_printf(SANDBOX "-bios %s "
+                                           "-global apic-common.vapic=off %s",
                                            install.bios, args);
 
     g_assert_cmpint(chmod(f->dir, 0777), ==, 0);
