@@ -16,6 +16,10 @@
  *
  * What both guests answer alike comes to the host, once.  Nothing comes to the
  * host's side of the secondary's TAP.
+ *
+ * The tests named proxy/ have the network part alone, and are themselves what
+ * takes a checkpoint.  Those named colo/ migrate the primary to the secondary,
+ * which then is its copy with each checkpoint.
  */
 
 #include "qemu/osdep.h"
@@ -39,6 +43,11 @@
 #define PSH 0x08
 #define ACK 0x10
 
+/* Initial sequence numbers */
+#define TCP_HOST 100
+#define TCP_PRIMARY 1000
+#define TCP_SECONDARY 70000
+
 typedef struct Vm {
     Fixture f;
     int host;           /* gets IPv4 */
@@ -49,7 +58,8 @@ typedef struct Pair {
     Vm secondary;
     bool vnet;
     char *dir;
-    int notify;         /* the peer of colo-compare's notify_dev */
+    int notify;         /* the peer of colo-compare's notify_dev, or -1 */
+    uint64_t marker;    /* a word of the guests' memory */
 } Pair;
 
 /* Packets */
@@ -158,7 +168,8 @@ static void expect_at_guest(Vm *vm, const uint8_t *frame, size_t len)
 
 /* VMs */
 
-static char *primary_args(const char *dir, const char *vnet)
+static char *primary_args(const char *dir, const char *vnet,
+                          const char *compare_opts)
 {
     return g_strdup_printf(
         "-chardev socket,id=mirror0,path=%s/mirror0,server=on,wait=off "
@@ -177,11 +188,12 @@ static char *primary_args(const char *dir, const char *vnet)
         "-object iothread,id=iothread1 "
         "-object colo-compare,id=comp0,primary_in=compare0-0,"
         "secondary_in=compare1,outdev=compare_out0,iothread=iothread1,"
-        "notify_dev=notify%s", dir, dir, dir, dir, dir, dir, dir,
-        vnet, vnet, vnet, vnet);
+        "%s%s", dir, dir, dir, dir, dir, dir, dir,
+        vnet, vnet, vnet, compare_opts, vnet);
 }
 
-static char *secondary_args(const char *dir, const char *vnet)
+static char *secondary_args(const char *dir, const char *vnet,
+                            const char *incoming)
 {
     return g_strdup_printf(
         "-chardev socket,id=red0,path=%s/mirror0,reconnect-ms=100 "
@@ -190,8 +202,8 @@ static char *secondary_args(const char *dir, const char *vnet)
         "packet-socket=off%s "
         "-object filter-redirector,id=f2,netdev=n0,queue=rx,outdev=red1,"
         "packet-socket=off%s "
-        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s",
-        dir, dir, vnet, vnet, vnet);
+        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s %s",
+        dir, dir, vnet, vnet, vnet, incoming);
 }
 
 static void vm_start(Vm *vm, const char *netdev_opts, const char *args)
@@ -217,31 +229,49 @@ static void vm_close(Vm *vm)
     fixture_close(&vm->f);
 }
 
-static void expect_datapath(Vm *vm, const char *datapath)
+/*
+ * As if its host had died: nothing more comes from it, not even the end of its
+ * connections.
+ */
+static void vm_freeze(Vm *vm)
+{
+    g_assert_cmpint(kill(qtest_pid(vm->f.qts), SIGSTOP), ==, 0);
+}
+
+static void vm_thaw(Vm *vm)
+{
+    g_assert_cmpint(kill(qtest_pid(vm->f.qts), SIGCONT), ==, 0);
+}
+
+static void expect_property(Vm *vm, const char *path, const char *property,
+                            const char *value)
 {
     QDict *rsp = qtest_qmp(vm->f.qts, "{'execute': 'qom-get', 'arguments':"
-                           " {'path': %s, 'property': 'datapath'}}",
-                           NIC_PATH);
+                           " {'path': %s, 'property': %s}}", path, property);
 
-    g_assert_cmpstr(qdict_get_str(rsp, "return"), ==, datapath);
+    g_assert_cmpstr(qdict_get_str(rsp, "return"), ==, value);
     qobject_unref(rsp);
 }
 
-static void pair_start(Pair *p, bool vnet)
+static void expect_datapath(Vm *vm, const char *datapath)
+{
+    expect_property(vm, NIC_PATH, "datapath", datapath);
+}
+
+static void pair_init(Pair *p, bool vnet, const char *compare_opts,
+                      const char *incoming)
 {
     const char *opts = vnet ? ",vnet_hdr_support=on" : "";
     const char *netdev = vnet ? "vhost=on" : "vhost=on,vnet_hdr=off";
     g_autofree char *primary = NULL;
     g_autofree char *secondary = NULL;
-    Fixture at;
 
     p->vnet = vnet;
+    p->notify = -1;
     p->dir = g_dir_make_tmp("filter-colo-XXXXXX", NULL);
-    at.dir = p->dir;
-    primary = primary_args(p->dir, opts);
-    secondary = secondary_args(p->dir, opts);
+    primary = primary_args(p->dir, opts, compare_opts);
+    secondary = secondary_args(p->dir, opts, incoming);
     vm_start(&p->primary, netdev, primary);
-    p->notify = connect_to(&at, "notify");
     vm_start(&p->secondary, netdev, secondary);
     expect_connected(&p->secondary.f, "red0", true);
     expect_connected(&p->secondary.f, "red1", true);
@@ -251,12 +281,25 @@ static void pair_start(Pair *p, bool vnet)
     expect_datapath(&p->secondary, "userspace");
 }
 
+/* The network part alone */
+static void pair_start(Pair *p, bool vnet)
+{
+    Fixture at;
+
+    pair_init(p, vnet, "notify_dev=notify", "");
+    at.dir = p->dir;
+    p->notify = connect_to(&at, "notify");
+}
+
 static void pair_close(Pair *p)
 {
     static const char *const names[] = {
         "mirror0", "compare1", "compare0", "compare_out", "notify",
+        "migration",
     };
 
+    vm_thaw(&p->secondary);
+    vm_thaw(&p->primary);
     vm_close(&p->secondary);
     vm_close(&p->primary);
     close(p->notify);
@@ -267,6 +310,78 @@ static void pair_close(Pair *p)
     }
     rmdir(p->dir);
     g_free(p->dir);
+}
+
+/* COLO */
+
+static void enable_colo(Vm *vm)
+{
+    qtest_qmp_assert_success(vm->f.qts,
+        "{'execute': 'migrate-set-capabilities', 'arguments':"
+        " {'capabilities': [{'capability': 'return-path', 'state': true},"
+        "                   {'capability': 'x-colo', 'state': true}]}}");
+}
+
+/*
+ * Only packets that differ lead to a checkpoint: what does so by time takes
+ * longer than the test.
+ *
+ * Each checkpoint makes the secondary's memory and devices those of the
+ * primary.  What the test knows of the driver's rings and buffers stays right
+ * since both drivers are at the same addresses, and have done the same at each
+ * checkpoint.
+ */
+static void colo_start(Pair *p, bool vnet)
+{
+    g_autofree char *uri = NULL;
+
+    pair_init(p, vnet, "compare_timeout=3600000", "-incoming defer");
+    p->marker = guest_alloc(&p->primary.f.alloc, 4);
+    g_assert_cmphex(guest_alloc(&p->secondary.f.alloc, 4), ==, p->marker);
+    /* The driver comes with the migration. */
+    qtest_system_reset(p->secondary.f.qts);
+
+    uri = g_strdup_printf("unix:%s/migration", p->dir);
+    enable_colo(&p->primary);
+    enable_colo(&p->secondary);
+    qtest_qmp_assert_success(p->primary.f.qts,
+        "{'execute': 'migrate-set-parameters', 'arguments':"
+        " {'x-checkpoint-delay': 3600000}}");
+    qtest_qmp_assert_success(p->secondary.f.qts,
+        "{'execute': 'migrate-incoming', 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_assert_success(p->primary.f.qts,
+        "{'execute': 'migrate', 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_eventwait(p->secondary.f.qts, "RESUME");
+    qtest_qmp_eventwait(p->primary.f.qts, "RESUME");
+    expect_status(&p->primary.f, "query-migrate", "colo");
+    expect_status(&p->secondary.f, "query-migrate", "colo");
+    expect_datapath(&p->primary, "userspace");
+    expect_datapath(&p->secondary, "userspace");
+}
+
+/* Call it for each checkpoint, and in between expect that there is none. */
+static void expect_colo_checkpoint(Pair *p)
+{
+    qtest_qmp_eventwait(p->primary.f.qts, "STOP");
+    qtest_qmp_eventwait(p->secondary.f.qts, "STOP");
+    qtest_qmp_eventwait(p->secondary.f.qts, "RESUME");
+    qtest_qmp_eventwait(p->primary.f.qts, "RESUME");
+}
+
+static void expect_no_colo_checkpoint(Pair *p)
+{
+    expect_status(&p->primary.f, "query-status", "running");
+    g_assert_null(qtest_qmp_event_ref(p->primary.f.qts, "STOP"));
+}
+
+static void lose_heartbeat(Vm *vm)
+{
+    qtest_qmp_assert_success(vm->f.qts, "{'execute': 'yank', 'arguments':"
+                             " {'instances': [{'type': 'migration'}]}}");
+    qtest_qmp_assert_success(vm->f.qts,
+                             "{'execute': 'x-colo-lost-heartbeat'}");
+    expect_status(&vm->f, "query-migrate", "completed");
+    expect_status(&vm->f, "query-status", "running");
 }
 
 /* From the host to both guests */
@@ -336,10 +451,43 @@ static void check_differ(Pair *p)
     expect_at_host(&p->primary, frame, len);
 }
 
+/* ... which here COLO takes by itself. */
+static void check_colo_differ(Pair *p, uint32_t number)
+{
+    uint8_t frame[FRAME_LEN], other[FRAME_LEN];
+    size_t len = make_udp(frame, number, false);
+
+    qtest_writel(p->primary.f.qts, p->marker, number);
+    make_udp(other, number + 1000, false);
+    guest_send_frame(&p->primary.f, frame, len);
+    expect_no_colo_checkpoint(p);
+    guest_send_frame(&p->secondary.f, other, len);
+    expect_colo_checkpoint(p);
+    expect_at_host(&p->primary, frame, len);
+    g_assert_cmphex(qtest_readl(p->secondary.f.qts, p->marker), ==, number);
+}
+
+/* The VM's own TAP, both ways */
+static void check_alone(Vm *vm, uint32_t first)
+{
+    uint8_t frame[FRAME_LEN];
+
+    for (uint32_t i = first; i < first + 10; i++) {
+        size_t len = make_udp(frame, i, true);
+
+        host_write(vm, frame, len);
+        expect_at_guest(vm, frame, len);
+        len = make_udp(frame, 1000 + i, false);
+        guest_send_frame(&vm->f, frame, len);
+        expect_at_host(vm, frame, len);
+    }
+}
+
 /* A connection with another initial sequence number at the secondary */
 static void check_tcp(Pair *p)
 {
-    const uint32_t seq = 100, primary = 1000, secondary = 70000;
+    const uint32_t seq = TCP_HOST, primary = TCP_PRIMARY;
+    const uint32_t secondary = TCP_SECONDARY;
     uint8_t frame[BUFFER_LEN], there[BUFFER_LEN];
     size_t len = make_tcp(frame, seq, 0, SYN, "", true);
 
@@ -371,12 +519,42 @@ static void check_tcp(Pair *p)
     expect_at_host(&p->primary, frame, len);
 }
 
+/* The same connection after the failover: only the secondary is left. */
+static void check_tcp_alone(Vm *secondary)
+{
+    uint8_t frame[BUFFER_LEN], there[BUFFER_LEN];
+    size_t len = make_tcp(frame, TCP_HOST + 6, TCP_PRIMARY + 7, ACK, "", true);
+
+    host_write(secondary, frame, len);
+    make_tcp(there, TCP_HOST + 6, TCP_SECONDARY + 7, ACK, "", true);
+    expect_at_guest(secondary, there, len);
+    len = make_tcp(there, TCP_SECONDARY + 7, TCP_HOST + 6, PSH | ACK, "more",
+                   false);
+    guest_send_frame(&secondary->f, there, len);
+    make_tcp(frame, TCP_PRIMARY + 7, TCP_HOST + 6, PSH | ACK, "more", false);
+    expect_at_host(secondary, frame, len);
+}
+
+/* What the rewriter has queued while the VM was stopped is not lost. */
+static void check_rewriter_off(Pair *p)
+{
+    uint8_t frame[BUFFER_LEN];
+    size_t len = make_tcp(frame, 1, 0, SYN, "", true);
+
+    vm_stop(&p->secondary.f);
+    host_write(&p->primary, frame, len);
+    expect_at_guest(&p->primary, frame, len);
+    /* It is in the socket; after one turn of the main loop, in the queue. */
+    expect_status(&p->secondary.f, "query-status", "paused");
+    set_status(&p->secondary.f, "rew0", "off");
+    vm_cont(&p->secondary.f);
+    expect_at_guest(&p->secondary, frame, len);
+    set_status(&p->secondary.f, "rew0", "on");
+}
+
 /* As at a failover: each VM goes on by itself, with vhost. */
 static void check_failover(Pair *p)
 {
-    uint8_t frame[FRAME_LEN];
-    size_t len;
-
     set_status(&p->primary.f, "m0", "off");
     set_status(&p->primary.f, "redire0", "off");
     expect_datapath(&p->primary, "userspace");
@@ -387,20 +565,9 @@ static void check_failover(Pair *p)
     set_status(&p->secondary.f, "rew0", "off");
     expect_datapath(&p->secondary, "vhost");
 
-    len = make_udp(frame, 7000, true);
-    host_write(&p->primary, frame, len);
-    expect_at_guest(&p->primary, frame, len);
-    len = make_udp(frame, 7001, false);
-    guest_send_frame(&p->primary.f, frame, len);
-    expect_at_host(&p->primary, frame, len);
-
-    /* This is the first that comes here from the secondary. */
-    len = make_udp(frame, 7002, true);
-    host_write(&p->secondary, frame, len);
-    expect_at_guest(&p->secondary, frame, len);
-    len = make_udp(frame, 7003, false);
-    guest_send_frame(&p->secondary.f, frame, len);
-    expect_at_host(&p->secondary, frame, len);
+    check_alone(&p->primary, 7000);
+    /* The first that comes here from the secondary */
+    check_alone(&p->secondary, 7100);
 
     /* And back again */
     set_status(&p->primary.f, "m0", "on");
@@ -420,6 +587,7 @@ static void run_proxy(bool vnet)
     check_match(&p, 0);
     check_differ(&p);
     check_match(&p, 100);
+    check_rewriter_off(&p);
     check_tcp(&p);
     check_failover(&p);
     pair_close(&p);
@@ -435,10 +603,115 @@ static void test_no_vnet_hdr(void)
     run_proxy(false);
 }
 
+static void run_checkpoints(Pair *p)
+{
+    for (int i = 0; i < 3; i++) {
+        check_match(p, 100 * i);
+        expect_no_colo_checkpoint(p);
+        check_colo_differ(p, 5000 + i);
+    }
+    check_match(p, 1000);
+    expect_no_colo_checkpoint(p);
+}
+
+/* Nothing is to be rewritten: vhost comes back by itself. */
+static void run_secondary_failover(bool vnet)
+{
+    Pair p;
+
+    colo_start(&p, vnet);
+    run_checkpoints(&p);
+    vm_freeze(&p.primary);
+    lose_heartbeat(&p.secondary);
+    expect_property(&p.secondary, "/objects/f1", "status", "off");
+    expect_property(&p.secondary, "/objects/f2", "status", "off");
+    expect_property(&p.secondary, "/objects/rew0", "status", "off");
+    expect_datapath(&p.secondary, "vhost");
+    check_alone(&p.secondary, 7000);
+    pair_close(&p);
+}
+
+static void test_secondary_failover(void)
+{
+    run_secondary_failover(true);
+}
+
+static void test_secondary_failover_no_vnet_hdr(void)
+{
+    run_secondary_failover(false);
+}
+
+/* A connection needs the rewriter as long as it lives. */
+static void test_secondary_failover_tcp(void)
+{
+    Pair p;
+
+    colo_start(&p, true);
+    check_tcp(&p);
+    expect_no_colo_checkpoint(&p);
+    vm_freeze(&p.primary);
+    lose_heartbeat(&p.secondary);
+    expect_property(&p.secondary, "/objects/f1", "status", "off");
+    expect_property(&p.secondary, "/objects/f2", "status", "off");
+    expect_property(&p.secondary, "/objects/rew0", "status", "on");
+    expect_datapath(&p.secondary, "userspace");
+    expect_property(&p.secondary, NIC_PATH, "datapath-reason",
+                    "filter 'rew0' is on");
+    check_tcp_alone(&p.secondary);
+    check_alone(&p.secondary, 7000);
+
+    set_status(&p.secondary.f, "rew0", "off");
+    expect_datapath(&p.secondary, "vhost");
+    check_alone(&p.secondary, 8000);
+    pair_close(&p);
+}
+
+/* A checkpoint makes the connections of both guests the same. */
+static void test_secondary_failover_tcp_checkpoint(void)
+{
+    Pair p;
+
+    colo_start(&p, true);
+    check_tcp(&p);
+    check_colo_differ(&p, 5000);
+    vm_freeze(&p.primary);
+    lose_heartbeat(&p.secondary);
+    expect_property(&p.secondary, "/objects/rew0", "status", "off");
+    expect_datapath(&p.secondary, "vhost");
+    check_alone(&p.secondary, 7000);
+    pair_close(&p);
+}
+
+static void test_primary_failover(void)
+{
+    Pair p;
+
+    colo_start(&p, true);
+    run_checkpoints(&p);
+    vm_freeze(&p.secondary);
+    del_object(&p.primary.f, "comp0");
+    del_object(&p.primary.f, "iothread1");
+    del_object(&p.primary.f, "m0");
+    del_object(&p.primary.f, "redire0");
+    expect_datapath(&p.primary, "userspace");
+    del_object(&p.primary.f, "redire1");
+    lose_heartbeat(&p.primary);
+    expect_datapath(&p.primary, "vhost");
+    check_alone(&p.primary, 7000);
+    pair_close(&p);
+}
+
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-colo");
     rig_add("proxy/vnet-hdr", test_vnet_hdr);
     rig_add("proxy/no-vnet-hdr", test_no_vnet_hdr);
+    rig_add("colo/secondary-failover", test_secondary_failover);
+    rig_add("colo/secondary-failover-no-vnet-hdr",
+            test_secondary_failover_no_vnet_hdr);
+    rig_add("colo/secondary-failover-tcp", test_secondary_failover_tcp);
+    rig_add("colo/secondary-failover-tcp-checkpoint",
+            test_secondary_failover_tcp_checkpoint);
+    rig_add("colo/primary-failover", test_primary_failover);
     return g_test_run();
 }
