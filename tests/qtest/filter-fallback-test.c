@@ -188,7 +188,6 @@ static bool ring_event_idx(Load *l)
     return l->features & 1ull << VIRTIO_RING_F_EVENT_IDX;
 }
 
-/* What else it shall look at is told the device by a write to memory. */
 static void ring_kick(Load *l, Ring *r)
 {
     QVirtQueue *vq = r->vq;
@@ -200,6 +199,7 @@ static void ring_kick(Load *l, Ring *r)
         guest_notify(&l->f, vq);
         return;
     }
+    /* What is available is seen before we look at the event's index. */
     smp_mb();
     kick = vring_need_event(le16_to_cpu(qatomic_read(avail_event)), r->added,
                             r->kicked);
@@ -228,7 +228,8 @@ static void ring_init(Load *l, Ring *r, QVirtQueue *vq)
     for (int i = 0; i < RING_LEN; i++) {
         if (!r->buffer[i]) {
             r->buffer[i] = guest_alloc(&l->f.alloc, BUFFER_LEN);
-            r->table[i] = guest_alloc(&l->f.alloc, 2 * sizeof(struct vring_desc));
+            r->table[i] = guest_alloc(&l->f.alloc,
+                                      2 * sizeof(struct vring_desc));
         }
     }
 }
@@ -858,7 +859,8 @@ static void test_migration(void)
     load_start(&l, 0, 1, "");
     load_traffic_start(&l);
     for (int i = 0; i < 5; i++) {
-        qtest_qmp_assert_success(l.f.qts, "{'execute': 'migrate-set-parameters',"
+        qtest_qmp_assert_success(l.f.qts,
+                                 "{'execute': 'migrate-set-parameters',"
                                  " 'arguments': {'max-bandwidth': 100000}}");
         qtest_qmp_assert_success(l.f.qts, "{'execute': 'migrate', 'arguments':"
                                  " {'uri': 'exec:cat > /dev/null'}}");
