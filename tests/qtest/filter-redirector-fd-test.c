@@ -45,6 +45,7 @@ static struct {
     char *qemu;
     char *helper;
     char *bios;
+    char *script;               /* starts QEMU for libqtest */
 } install;
 
 /* No CPU runs, so that it may be empty. */
@@ -75,10 +76,12 @@ static void install_qemu(void)
                                       "packet-socket-helper",
                                       "packet-socket-helper", NULL);
     install.bios = g_build_filename(install.dir, "bios", NULL);
+    install.script = g_build_filename(install.dir, name, NULL);
     g_assert_cmpint(mkdir(install.qemu_dir, 0755), ==, 0);
     g_assert_cmpint(mount(build, install.qemu_dir, NULL, MS_BIND, NULL),
                     ==, 0);
     make_bios();
+    g_setenv("QTEST_QEMU_BINARY", install.script, true);
     /* Nobody connects to the sockets of libqtest. */
     umask(0);
 }
@@ -89,12 +92,14 @@ static void uninstall_qemu(void)
         umount2(install.qemu_dir, MNT_DETACH);
         rmdir(install.qemu_dir);
         unlink(install.bios);
+        unlink(install.script);
         rmdir(install.dir);
         g_free(install.dir);
         g_free(install.qemu_dir);
         g_free(install.qemu);
         g_free(install.helper);
         g_free(install.bios);
+        g_free(install.script);
     }
 }
 
@@ -134,8 +139,8 @@ static void assert_no_privilege(Fixture *f)
 static void start_by(Fixture *f, const char *starter, const char *args)
 {
     int vhost, tap = open_for_qemu(f->ifname, &vhost);
-    g_autofree char *before = g_strdup(getenv("QTEST_QEMU_BINARY"));
-    g_autofree char *binary = g_strdup_printf("%s %s", starter, install.qemu);
+    g_autofree char *script = g_strdup_printf("#!/bin/sh\nexec %s %s \"$@\"\n",
+                                              starter, install.qemu);
     g_autofree char *netdev = g_strdup_printf("fd=%d,vhostfd=%d,vhost=on",
                                               tap, vhost);
     g_autofree char *all = g_strdup_printf(SANDBOX "-bios %s "
@@ -143,9 +148,9 @@ static void start_by(Fixture *f, const char *starter, const char *args)
                                            install.bios, args);
 
     g_assert_cmpint(chmod(f->dir, 0777), ==, 0);
-    g_setenv("QTEST_QEMU_BINARY", binary, true);
+    g_assert_true(g_file_set_contents(install.script, script, -1, NULL));
+    g_assert_cmpint(chmod(install.script, 0755), ==, 0);
     fixture_init_named(f, netdev, ",romfile=", all);
-    g_setenv("QTEST_QEMU_BINARY", before, true);
     close(tap);
     close(vhost);
     assert_no_privilege(f);
@@ -743,14 +748,15 @@ static void test_bad_in_use(void)
 {
     Fixture f;
 
-    start_with_sockets(&f, CAPTURE "tx,packet-fd=" FIRST_FD);
+    start_with_sockets(&f, CAPTURE "tx,packet-fd=" FIRST_FD
+                       " -chardev null,id=null");
     guest_start(&f);
     expect_refused(&f, QMP_INJECT "'packet-fd': '" FIRST_FD "'",
                    "'packet-fd': file descriptor " FIRST_FD " is in use "
                    "already");
     expect_captures(&f, "cap", 0);
     expect_refused(&f, "'qom-type': 'filter-redirector', 'id': 'two',"
-                   " 'netdev': 'n0', 'indev': 'in', 'outdev': 'out',"
+                   " 'netdev': 'n0', 'indev': 'in', 'outdev': 'null',"
                    " 'packet-fd': '" SECOND_FD "',"
                    " 'inject-packet-fd': '" SECOND_FD "'",
                    "'inject-packet-fd': file descriptor " SECOND_FD " is in "
