@@ -314,6 +314,20 @@ static void pair_close(Pair *p)
 
 /* COLO */
 
+/* As qtest_qmp_eventwait(), but it must come. */
+static void expect_event(Vm *vm, const char *name)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    QDict *event;
+
+    while (!(event = qtest_qmp_event_ref(vm->f.qts, name))) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        /* Events are read along with answers. */
+        qtest_qmp_assert_success(vm->f.qts, "{'execute': 'query-status'}");
+    }
+    qobject_unref(event);
+}
+
 static void enable_colo(Vm *vm)
 {
     qtest_qmp_assert_success(vm->f.qts,
@@ -351,8 +365,8 @@ static void colo_start(Pair *p, bool vnet)
         "{'execute': 'migrate-incoming', 'arguments': {'uri': %s}}", uri);
     qtest_qmp_assert_success(p->primary.f.qts,
         "{'execute': 'migrate', 'arguments': {'uri': %s}}", uri);
-    qtest_qmp_eventwait(p->secondary.f.qts, "RESUME");
-    qtest_qmp_eventwait(p->primary.f.qts, "RESUME");
+    expect_event(&p->secondary, "RESUME");
+    expect_event(&p->primary, "RESUME");
     expect_status(&p->primary.f, "query-migrate", "colo");
     expect_status(&p->secondary.f, "query-migrate", "colo");
     expect_datapath(&p->primary, "userspace");
@@ -362,10 +376,10 @@ static void colo_start(Pair *p, bool vnet)
 /* Call it for each checkpoint, and in between expect that there is none. */
 static void expect_colo_checkpoint(Pair *p)
 {
-    qtest_qmp_eventwait(p->primary.f.qts, "STOP");
-    qtest_qmp_eventwait(p->secondary.f.qts, "STOP");
-    qtest_qmp_eventwait(p->secondary.f.qts, "RESUME");
-    qtest_qmp_eventwait(p->primary.f.qts, "RESUME");
+    expect_event(&p->primary, "STOP");
+    expect_event(&p->secondary, "STOP");
+    expect_event(&p->secondary, "RESUME");
+    expect_event(&p->primary, "RESUME");
 }
 
 static void expect_no_colo_checkpoint(Pair *p)
