@@ -5,15 +5,25 @@ own, and one trial is one load.  Every trial checks that what was sent came or
 was counted as dropped, in order and once.
 """
 
+import ctypes
 import dataclasses
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import time
 
 from rig import (Failure, Mismatch, Program, Qemu, Tap, RECEIVER_CPU,
                  SENDER_CPU, cpu_ns, wait_for)
+
+
+# Of the kernel's headers; Python has no names for them.
+SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
+PACKET_QDISC_BYPASS = 20
+SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
+ETH_P_ALL = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,37 +106,56 @@ class QemuContestant:
     """
 
     def __init__(self, name, binary, directory, source, taps=1,
-                 inject=True, trace=None, guest=None):
+                 inject=True, trace=None, guest=None, queue='tx', steer=True):
         self.name = name
+        self.queue = queue      # of the capture
         self.source = source
         self.product = binary.product
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
-        self.taps = [Tap(f'{prefix}{i}', steer=source != 'chain' and not guest)
+        self.taps = [Tap(f'{prefix}{i}', steer=steer and source != 'chain'
+                         and not guest)
                      for i in range(taps)]
-        options = []
         self.out = [f'{directory}/{name}.out{i}' for i in range(taps)]
         self.into = [f'{directory}/{name}.in{i}' for i in range(taps)]
-        how = ''
-        if self.product:
-            how = ',packet-socket=' + ('off' if source == 'chain' else 'on')
+        options = []
         for i in range(taps):
-            options += [
-                '-chardev', f'socket,id=out{i},path={self.out[i]},server=on,'
-                'wait=off', '-object', f'filter-redirector,id=cap{i},'
-                f'netdev=n{i},queue=tx,outdev=out{i},vnet_hdr_support=on'
-                + how]
+            options += self.capture_options(i)
             if inject:
-                # What the chain injects toward the guest needs a guest.
-                queue = 'rx' if source == 'chain' else 'tx'
-                options += [
-                    '-chardev', f'socket,id=in{i},path={self.into[i]},'
-                    'server=on,wait=off', '-object', 'filter-redirector,'
-                    f'id=inj{i},netdev=n{i},queue={queue},indev=in{i},'
-                    'vnet_hdr_support=on' + how]
+                options += self.inject_options(i)
         if trace:
             options += ['-trace', trace[0], '-D', trace[1]]
-        self.qemu = (guest or Qemu)(name, binary.path, directory, self.taps, options,
-                         source == 'straightforward')
+        self.qemu = (guest or Qemu)(
+            name, binary.path, directory, self.taps, options,
+            source == 'straightforward', self.fds())
+
+    def fds(self):
+        """What QEMU inherits besides the TAPs."""
+        return []
+
+    @staticmethod
+    def stream(name, path):
+        return ['-chardev',
+                f'socket,id={name},path={path},server=on,wait=off']
+
+    @staticmethod
+    def redirector(name, netdev, queue, ends):
+        return ['-object', f'filter-redirector,id={name},netdev={netdev},'
+                f'queue={queue},{ends},vnet_hdr_support=on']
+
+    def where(self):
+        if not self.product:
+            return ''
+        return ',packet-socket=' + ('off' if self.source == 'chain' else 'on')
+
+    def capture_options(self, i):
+        return self.stream(f'out{i}', self.out[i]) + self.redirector(
+            f'cap{i}', f'n{i}', self.queue, f'outdev=out{i}' + self.where())
+
+    def inject_options(self, i):
+        # What the chain injects toward the guest needs a guest.
+        queue = 'rx' if self.source == 'chain' else 'tx'
+        return self.stream(f'in{i}', self.into[i]) + self.redirector(
+            f'inj{i}', f'n{i}', queue, f'indev=in{i}' + self.where())
 
     def end(self):
         self.qemu.end()
@@ -208,7 +237,7 @@ class QemuContestant:
         outcome = Outcome(sender['sent'], tally['frames'], drops, cpu,
                           sender['ns'] / 1e9, sender, tally)
         check(self.name, load, outcome)
-        if delta['inject-packets'] != outcome.received:
+        if delta.get('inject-packets', outcome.received) != outcome.received:
             raise Mismatch(f'{self.name}: {outcome.received} frames came, '
                            f'and inject-packets is {delta["inject-packets"]} '
                            f'({load})')
@@ -239,6 +268,83 @@ class QemuContestant:
                            'last_ns': end})
         check(self.name, load, outcome)
         return outcome
+
+
+def attach_filter(packet_socket):
+    """Only what is sent to the interface."""
+    code = b''.join(struct.pack('HBBI', *line) for line in (
+        (0x20, 0, 0, 0xfffff004),               # ld [SKF_AD_PKTTYPE]
+        (0x15, 0, 1, socket.PACKET_OUTGOING),
+        (6, 0, 0, 0xffffffff), (6, 0, 0, 0)))
+    memory = ctypes.create_string_buffer(code, len(code))
+    packet_socket.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER,
+        struct.pack('HxxxxxxQ', len(code) // 8, ctypes.addressof(memory)))
+
+
+class Reuse(QemuContestant):
+    """
+    Upstream's redirectors on something else that has a packet socket: a
+    netdev, or a character device; see netdev.patch and chardev.patch.  The
+    socket is opened here, as by management software, with its BPF filter.
+    """
+
+    def __init__(self, name, binary, directory, source, **more):
+        self.drops = 0
+        self.sockets = []
+        super().__init__(name, binary, directory, source, **more)
+
+    def open_socket(self, i, protocol, vnet_hdr, bypass=False):
+        """Returns the number under which QEMU gets it, too."""
+        packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        packet_socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, vnet_hdr)
+        packet_socket.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, bypass)
+        packet_socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 << 20)
+        if self.queue == 'tx':
+            attach_filter(packet_socket)
+        packet_socket.bind((self.taps[i].name, protocol))
+        self.sockets.append(packet_socket)
+        return packet_socket.fileno()
+
+    def capture_options(self, i):
+        fd = self.open_socket(i, ETH_P_ALL, self.source == 'netdev')
+        # Without the second port the hub takes nothing, and the netdev of
+        # which it has not taken a packet is not read again.
+        hub = ['-netdev', f'hubport,id=h{i},hubid={i},netdev=p{i}',
+               '-netdev', f'hubport,id=sink{i},hubid={i}']
+        end = self.stream(f'out{i}', self.out[i]) + self.redirector(
+            f'cap{i}', f'p{i}', 'tx', f'outdev=out{i}')
+        if self.source == 'netdev':
+            return ['-netdev', f'dgram,id=p{i},local.type=fd,local.str={fd}',
+                    *hub, *end]
+        # Only redirectors join two character devices, and they need a
+        # netdev.  This one has no virtio-net header, so that the socket must
+        # not have one either, or the stream would not tell its length.
+        return ['-chardev', f'packet,id=packet{i},fd={fd}',
+                '-netdev', f'hubport,id=p{i},hubid={1000 + i}', *hub,
+                '-object', f'filter-redirector,id=from{i},netdev=p{i},'
+                f'queue=tx,indev=packet{i}', *end]
+
+    def inject_options(self, i):
+        options = []
+        if self.source == 'chardev':
+            # A character device has one user, so this is another socket.
+            fd = self.open_socket(i, 0, True, bypass=True)
+            options = ['-chardev', f'packet,id=into{i},fd={fd}'] + \
+                self.redirector(f'to{i}', f'p{i}', 'rx', f'outdev=into{i}')
+        return options + self.stream(f'in{i}', self.into[i]) + \
+            self.redirector(f'inj{i}', f'p{i}', 'rx', f'indev=in{i}')
+
+    def fds(self):
+        return [packet_socket.fileno() for packet_socket in self.sockets]
+
+    def counters(self, kind):
+        """QEMU counts nothing; the socket and the interface do."""
+        self.drops += struct.unpack('II', self.sockets[0].getsockopt(
+            SOL_PACKET, PACKET_STATISTICS, 8))[1]
+        tap = self.taps[0]
+        return {'capture-kernel-drops': self.drops,
+                'inject-interface-drops': tap.statistic('tx_dropped')}
 
 
 class Tcpdump:

@@ -273,7 +273,7 @@ def print_all(results):
 COLOURS = {'ours': '#0072b2', 'straightforward': '#56b4e9',
            'chain': '#d55e00', 'chain-ours': '#e69f00',
            'tcpdump': '#999999', 'tcpdump-cat': '#555555', 'bare': '#009e73',
-           'relay': '#cc79a7'}
+           'relay': '#cc79a7', 'netdev': '#f0e442', 'chardev': '#882255'}
 
 
 def plot_bars(results, section, metric, title, path, wanted=None):

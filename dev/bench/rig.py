@@ -227,10 +227,17 @@ class Monitor:
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(START_LIMIT)
-        self.socket.connect(str(path))
+        wait_for(f'a connection to {path}', lambda: self.connect(path))
         self.file = self.socket.makefile('rw')
         self.file.readline()
         self.cmd('qmp_capabilities')
+
+    def connect(self, path):
+        try:
+            self.socket.connect(str(path))
+        except ConnectionRefusedError:
+            return False        # it is bound, and does not listen yet
+        return True
 
     def cmd(self, name, **arguments):
         self.file.write(json.dumps({'execute': name, 'arguments': arguments})
@@ -261,7 +268,7 @@ class Qemu:
         return ['-machine', 'pc,pit=off,hpet=off', '-accel', 'tcg']
 
     def __init__(self, name, binary, directory, taps, options=(),
-                 socket_env=False):
+                 socket_env=False, fds=()):
         self.name = name
         self.taps = taps
         self.directory = pathlib.Path(directory)
@@ -286,7 +293,8 @@ class Qemu:
             env['BENCH_PACKET_SOCKET'] = '1'
         with open(self.log, 'wb') as log:
             self.process = subprocess.Popen(
-                [*command, *options], pass_fds=[tap.qemu for tap in taps],
+                [*command, *options],
+                pass_fds=[*(tap.qemu for tap in taps), *fds],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
                 preexec_fn=die_with_parent)
         try:
