@@ -328,7 +328,8 @@ class Qemu:
         path = f'/objects/{name}'
         return {entry['name']: self.get(name, entry['name'])
                 for entry in self.qmp('qom-list', path=path)
-                if re.match('(capture|inject)-', entry['name'])}
+                if re.match('(capture|inject)-', entry['name'])
+                and entry['type'] == 'uint64'}
 
     def cpu_ns(self):
         return cpu_ns(self.process.pid)
