@@ -802,12 +802,7 @@ static void side_close(Side *s)
 /* By the TAP; each try to inject into a full one counts. */
 static uint64_t tx_dropped(Side *s)
 {
-    g_autofree char *path = g_strdup_printf("/sys/class/net/%s/statistics/"
-                                            "tx_dropped", s->f.ifname);
-    g_autofree char *text = NULL;
-
-    g_assert_true(g_file_get_contents(path, &text, NULL, NULL));
-    return g_ascii_strtoull(text, NULL, 10);
+    return statistic(s->f.ifname, "tx_dropped");
 }
 
 static void wait_tx_dropped(Side *s, uint64_t value)

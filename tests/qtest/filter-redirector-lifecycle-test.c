@@ -931,16 +931,6 @@ static void redirector_close(Life *l, Redirector *r)
     unlink(path);
 }
 
-static uint64_t interface_drops(Life *l)
-{
-    g_autofree char *path = g_strdup_printf("/sys/class/net/%s/statistics/"
-                                            "tx_dropped", l->f.ifname);
-    g_autofree char *text = NULL;
-
-    g_assert_true(g_file_get_contents(path, &text, NULL, NULL));
-    return g_ascii_strtoull(text, NULL, 10);
-}
-
 static void expect_fds(Life *l, int fds)
 {
     gint64 end = limit();
@@ -994,7 +984,7 @@ static void test_random(void)
     }
     rest(l);
     expect_fds(l, fds);
-    g_assert_cmpuint(interface_drops(l), ==, 0);
+    g_assert_cmpuint(statistic(l->f.ifname, "tx_dropped"), ==, 0);
     g_test_message("%u commands, %u times at rest", l->commands, rests);
     g_test_message("%u frames sent to the guest, %" PRIu64 " injected, %u lost "
                    "with inj or before; %u sent by the guest", sent(l),

@@ -129,6 +129,16 @@ int open_tap(const char *ifname)
     return fd;
 }
 
+uint64_t statistic(const char *ifname, const char *name)
+{
+    g_autofree char *path = g_strdup_printf("/sys/class/net/%s/statistics/%s",
+                                            ifname, name);
+    g_autofree char *text = NULL;
+
+    g_assert_true(g_file_get_contents(path, &text, NULL, NULL));
+    return g_ascii_strtoull(text, NULL, 10);
+}
+
 /* The number of packet sockets on the interface, by protocol and hook. */
 int packet_sockets(const char *ifname, unsigned protocol, int hooked)
 {

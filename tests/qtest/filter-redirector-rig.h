@@ -92,6 +92,8 @@ void fixture_close(Fixture *f);
 void set_interface_up(const char *ifname, bool up);
 int open_host(const char *ifname);
 int open_tap(const char *ifname);
+/* One of the interface's counters in /sys */
+uint64_t statistic(const char *ifname, const char *name);
 
 /* FRAME_LEN bytes */
 void make_frame(uint8_t *frame, uint32_t number);
