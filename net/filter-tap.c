@@ -111,9 +111,6 @@
  */
 #define LINGER_MS 1000
 
-/* What a frame that waits in a packet socket uses at least, in bytes. */
-#define CAPTURE_MIN_MEMORY 512
-
 /* Room for the segments that are sent at a time, in bytes. */
 #define INJECT_SEGMENTS_SIZE (128 * KiB)
 
@@ -476,29 +473,24 @@ static unsigned filter_tap_capture(FilterTapEndpoints *ep, unsigned max_frames,
     return frames;
 }
 
-/* More frames than wait at a time are not dealt with at once. */
-static unsigned filter_tap_capture_max(FilterTapEndpoints *ep)
-{
-    return ep->buffer_size / CAPTURE_MIN_MEMORY;
-}
-
-/*
- * All that waits now; and not for ever, however much comes meanwhile.  Returns
- * false if something is left.
- */
-static bool filter_tap_capture_all(FilterTapEndpoints *ep)
-{
-    unsigned max = filter_tap_capture_max(ep);
-    size_t bytes;
-
-    return filter_tap_capture(ep, max, SIZE_MAX, &bytes) < max &&
-           !filter_tap_full(ep);
-}
-
 /* Throw away what waits now.  Returns the number of frames. */
 static uint64_t filter_tap_discard(FilterTapEndpoints *ep)
 {
-    return packet_socket_discard(ep->capture, filter_tap_capture_max(ep));
+    return packet_socket_discard(ep->capture,
+                                 packet_socket_capacity(ep->capture));
+}
+
+/*
+ * All that waits now; and not for ever, however much comes meanwhile.  What
+ * cannot be staged is thrown away.  Returns the number of those frames.
+ */
+static uint64_t filter_tap_capture_all(FilterTapEndpoints *ep)
+{
+    unsigned max = packet_socket_capacity(ep->capture);
+    size_t bytes;
+
+    max -= filter_tap_capture(ep, max, SIZE_MAX, &bytes);
+    return filter_tap_full(ep) ? packet_socket_discard(ep->capture, max) : 0;
 }
 
 /*
@@ -585,13 +577,10 @@ static void filter_tap_unhook(void *opaque)
  */
 static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
 {
-    bool empty = false;
-
     if (filter_tap_listened(ep)) {
-        empty = filter_tap_capture_all(ep);
+        ep->stats.capture_peer_drops += filter_tap_capture_all(ep);
         filter_tap_flush(ep);
-    }
-    if (!empty) {
+    } else {
         ep->stats.capture_peer_drops += filter_tap_discard(ep);
     }
     if (ep->writer) {
@@ -894,6 +883,7 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
                                       const uint8_t *echo, size_t echo_len)
 {
     FilterTapEndpoints *other;
+    uint64_t drops;
 
     QLIST_FOREACH(other, &filter_tap_list, next) {
         if (other->nf->netdev != ep->nf->netdev ||
@@ -903,11 +893,8 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
         }
         other->echo = echo;
         other->echo_len = echo_len;
-        if (!filter_tap_capture_all(other)) {
-            uint64_t drops = filter_tap_discard(other);
-
-            other->stats.capture_peer_drops += drops - (drops && echo_len);
-        }
+        drops = filter_tap_capture_all(other);
+        other->stats.capture_peer_drops += drops - (drops && echo_len);
         other->echo_len = 0;
         if (other->writer) {
             qemu_bh_schedule(other->flush_bh);

@@ -70,6 +70,9 @@
 #define BLOCK_SIZE (64 * KiB)
 #define SLOTS_PER_BLOCK (BLOCK_SIZE / SLOT_SIZE)
 
+/* What a frame in the queue counts as at least; 768 bytes on x86-64. */
+#define QUEUE_MIN_MEMORY 512
+
 /* How many slots ahead the cache is filled; there are at least as many. */
 #define AHEAD 8
 
@@ -114,6 +117,7 @@ struct PacketSocket {
     size_t ring_size;
     unsigned slots;
     unsigned next_slot;
+    unsigned capacity;          /* frames in both */
     struct timespec time;       /* of the frame that was taken last */
     unsigned offloads;          /* bits: those that were on, when last seen */
     int link_fd;                /* tells when they may be others, or -1 */
@@ -501,6 +505,9 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                          !(directions & PACKET_SOCKET_OUTGOING),
                          "PACKET_IGNORE_OUTGOING", NULL);
     packet_socket_set_queue(ps, memory - ring);
+    /* One more frame is queued as long as there is room at all. */
+    ps->capacity = ps->slots + 1 + packet_socket_get_option(
+        ps, SOL_SOCKET, SO_RCVBUF) / QUEUE_MIN_MEMORY;
     return ps;
 }
 
@@ -798,6 +805,11 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     }
     ps->was_empty = len == -EAGAIN;
     return len;
+}
+
+unsigned packet_socket_capacity(const PacketSocket *ps)
+{
+    return ps->capacity;
 }
 
 uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)

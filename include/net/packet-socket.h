@@ -154,6 +154,14 @@ bool packet_socket_hook(PacketSocket *ps, Error **errp);
 void packet_socket_unhook(PacketSocket *ps);
 
 /**
+ * packet_socket_capacity:
+ * @ps: a capturing socket
+ *
+ * Returns: how many frames can wait in @ps at a time, at the most.
+ */
+unsigned packet_socket_capacity(const PacketSocket *ps);
+
+/**
  * packet_socket_discard:
  * @ps: a capturing socket
  * @max: the most frames, as more may come meanwhile

@@ -784,6 +784,58 @@ static void test_delayed(void)
     fixture_close(&f);
 }
 
+/* What QEMU has taken before there is a driver does not come, but all else. */
+static void test_before_driver(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    host_send_taken(&f, 0, 10);
+    guest_start(&f);
+    guest_post(&f, 20);
+    wait_vhost(&f);
+    host_send(&f, 10, 10);
+    expect_guest(&f, 1, 19);
+    fixture_close(&f);
+}
+
+static void swap_qemus(Fixture *a, Fixture *b)
+{
+    QTestState *qts = a->qts;
+
+    a->qts = b->qts;
+    b->qts = qts;
+}
+
+/* The same when the driver comes with a migration: no frame comes damaged. */
+static void test_before_migration(void)
+{
+    g_autofree char *uri = NULL;
+    Fixture source, target;
+
+    fixture_start(&source, "");
+    guest_start(&source);
+    guest_post(&source, 20);
+    fixture_start(&target, "-incoming defer");
+    host_send_taken(&target, 0, 10);
+    uri = g_strdup_printf("unix:%s/migration", target.dir);
+    qtest_qmp_assert_success(target.qts, "{'execute': 'migrate-incoming',"
+                             " 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_assert_success(source.qts, "{'execute': 'migrate',"
+                             " 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_eventwait(target.qts, "RESUME");
+    unlink(uri + strlen("unix:"));
+
+    wait_vhost(&target);
+    host_send(&target, 10, 10);
+    /* The rings are where they were, but in the memory of the target. */
+    swap_qemus(&source, &target);
+    expect_guest(&source, 1, 19);
+    swap_qemus(&source, &target);
+    fixture_close(&target);
+    fixture_close(&source);
+}
+
 /* The same at a continuation: without a filter, too, nothing is lost. */
 static void test_continued(void)
 {
@@ -1028,6 +1080,8 @@ int main(int argc, char **argv)
     rig_add("held", test_held);
     rig_add("left-over", test_left_over);
     rig_add("delayed", test_delayed);
+    rig_add("before-driver", test_before_driver);
+    rig_add("before-migration", test_before_migration);
     rig_add("continued", test_continued);
     rig_add("switch/plain", test_switch);
     rig_add("switch/event-idx", test_switch_event_idx);

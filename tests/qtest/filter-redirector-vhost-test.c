@@ -1579,7 +1579,16 @@ static void test_interface_down_up(void)
 
 /* Filters of all kinds on one netdev */
 
-#define MIXED 4
+/* The last two need the chain, and keep vhost off. */
+enum {
+    MIXED_MIRROR,
+    MIXED_CAP,
+    MIXED_DUMP,
+    MIXED_INJ,
+    MIXED_CHAIN,
+    MIXED_REWRITER,
+    MIXED
+};
 
 static const struct {
     const char *id;
@@ -1592,16 +1601,35 @@ static const struct {
     { "dump", "'qom-type': 'filter-dump', 'queue': 'all'" },
     { "inj", "'qom-type': 'filter-redirector', 'indev': 'in',"
              " 'vnet_hdr_support': true, 'queue': 'all'" },
+    { "chain", "'qom-type': 'filter-mirror', 'outdev': 'chn',"
+               " 'vnet_hdr_support': true, 'queue': 'all',"
+               " 'packet-socket': 'off'" },
+    { "rew", "'qom-type': 'filter-rewriter', 'vnet_hdr_support': true,"
+             " 'queue': 'all'" },
 };
 
 typedef struct Mixed {
     Fixture f;
-    int mirror;                 /* peer of its outdev */
+    int mirror;                 /* peers of the outdevs */
+    int chain;
     char *path;                 /* of the dump */
     FILE *dump;
     bool there[MIXED];
+    int list[MIXED];            /* those that are there, head first */
+    int count;
     uint32_t number;            /* of the next packet */
 } Mixed;
+
+/* How many filters are before this one. */
+static int mixed_place(Mixed *m, int which)
+{
+    int at = 0;
+
+    while (m->list[at] != which) {
+        at++;
+    }
+    return at;
+}
 
 static void swap_ints(int *a, int *b)
 {
@@ -1615,48 +1643,80 @@ static void swap_ints(int *a, int *b)
 static void mixed_add(Mixed *m, int which, int step)
 {
     g_autofree char *place = NULL, *args = NULL;
+    int at;
 
-    for (int i = 0; i < MIXED; i++) {
-        if (m->there[i] && step % 2) {
-            g_free(place);
-            place = g_strdup_printf("'position': 'id=%s', 'insert': '%s'",
-                                    mixed[i].id,
-                                    step % 4 == 1 ? "before" : "behind");
-        }
+    if (m->count && step % 2) {
+        at = step / 2 % m->count;
+        place = g_strdup_printf("'position': 'id=%s', 'insert': '%s'",
+                                mixed[m->list[at]].id,
+                                step % 4 == 1 ? "before" : "behind");
+        at += step % 4 != 1;
+    } else {
+        at = step % 3 ? m->count : 0;
+        place = g_strdup_printf("'position': '%s'", at ? "tail" : "head");
     }
-    place = place ?: g_strdup_printf("'position': '%s'",
-                                     step % 3 ? "tail" : "head");
+    for (int i = m->count++; i > at; i--) {
+        m->list[i] = m->list[i - 1];
+    }
+    m->list[at] = which;
     args = g_strdup_printf("{'id': '%s', 'netdev': 'n0', %s, %s%s%s%s}",
                            mixed[which].id, mixed[which].args, place,
-                           which == 2 ? ", 'file': '" : "",
-                           which == 2 ? m->path : "", which == 2 ? "'" : "");
+                           which == MIXED_DUMP ? ", 'file': '" : "",
+                           which == MIXED_DUMP ? m->path : "",
+                           which == MIXED_DUMP ? "'" : "");
     qtest_qmp_assert_success(m->f.qts, "{'execute': 'object-add',"
                              " 'arguments': %p}",
                              qobject_from_json(args, &error_abort));
     m->there[which] = true;
-    if (which == 2) {
+    if (which == MIXED_DUMP) {
         m->dump = open_pcap(m->path);
     }
 }
 
-static void mixed_add_mirror_peer(Mixed *m)
+/* Returns the peer of a new character device. */
+static int mixed_add_peer(Fixture *f, const char *id)
 {
-    g_autofree char *path = g_build_filename(m->f.dir, "mir", NULL);
+    g_autofree char *path = g_build_filename(f->dir, id, NULL);
+    int fd;
 
-    qtest_qmp_assert_success(m->f.qts, "{'execute': 'chardev-add',"
-        " 'arguments': {'id': 'mir', 'backend': {'type': 'socket',"
+    qtest_qmp_assert_success(f->qts, "{'execute': 'chardev-add',"
+        " 'arguments': {'id': %s, 'backend': {'type': 'socket',"
         " 'data': {'server': true, 'wait': false, 'addr': {"
-        " 'type': 'unix', 'data': {'path': %s}}}}}}", path);
-    m->mirror = connect_to(&m->f, "mir");
-    expect_connected(&m->f, "mir", true);
+        " 'type': 'unix', 'data': {'path': %s}}}}}}", id, path);
+    fd = connect_to(f, id);
+    expect_connected(f, id, true);
     unlink(path);
+    return fd;
+}
+
+/* The peer of a filter has this packet next. */
+static void mixed_expect_peer(Fixture *f, int peer, uint32_t number)
+{
+    swap_ints(&f->out, &peer);
+    expect_out(f, number, 1);
+    swap_ints(&f->out, &peer);
+}
+
+static void mixed_expect_vhost(Mixed *m)
+{
+    bool vhost = !m->there[MIXED_CHAIN] && !m->there[MIXED_REWRITER];
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (vhost_started(&m->f) != vhost) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
 }
 
 static void mixed_del(Mixed *m, int which)
 {
+    int at = mixed_place(m, which);
+
     del_object(&m->f, mixed[which].id);
     m->there[which] = false;
-    if (which == 2) {
+    for (m->count--; at < m->count; at++) {
+        m->list[at] = m->list[at + 1];
+    }
+    if (which == MIXED_DUMP) {
         fclose(m->dump);
         unlink(m->path);
     }
@@ -1682,21 +1742,22 @@ static void mixed_expect_guest(Mixed *m, uint32_t number)
     g_assert_cmpuint(next, ==, number + 1);
 }
 
-/* Each of the filters that capture has this packet next. */
+/* Each of the filters that copy has this packet next. */
 static void mixed_expect_copies(Mixed *m, uint32_t number)
 {
     uint8_t frame[BUFFER_LEN];
     PcapPacket packet;
 
-    if (m->there[0]) {
-        swap_ints(&m->f.out, &m->mirror);
-        expect_out(&m->f, number, 1);
-        swap_ints(&m->f.out, &m->mirror);
+    if (m->there[MIXED_MIRROR]) {
+        mixed_expect_peer(&m->f, m->mirror, number);
     }
-    if (m->there[1]) {
+    if (m->there[MIXED_CHAIN]) {
+        mixed_expect_peer(&m->f, m->chain, number);
+    }
+    if (m->there[MIXED_CAP]) {
         expect_out(&m->f, number, 1);
     }
-    if (m->there[2]) {
+    if (m->there[MIXED_DUMP]) {
         read_pcap(m->dump, &packet, frame, sizeof(frame));
         g_assert_cmpuint(frame_number(frame), ==, number);
     }
@@ -1704,16 +1765,24 @@ static void mixed_expect_copies(Mixed *m, uint32_t number)
 
 /*
  * A packet each way, and one that is injected both ways, which no filter
- * captures.  That each comes once shows by the one that comes next.
+ * captures.  On the chain it comes as from the TAP, and as from the filter that
+ * injects.  That each comes once shows by the one that comes next.
  */
 static void mixed_pass(Mixed *m)
 {
+    mixed_expect_vhost(m);
     host_send(&m->f, m->number, 1);
     mixed_expect_guest(m, m->number);
     mixed_expect_copies(m, m->number++);
-    if (m->there[3]) {
+    if (m->there[MIXED_INJ]) {
         in_send(&m->f, m->number, 1);
         mixed_expect_guest(m, m->number);
+        if (m->there[MIXED_CHAIN]) {
+            mixed_expect_peer(&m->f, m->chain, m->number);
+            if (mixed_place(m, MIXED_CHAIN) < mixed_place(m, MIXED_INJ)) {
+                mixed_expect_peer(&m->f, m->chain, m->number);
+            }
+        }
         expect_host(&m->f, m->number++, 1);
     }
     guest_put(&m->f, m->number);
@@ -1735,17 +1804,18 @@ static void mixed_order(int number, int order[MIXED])
 
 static void test_mixed(void)
 {
-    const int orders = 24;      /* MIXED! */
+    const int orders = 720;     /* MIXED! */
     Mixed m = { };
     int order[MIXED];
 
     fixture_start(&m.f, GUEST_MAP_ARGS);
     m.path = g_build_filename(m.f.dir, "dump", NULL);
-    mixed_add_mirror_peer(&m);
+    m.mirror = mixed_add_peer(&m.f, "mir");
+    m.chain = mixed_add_peer(&m.f, "chn");
     guest_start(&m.f);
     guest_map(&m.f);
     g_assert_true(vhost_started(&m.f));
-    for (int i = 0; i < orders; i++) {
+    for (int i = 0; i < orders; i += g_test_slow() ? 1 : 31) {
         mixed_order(i, order);
         for (int j = 0; j < MIXED; j++) {
             mixed_add(&m, order[j], i + j);
@@ -1759,8 +1829,72 @@ static void test_mixed(void)
         g_assert_cmpint(packet_sockets(m.f.ifname, ETH_P_ALL, 1), ==, 0);
     }
     close(m.mirror);
+    close(m.chain);
     g_free(m.path);
     fixture_close(&m.f);
+}
+
+/*
+ * On the chain the order counts: what comes behind one that takes the packets
+ * gets none.  They go from the head to the tail to the guest, and the other
+ * way from it.  A packet socket sees them on the TAP, before or after that.
+ */
+static void test_mixed_order(void)
+{
+    static const char mirror[] = "'qom-type': 'filter-mirror', 'id': 'm',"
+                                 " 'outdev': 'mir'";
+    static const char taker[] = "'qom-type': 'filter-redirector', 'id': 't',"
+                                " 'outdev': 'tak'";
+    static const struct {
+        const char *first;
+        const char *second;
+        const char *place;      /* of the second */
+        bool mirror_is_first;
+    } cases[] = {
+        { taker, mirror, "'position': 'head'", true },
+        { taker, mirror, "'position': 'tail'", false },
+        { taker, mirror, "'position': 'id=t', 'insert': 'before'", true },
+        { taker, mirror, "'position': 'id=t', 'insert': 'behind'", false },
+        { mirror, taker, "'position': 'head'", false },
+        { mirror, taker, "'position': 'tail'", true },
+        { mirror, taker, "'position': 'id=m', 'insert': 'before'", false },
+        { mirror, taker, "'position': 'id=m', 'insert': 'behind'", true },
+    };
+    uint32_t n = 0;
+    Fixture f;
+    int mir, tak;
+
+    fixture_start(&f, GUEST_MAP_ARGS " " CAPTURE "all");
+    mir = mixed_add_peer(&f, "mir");
+    tak = mixed_add_peer(&f, "tak");
+    guest_start(&f);
+    guest_map(&f);
+    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+        for (int j = 0; j < 2; j++) {
+            g_autofree char *args = g_strdup_printf(
+                "{%s, 'netdev': 'n0', 'vnet_hdr_support': true,"
+                " 'packet-socket': 'off', %s}",
+                j ? cases[i].second : cases[i].first,
+                j ? cases[i].place : "'position': 'tail'");
+
+            qtest_qmp_assert_success(f.qts, "{'execute': 'object-add',"
+                                     " 'arguments': %p}",
+                                     qobject_from_json(args, &error_abort));
+        }
+        g_assert_false(vhost_started(&f));
+        host_send(&f, n, 1);
+        mixed_expect_peer(&f, tak, n);
+        expect_out(&f, n, 1);
+        guest_put(&f, n + 1);
+        mixed_expect_peer(&f, tak, n + 1);
+        mixed_expect_peer(&f, mir, cases[i].mirror_is_first ? n : n + 1);
+        n += 2;
+        del_object(&f, "m");
+        del_object(&f, "t");
+    }
+    close(mir);
+    close(tak);
+    fixture_close(&f);
 }
 
 /* Errors */
@@ -1950,6 +2084,7 @@ int main(int argc, char **argv)
     rig_add("capture/dump-maxlen", test_capture_dump_maxlen);
     rig_add("capture/dump-full", test_capture_dump_full);
     rig_add("mixed", test_mixed);
+    rig_add("mixed-order", test_mixed_order);
     rig_add("capture/datagrams", test_capture_datagrams);
     rig_add("capture/header", test_capture_header);
     rig_add("capture/stream-format", test_capture_stream_format);
