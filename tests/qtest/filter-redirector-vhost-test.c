@@ -1850,7 +1850,7 @@ static void test_mixed_order(void)
         const char *second;
         const char *place;      /* of the second */
         bool mirror_is_first;
-    } cases[] = {
+    } places[] = {
         { taker, mirror, "'position': 'head'", true },
         { taker, mirror, "'position': 'tail'", false },
         { taker, mirror, "'position': 'id=t', 'insert': 'before'", true },
@@ -1869,13 +1869,13 @@ static void test_mixed_order(void)
     tak = mixed_add_peer(&f, "tak");
     guest_start(&f);
     guest_map(&f);
-    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+    for (int i = 0; i < ARRAY_SIZE(places); i++) {
         for (int j = 0; j < 2; j++) {
             g_autofree char *args = g_strdup_printf(
                 "{%s, 'netdev': 'n0', 'vnet_hdr_support': true,"
                 " 'packet-socket': 'off', %s}",
-                j ? cases[i].second : cases[i].first,
-                j ? cases[i].place : "'position': 'tail'");
+                j ? places[i].second : places[i].first,
+                j ? places[i].place : "'position': 'tail'");
 
             qtest_qmp_assert_success(f.qts, "{'execute': 'object-add',"
                                      " 'arguments': %p}",
@@ -1887,7 +1887,7 @@ static void test_mixed_order(void)
         expect_out(&f, n, 1);
         guest_put(&f, n + 1);
         mixed_expect_peer(&f, tak, n + 1);
-        mixed_expect_peer(&f, mir, cases[i].mirror_is_first ? n : n + 1);
+        mixed_expect_peer(&f, mir, places[i].mirror_is_first ? n : n + 1);
         n += 2;
         del_object(&f, "m");
         del_object(&f, "t");
