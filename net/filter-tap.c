@@ -477,7 +477,7 @@ static unsigned filter_tap_capture(FilterTapEndpoints *ep, unsigned max_frames,
 static uint64_t filter_tap_discard(FilterTapEndpoints *ep)
 {
     return packet_socket_discard(ep->capture,
-                                 packet_socket_capacity(ep->capture));
+                                 packet_socket_waiting(ep->capture));
 }
 
 /*
@@ -486,7 +486,7 @@ static uint64_t filter_tap_discard(FilterTapEndpoints *ep)
  */
 static uint64_t filter_tap_capture_all(FilterTapEndpoints *ep)
 {
-    unsigned max = packet_socket_capacity(ep->capture);
+    unsigned max = packet_socket_waiting(ep->capture);
     size_t bytes;
 
     max -= filter_tap_capture(ep, max, SIZE_MAX, &bytes);

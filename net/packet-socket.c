@@ -51,6 +51,7 @@
 #include <linux/if_packet.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
 #include <linux/sockios.h>
 #include "qapi/error.h"
 #include "net/packet-socket.h"
@@ -117,7 +118,6 @@ struct PacketSocket {
     size_t ring_size;
     unsigned slots;
     unsigned next_slot;
-    unsigned capacity;          /* frames in both */
     struct timespec time;       /* of the frame that was taken last */
     unsigned offloads;          /* bits: those that were on, when last seen */
     int link_fd;                /* tells when they may be others, or -1 */
@@ -505,9 +505,6 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                          !(directions & PACKET_SOCKET_OUTGOING),
                          "PACKET_IGNORE_OUTGOING", NULL);
     packet_socket_set_queue(ps, memory - ring);
-    /* One more frame is queued as long as there is room at all. */
-    ps->capacity = ps->slots + 1 + packet_socket_get_option(
-        ps, SOL_SOCKET, SO_RCVBUF) / QUEUE_MIN_MEMORY;
     return ps;
 }
 
@@ -807,9 +804,18 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     return len;
 }
 
-unsigned packet_socket_capacity(const PacketSocket *ps)
+unsigned packet_socket_waiting(const PacketSocket *ps)
 {
-    return ps->capacity;
+    uint32_t memory[SK_MEMINFO_VARS];
+    socklen_t size = sizeof(memory);
+
+    /* Since Linux 4.12; before that, as much as may wait. */
+    if (getsockopt(ps->fd, SOL_SOCKET, SO_MEMINFO, memory, &size) < 0) {
+        memory[SK_MEMINFO_RMEM_ALLOC] =
+            packet_socket_get_option(ps, SOL_SOCKET, SO_RCVBUF);
+    }
+    /* And one read for an error, which comes before the frames. */
+    return ps->slots + memory[SK_MEMINFO_RMEM_ALLOC] / QUEUE_MIN_MEMORY + 1;
 }
 
 uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)

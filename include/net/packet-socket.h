@@ -154,12 +154,13 @@ bool packet_socket_hook(PacketSocket *ps, Error **errp);
 void packet_socket_unhook(PacketSocket *ps);
 
 /**
- * packet_socket_capacity:
+ * packet_socket_waiting:
  * @ps: a capturing socket
  *
- * Returns: how many frames can wait in @ps at a time, at the most.
+ * Returns: how many packet_socket_recv() it takes at most to get all that waits
+ * in @ps now.
  */
-unsigned packet_socket_capacity(const PacketSocket *ps);
+unsigned packet_socket_waiting(const PacketSocket *ps);
 
 /**
  * packet_socket_discard:

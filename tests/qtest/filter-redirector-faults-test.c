@@ -718,7 +718,7 @@ static void test_peer_flood(void)
         set_status(&vm.f, "cap", "off");
         set_status(&vm.f, "cap", "on");
         set_status(&vm.f, "cap", "off");
-        g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), <, flood / 10);
+        g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), <, flood / 100);
         set_status(&vm.f, "cap", "on");
     }
     monitor_end(&vm);
