@@ -314,11 +314,6 @@ def gnuplot(path, lines):
                           check=False)
     if done.returncode:
         say(f'gnuplot could not make {path}: {done.stdout.strip()}')
-        return
-    # Some are in the docs, so as QEMU's tree wants text to be.
-    path.write_text(''.join(
-        line.expandtabs().rstrip() + '\n'
-        for line in path.read_text().splitlines()))
 
 
 def plot_hold(hold, path):

@@ -1614,8 +1614,7 @@ typedef struct Mixed {
     int chain;
     char *path;                 /* of the dump */
     FILE *dump;
-    bool there[MIXED];
-    int list[MIXED];            /* those that are there, head first */
+    int list[MIXED];            /* the filters that are there, head first */
     int count;
     uint32_t number;            /* of the next packet */
 } Mixed;
@@ -1625,10 +1624,15 @@ static int mixed_place(Mixed *m, int which)
 {
     int at = 0;
 
-    while (m->list[at] != which) {
+    while (at < m->count && m->list[at] != which) {
         at++;
     }
     return at;
+}
+
+static bool mixed_has(Mixed *m, int which)
+{
+    return mixed_place(m, which) < m->count;
 }
 
 static void swap_ints(int *a, int *b)
@@ -1667,7 +1671,6 @@ static void mixed_add(Mixed *m, int which, int step)
     qtest_qmp_assert_success(m->f.qts, "{'execute': 'object-add',"
                              " 'arguments': %p}",
                              qobject_from_json(args, &error_abort));
-    m->there[which] = true;
     if (which == MIXED_DUMP) {
         m->dump = open_pcap(m->path);
     }
@@ -1699,7 +1702,7 @@ static void mixed_expect_peer(Fixture *f, int peer, uint32_t number)
 
 static void mixed_expect_vhost(Mixed *m)
 {
-    bool vhost = !m->there[MIXED_CHAIN] && !m->there[MIXED_REWRITER];
+    bool vhost = !mixed_has(m, MIXED_CHAIN) && !mixed_has(m, MIXED_REWRITER);
     gint64 end = g_get_monotonic_time() + TIMEOUT_US;
 
     while (vhost_started(&m->f) != vhost) {
@@ -1712,7 +1715,6 @@ static void mixed_del(Mixed *m, int which)
     int at = mixed_place(m, which);
 
     del_object(&m->f, mixed[which].id);
-    m->there[which] = false;
     for (m->count--; at < m->count; at++) {
         m->list[at] = m->list[at + 1];
     }
@@ -1748,16 +1750,16 @@ static void mixed_expect_copies(Mixed *m, uint32_t number)
     uint8_t frame[BUFFER_LEN];
     PcapPacket packet;
 
-    if (m->there[MIXED_MIRROR]) {
+    if (mixed_has(m, MIXED_MIRROR)) {
         mixed_expect_peer(&m->f, m->mirror, number);
     }
-    if (m->there[MIXED_CHAIN]) {
+    if (mixed_has(m, MIXED_CHAIN)) {
         mixed_expect_peer(&m->f, m->chain, number);
     }
-    if (m->there[MIXED_CAP]) {
+    if (mixed_has(m, MIXED_CAP)) {
         expect_out(&m->f, number, 1);
     }
-    if (m->there[MIXED_DUMP]) {
+    if (mixed_has(m, MIXED_DUMP)) {
         read_pcap(m->dump, &packet, frame, sizeof(frame));
         g_assert_cmpuint(frame_number(frame), ==, number);
     }
@@ -1774,10 +1776,10 @@ static void mixed_pass(Mixed *m)
     host_send(&m->f, m->number, 1);
     mixed_expect_guest(m, m->number);
     mixed_expect_copies(m, m->number++);
-    if (m->there[MIXED_INJ]) {
+    if (mixed_has(m, MIXED_INJ)) {
         in_send(&m->f, m->number, 1);
         mixed_expect_guest(m, m->number);
-        if (m->there[MIXED_CHAIN]) {
+        if (mixed_has(m, MIXED_CHAIN)) {
             mixed_expect_peer(&m->f, m->chain, m->number);
             if (mixed_place(m, MIXED_CHAIN) < mixed_place(m, MIXED_INJ)) {
                 mixed_expect_peer(&m->f, m->chain, m->number);
