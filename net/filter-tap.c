@@ -915,6 +915,7 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
         { .iov_base = frame->payload + hdr_len,
           .iov_len = frame->size - hdr_len },
     };
+    ssize_t sent;
 
     if (!nf->netdev->peer) {
         ep->stats.inject_interface_drops += !ep->inject;
@@ -930,9 +931,15 @@ static void filter_tap_inject_to_network(FilterTapEndpoints *ep,
         return;
     }
     filter_tap_capture_around(ep, NULL, 0);
-    qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov, ARRAY_SIZE(iov), nf);
+    sent = qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov,
+                                       ARRAY_SIZE(iov), nf);
     filter_tap_capture_around(ep, iov[1].iov_base, iov[1].iov_len);
-    if (!ep->inject) {
+    if (ep->inject) {
+        return;     /* what goes to the guest counts */
+    }
+    if (sent < 0 || nf->netdev->link_down) {
+        ep->stats.inject_interface_drops++;
+    } else {
         ep->stats.inject_packets++;
         ep->stats.inject_bytes += iov[1].iov_len;
     }

@@ -270,6 +270,35 @@ class QemuContestant:
         return outcome
 
 
+class Dump(QemuContestant):
+    """filter-dump.  Nobody reads what it writes, so its counters must do."""
+
+    def capture_options(self, i):
+        return ['-object', f'filter-dump,id=cap{i},netdev=n{i},queue=tx,'
+                'maxlen=262144,file=/dev/null,packet-socket=on']
+
+    def capture(self, load):
+        self.await_source('packet-socket')
+        before, cpu = self.counters('cap'), self.qemu.cpu_ns()
+        sender = send(self.names(), load)
+
+        def delta(*names):
+            after = self.counters('cap')
+            return sum(after[f'capture-{name}'] - before[f'capture-{name}']
+                       for name in names)
+        drops = 'kernel-drops', 'peer-drops', 'skipped-gso', 'skipped-oversize'
+        wait_for(f'{sender["sent"]} frames of {self.name}',
+                 lambda: delta('packets', *drops) >= sender['sent'])
+        self.qemu.settle()
+        cpu = self.qemu.cpu_ns() - cpu
+        outcome = Outcome(sender['sent'], delta('packets'), delta(*drops), cpu,
+                          sender['ns'] / 1e9, sender,
+                          {'bytes': delta('bytes'), 'first_ns': 0,
+                           'last_ns': sender['ns']})
+        check(self.name, load, outcome)
+        return outcome
+
+
 def attach_filter(packet_socket):
     """Only what is sent to the interface."""
     code = b''.join(struct.pack('HBBI', *line) for line in (

@@ -270,10 +270,11 @@ def print_all(results):
 
 # Plots
 
-COLOURS = {'ours': '#0072b2', 'straightforward': '#56b4e9',
-           'chain': '#d55e00', 'chain-ours': '#e69f00',
-           'tcpdump': '#999999', 'tcpdump-cat': '#555555', 'bare': '#009e73',
-           'relay': '#cc79a7', 'netdev': '#f0e442', 'chardev': '#882255'}
+COLOURS = {'ours': '#0072b2', 'ours-all': '#332288', 'dump': '#44aa99',
+           'straightforward': '#56b4e9', 'chain': '#d55e00',
+           'chain-ours': '#e69f00', 'tcpdump': '#999999',
+           'tcpdump-cat': '#555555', 'bare': '#009e73', 'relay': '#cc79a7',
+           'netdev': '#f0e442', 'chardev': '#882255'}
 
 
 def plot_bars(results, section, metric, title, path, wanted=None):
@@ -306,6 +307,7 @@ def plot_bars(results, section, metric, title, path, wanted=None):
 
 
 def gnuplot(path, lines):
+    """Make a plot that checkpatch lets pass into QEMU's tree."""
     script = '\n'.join([
         'set terminal svg size 1000,420 dynamic font "sans,11" '
         'background "white"', f'set output "{path}"', *lines, ''])
@@ -314,6 +316,10 @@ def gnuplot(path, lines):
                           check=False)
     if done.returncode:
         say(f'gnuplot could not make {path}: {done.stdout.strip()}')
+        return
+    lines = path.read_text().rstrip('\n').split('\n')
+    path.write_text(''.join(f'{line.expandtabs().rstrip()}\n'
+                            for line in lines))
 
 
 def plot_hold(hold, path):
