@@ -38,6 +38,11 @@ void filter_tap_status_changed(FilterTap *ft)
     g_assert_not_reached();
 }
 
+bool filter_tap_pauses(NetClientState *netdev)
+{
+    return false;
+}
+
 ssize_t filter_tap_receive_iov(FilterTap *ft, NetClientState *sender,
                                const struct iovec *iov, int iovcnt)
 {

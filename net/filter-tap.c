@@ -316,6 +316,18 @@ static void filter_tap_update_tap(FilterTapEndpoints *ep)
     filter_tap_foreach_queue(ep, filter_tap_poll_queue);
 }
 
+bool filter_tap_pauses(NetClientState *netdev)
+{
+    FilterTapEndpoints *ep;
+
+    QLIST_FOREACH(ep, &filter_tap_list, next) {
+        if (ep->nf->netdev == netdev) {
+            return ep->tap_paused;
+        }
+    }
+    return false;
+}
+
 static bool filter_tap_capture_wanted(FilterTapEndpoints *ep)
 {
     return ep->source == FILTER_TAP_PACKET_SOCKET && filter_tap_can_stage(ep);
@@ -894,7 +906,7 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
         other->echo = echo;
         other->echo_len = echo_len;
         drops = filter_tap_capture_all(other);
-        other->stats.capture_peer_drops += drops - (drops && echo_len);
+        other->stats.capture_peer_drops += drops - (drops && other->echo_len);
         other->echo_len = 0;
         if (other->writer) {
             qemu_bh_schedule(other->flush_bh);
@@ -1312,6 +1324,10 @@ static bool filter_tap_take_fd(FilterTapEndpoints *ep, const char *property,
     if (fd >= 0 && filter_tap_fd_in_use(ep, fd)) {
         /* It is the other user's, so it is not closed. */
         error_setg(errp, "file descriptor %d is in use already", fd);
+        fd = -1;
+    } else if (fd >= 0 && qemu_isdigit(*value) && !packet_socket_is(fd)) {
+        /* A wrong number, maybe that of something which QEMU needs. */
+        error_setg(errp, "file descriptor %d is not a packet socket", fd);
         fd = -1;
     }
     if (fd < 0) {

@@ -145,6 +145,15 @@ static int packet_socket_get_option(const PacketSocket *ps, int level,
     return getsockopt(ps->fd, level, option, &value, &size) < 0 ? 0 : value;
 }
 
+bool packet_socket_is(int fd)
+{
+    int domain;
+    socklen_t size = sizeof(domain);
+
+    return !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) &&
+           domain == AF_PACKET;
+}
+
 /*
  * Until it is bound, a packet socket made for ETH_P_ALL gets the frames of
  * every interface.  Made with protocol 0 it gets none, so nothing foreign is
@@ -245,7 +254,7 @@ static bool packet_socket_has_ring(const PacketSocket *ps)
  */
 static bool packet_socket_check(const PacketSocket *ps, Error **errp)
 {
-    if (packet_socket_get_option(ps, SOL_SOCKET, SO_DOMAIN) != AF_PACKET) {
+    if (!packet_socket_is(ps->fd)) {
         error_setg(errp, "file descriptor %d is not a packet socket", ps->fd);
         return false;
     }

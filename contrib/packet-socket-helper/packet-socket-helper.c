@@ -14,9 +14,9 @@
  *   packet-socket-helper --ifname=IF --as=FD... COMMAND [ARGUMENT]...
  *      Run COMMAND without any capability, with a socket as each of the FDs.
  *
- * It needs CAP_NET_RAW (before Linux 5.17 also CAP_NET_ADMIN, which it does not
- * keep), by its parent's ambient capabilities or as root.  It does not ask who
- * may have sockets of which interface, so do not give the file capabilities.
+ * It needs CAP_NET_RAW, by its parent's ambient capabilities or as root.  Before
+ * Linux 5.17 what it opens can only capture.  It does not ask who may have
+ * sockets of which interface, so do not give the file capabilities.
  */
 
 #include "qemu/osdep.h"
@@ -78,7 +78,8 @@ static int open_socket(const char *ifname)
     if (fd < 0) {
         fail("could not open a packet socket");
     }
-    if (setsockopt(fd, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)) < 0) {
+    if (setsockopt(fd, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)) < 0 &&
+        errno != EPERM) {
         fail("could not set SO_MARK");
     }
     if (bind(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {

@@ -124,6 +124,15 @@ void filter_tap_cleanup(FilterTap *ft);
 void filter_tap_status_changed(FilterTap *ft);
 
 /**
+ * filter_tap_pauses:
+ * @netdev: the first queue of a network backend
+ *
+ * Returns: whether @netdev is not to be read, since its packets shall wait in
+ * the TAP while the VM is stopped.
+ */
+bool filter_tap_pauses(NetClientState *netdev);
+
+/**
  * filter_tap_receive_iov:
  * @ft: the filter's, set up
  * @sender: as for FilterReceiveIOV

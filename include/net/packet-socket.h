@@ -100,6 +100,14 @@ PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
 void packet_socket_free(PacketSocket *ps);
 
 /**
+ * packet_socket_is:
+ * @fd: any file descriptor, open or not
+ *
+ * Returns: whether it is a packet socket.
+ */
+bool packet_socket_is(int fd);
+
+/**
  * packet_socket_fd:
  * @ps: the socket
  *
