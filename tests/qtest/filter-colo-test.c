@@ -20,6 +20,9 @@
  * The tests named proxy/ have the network part alone, and are themselves what
  * takes a checkpoint.  Those named colo/ migrate the primary to the secondary,
  * which then is its copy with each checkpoint.
+ *
+ * Those named .../no-rewriter... do without rew0, as the examples of
+ * qemu-options.hx.
  */
 
 #include "qemu/osdep.h"
@@ -27,6 +30,7 @@
 #include <linux/if_packet.h>
 #include <linux/if_ether.h>
 #include "filter-redirector-rig.h"
+#include "libqos/malloc-pc.h"
 #include "libqos/virtio.h"
 #include "qemu/bswap.h"
 #include "qobject/qdict.h"
@@ -57,6 +61,7 @@ typedef struct Pair {
     Vm primary;
     Vm secondary;
     bool vnet;
+    bool rewriter;
     char *dir;
     int notify;         /* the peer of colo-compare's notify_dev, or -1 */
     uint64_t marker;    /* a word of the guests' memory */
@@ -193,17 +198,25 @@ static char *primary_args(const char *dir, const char *vnet,
 }
 
 static char *secondary_args(const char *dir, const char *vnet,
-                            const char *incoming)
+                            bool has_rewriter, const char *incoming)
 {
+    g_autofree char *rewriter = g_strdup_printf(
+        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s", vnet);
+
     return g_strdup_printf(
         "-chardev socket,id=red0,path=%s/mirror0,reconnect-ms=100 "
         "-chardev socket,id=red1,path=%s/compare1,reconnect-ms=100 "
         "-object filter-redirector,id=f1,netdev=n0,queue=tx,indev=red0,"
         "packet-socket=off%s "
         "-object filter-redirector,id=f2,netdev=n0,queue=rx,outdev=red1,"
-        "packet-socket=off%s "
-        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s %s",
-        dir, dir, vnet, vnet, vnet, incoming);
+        "packet-socket=off%s %s %s",
+        dir, dir, vnet, vnet, has_rewriter ? rewriter : "", incoming);
+}
+
+static void driver_start(Vm *vm)
+{
+    guest_start(&vm->f);
+    guest_post(&vm->f, 100);
 }
 
 static void vm_start(Vm *vm, const char *netdev_opts, const char *args)
@@ -219,8 +232,7 @@ static void vm_start(Vm *vm, const char *netdev_opts, const char *args)
     g_assert_cmpint(vm->host, >=, 0);
     g_assert_cmpint(bind(vm->host, (struct sockaddr *)&addr, sizeof(addr)),
                     ==, 0);
-    guest_start(&vm->f);
-    guest_post(&vm->f, 100);
+    driver_start(vm);
 }
 
 static void vm_close(Vm *vm)
@@ -258,21 +270,40 @@ static void expect_datapath(Vm *vm, const char *datapath)
     expect_property(vm, NIC_PATH, "datapath", datapath);
 }
 
-static void pair_init(Pair *p, bool vnet, const char *compare_opts,
-                      const char *incoming)
+static void expect_reason(Vm *vm, const char *reason)
 {
-    const char *opts = vnet ? ",vnet_hdr_support=on" : "";
-    const char *netdev = vnet ? "vhost=on" : "vhost=on,vnet_hdr=off";
-    g_autofree char *primary = NULL;
-    g_autofree char *secondary = NULL;
+    expect_property(vm, NIC_PATH, "datapath-reason", reason);
+}
 
+static void pair_set(Pair *p, bool vnet, bool rewriter)
+{
     p->vnet = vnet;
+    p->rewriter = rewriter;
     p->notify = -1;
     p->dir = g_dir_make_tmp("filter-colo-XXXXXX", NULL);
-    primary = primary_args(p->dir, opts, compare_opts);
-    secondary = secondary_args(p->dir, opts, incoming);
-    vm_start(&p->primary, netdev, primary);
-    vm_start(&p->secondary, netdev, secondary);
+    g_assert_nonnull(p->dir);
+}
+
+static const char *pair_vnet(Pair *p)
+{
+    return p->vnet ? ",vnet_hdr_support=on" : "";
+}
+
+static const char *pair_netdev(Pair *p)
+{
+    return p->vnet ? "vhost=on" : "vhost=on,vnet_hdr=off";
+}
+
+static void pair_start_secondary(Pair *p, const char *incoming)
+{
+    g_autofree char *args = secondary_args(p->dir, pair_vnet(p), p->rewriter,
+                                           incoming);
+
+    vm_start(&p->secondary, pair_netdev(p), args);
+}
+
+static void pair_expect_connected(Pair *p)
+{
     expect_connected(&p->secondary.f, "red0", true);
     expect_connected(&p->secondary.f, "red1", true);
     expect_connected(&p->primary.f, "mirror0", true);
@@ -281,28 +312,38 @@ static void pair_init(Pair *p, bool vnet, const char *compare_opts,
     expect_datapath(&p->secondary, "userspace");
 }
 
+static void pair_init(Pair *p, bool vnet, bool rewriter,
+                      const char *compare_opts, const char *incoming)
+{
+    g_autofree char *primary = NULL;
+
+    pair_set(p, vnet, rewriter);
+    primary = primary_args(p->dir, pair_vnet(p), compare_opts);
+    vm_start(&p->primary, pair_netdev(p), primary);
+    pair_start_secondary(p, incoming);
+    pair_expect_connected(p);
+}
+
 /* The network part alone */
-static void pair_start(Pair *p, bool vnet)
+static void pair_start(Pair *p, bool vnet, bool rewriter, bool notify)
 {
     Fixture at;
 
-    pair_init(p, vnet, "notify_dev=notify", "");
-    at.dir = p->dir;
-    p->notify = connect_to(&at, "notify");
+    pair_init(p, vnet, rewriter,
+              notify ? "notify_dev=notify" : "compare_timeout=3600000", "");
+    if (notify) {
+        at.dir = p->dir;
+        p->notify = connect_to(&at, "notify");
+    }
 }
 
-static void pair_close(Pair *p)
+static void pair_rmdir(Pair *p)
 {
     static const char *const names[] = {
         "mirror0", "compare1", "compare0", "compare_out", "notify",
         "migration",
     };
 
-    vm_thaw(&p->secondary);
-    vm_thaw(&p->primary);
-    vm_close(&p->secondary);
-    vm_close(&p->primary);
-    close(p->notify);
     for (int i = 0; i < ARRAY_SIZE(names); i++) {
         g_autofree char *path = g_build_filename(p->dir, names[i], NULL);
 
@@ -310,6 +351,16 @@ static void pair_close(Pair *p)
     }
     rmdir(p->dir);
     g_free(p->dir);
+}
+
+static void pair_close(Pair *p)
+{
+    vm_thaw(&p->secondary);
+    vm_thaw(&p->primary);
+    vm_close(&p->secondary);
+    vm_close(&p->primary);
+    close(p->notify);
+    pair_rmdir(p);
 }
 
 /* COLO */
@@ -326,6 +377,15 @@ static void expect_event(Vm *vm, const char *name)
         qtest_qmp_assert_success(vm->f.qts, "{'execute': 'query-status'}");
     }
     qobject_unref(event);
+}
+
+static void forget_events(Vm *vm, const char *name)
+{
+    QDict *event;
+
+    while ((event = qtest_qmp_event_ref(vm->f.qts, name))) {
+        qobject_unref(event);
+    }
 }
 
 static void enable_colo(Vm *vm)
@@ -345,11 +405,10 @@ static void enable_colo(Vm *vm)
  * since both drivers are at the same addresses, and have done the same at each
  * checkpoint.
  */
-static void colo_start(Pair *p, bool vnet)
+static void colo_migrate(Pair *p)
 {
     g_autofree char *uri = NULL;
 
-    pair_init(p, vnet, "compare_timeout=3600000", "-incoming defer");
     p->marker = guest_alloc(&p->primary.f.alloc, 4);
     g_assert_cmphex(guest_alloc(&p->secondary.f.alloc, 4), ==, p->marker);
     /* The driver comes with the migration. */
@@ -371,6 +430,12 @@ static void colo_start(Pair *p, bool vnet)
     expect_status(&p->secondary.f, "query-migrate", "colo");
     expect_datapath(&p->primary, "userspace");
     expect_datapath(&p->secondary, "userspace");
+}
+
+static void colo_start(Pair *p, bool vnet, bool rewriter)
+{
+    pair_init(p, vnet, rewriter, "compare_timeout=3600000", "-incoming defer");
+    colo_migrate(p);
 }
 
 /* Call it for each checkpoint, and in between expect that there is none. */
@@ -497,11 +562,10 @@ static void check_alone(Vm *vm, uint32_t first)
     }
 }
 
-/* A connection with another initial sequence number at the secondary */
-static void check_tcp(Pair *p)
+/* A connection, at the secondary with the initial sequence number given */
+static void check_tcp(Pair *p, uint32_t secondary)
 {
     const uint32_t seq = TCP_HOST, primary = TCP_PRIMARY;
-    const uint32_t secondary = TCP_SECONDARY;
     uint8_t frame[BUFFER_LEN], there[BUFFER_LEN];
     size_t len = make_tcp(frame, seq, 0, SYN, "", true);
 
@@ -549,6 +613,31 @@ static void check_tcp_alone(Vm *secondary)
     expect_at_host(secondary, frame, len);
 }
 
+/*
+ * The same connection when the secondary has become the primary of another
+ * one: the rewriter is between the guest and the new filters, so that all but
+ * the guest have the numbers that the host knows.
+ */
+static void check_tcp_resumed(Pair *p)
+{
+    uint8_t frame[BUFFER_LEN], there[BUFFER_LEN];
+    size_t len = make_tcp(frame, TCP_HOST + 6, TCP_PRIMARY + 11, ACK, "",
+                          true);
+
+    make_tcp(there, TCP_HOST + 6, TCP_SECONDARY + 11, ACK, "", true);
+    host_write(&p->primary, frame, len);
+    expect_at_guest(&p->primary, there, len);
+    expect_at_guest(&p->secondary, frame, len);
+
+    len = make_tcp(frame, TCP_PRIMARY + 11, TCP_HOST + 6, PSH | ACK, "again",
+                   false);
+    make_tcp(there, TCP_SECONDARY + 11, TCP_HOST + 6, PSH | ACK, "again",
+             false);
+    guest_send_frame(&p->primary.f, there, len);
+    guest_send_frame(&p->secondary.f, frame, len);
+    expect_at_host(&p->primary, frame, len);
+}
+
 /* What the rewriter has queued while the VM was stopped is not lost. */
 static void check_rewriter_off(Pair *p)
 {
@@ -566,6 +655,13 @@ static void check_rewriter_off(Pair *p)
     set_status(&p->secondary.f, "rew0", "on");
 }
 
+static void set_rewriter(Pair *p, const char *status)
+{
+    if (p->rewriter) {
+        set_status(&p->secondary.f, "rew0", status);
+    }
+}
+
 /* As at a failover: each VM goes on by itself, with vhost. */
 static void check_failover(Pair *p)
 {
@@ -576,7 +672,7 @@ static void check_failover(Pair *p)
     expect_datapath(&p->primary, "vhost");
     set_status(&p->secondary.f, "f1", "off");
     set_status(&p->secondary.f, "f2", "off");
-    set_status(&p->secondary.f, "rew0", "off");
+    set_rewriter(p, "off");
     expect_datapath(&p->secondary, "vhost");
 
     check_alone(&p->primary, 7000);
@@ -589,7 +685,7 @@ static void check_failover(Pair *p)
     set_status(&p->primary.f, "redire1", "on");
     set_status(&p->secondary.f, "f1", "on");
     set_status(&p->secondary.f, "f2", "on");
-    set_status(&p->secondary.f, "rew0", "on");
+    set_rewriter(p, "on");
     check_match(p, 8000);
 }
 
@@ -597,12 +693,12 @@ static void run_proxy(bool vnet)
 {
     Pair p;
 
-    pair_start(&p, vnet);
+    pair_start(&p, vnet, true, true);
     check_match(&p, 0);
     check_differ(&p);
     check_match(&p, 100);
     check_rewriter_off(&p);
-    check_tcp(&p);
+    check_tcp(&p, TCP_SECONDARY);
     check_failover(&p);
     pair_close(&p);
 }
@@ -617,6 +713,35 @@ static void test_no_vnet_hdr(void)
     run_proxy(false);
 }
 
+/*
+ * What differs leads to a checkpoint by COLO itself if there is no notify_dev,
+ * see colo/no-rewriter.
+ */
+static void run_no_rewriter(bool notify)
+{
+    Pair p;
+
+    pair_start(&p, true, false, notify);
+    check_match(&p, 0);
+    if (notify) {
+        check_differ(&p);
+        check_match(&p, 100);
+    }
+    check_tcp(&p, TCP_PRIMARY);
+    check_failover(&p);
+    pair_close(&p);
+}
+
+static void test_no_rewriter(void)
+{
+    run_no_rewriter(false);
+}
+
+static void test_no_rewriter_notify(void)
+{
+    run_no_rewriter(true);
+}
+
 static void run_checkpoints(Pair *p)
 {
     for (int i = 0; i < 3; i++) {
@@ -629,17 +754,19 @@ static void run_checkpoints(Pair *p)
 }
 
 /* Nothing is to be rewritten: vhost comes back by itself. */
-static void run_secondary_failover(bool vnet)
+static void run_secondary_failover(bool vnet, bool rewriter)
 {
     Pair p;
 
-    colo_start(&p, vnet);
+    colo_start(&p, vnet, rewriter);
     run_checkpoints(&p);
     vm_freeze(&p.primary);
     lose_heartbeat(&p.secondary);
     expect_property(&p.secondary, "/objects/f1", "status", "off");
     expect_property(&p.secondary, "/objects/f2", "status", "off");
-    expect_property(&p.secondary, "/objects/rew0", "status", "off");
+    if (rewriter) {
+        expect_property(&p.secondary, "/objects/rew0", "status", "off");
+    }
     expect_datapath(&p.secondary, "vhost");
     check_alone(&p.secondary, 7000);
     pair_close(&p);
@@ -647,12 +774,17 @@ static void run_secondary_failover(bool vnet)
 
 static void test_secondary_failover(void)
 {
-    run_secondary_failover(true);
+    run_secondary_failover(true, true);
 }
 
 static void test_secondary_failover_no_vnet_hdr(void)
 {
-    run_secondary_failover(false);
+    run_secondary_failover(false, true);
+}
+
+static void test_colo_no_rewriter(void)
+{
+    run_secondary_failover(true, false);
 }
 
 /* A connection needs the rewriter as long as it lives. */
@@ -660,8 +792,8 @@ static void test_secondary_failover_tcp(void)
 {
     Pair p;
 
-    colo_start(&p, true);
-    check_tcp(&p);
+    colo_start(&p, true, true);
+    check_tcp(&p, TCP_SECONDARY);
     expect_no_colo_checkpoint(&p);
     vm_freeze(&p.primary);
     lose_heartbeat(&p.secondary);
@@ -669,8 +801,7 @@ static void test_secondary_failover_tcp(void)
     expect_property(&p.secondary, "/objects/f2", "status", "off");
     expect_property(&p.secondary, "/objects/rew0", "status", "on");
     expect_datapath(&p.secondary, "userspace");
-    expect_property(&p.secondary, NIC_PATH, "datapath-reason",
-                    "filter 'rew0' is on");
+    expect_reason(&p.secondary, "filter 'rew0' is on");
     check_tcp_alone(&p.secondary);
     check_alone(&p.secondary, 7000);
 
@@ -685,8 +816,8 @@ static void test_secondary_failover_tcp_checkpoint(void)
 {
     Pair p;
 
-    colo_start(&p, true);
-    check_tcp(&p);
+    colo_start(&p, true, true);
+    check_tcp(&p, TCP_SECONDARY);
     check_colo_differ(&p, 5000);
     vm_freeze(&p.primary);
     lose_heartbeat(&p.secondary);
@@ -696,23 +827,155 @@ static void test_secondary_failover_tcp_checkpoint(void)
     pair_close(&p);
 }
 
+static void primary_failover(Pair *p)
+{
+    vm_freeze(&p->secondary);
+    del_object(&p->primary.f, "comp0");
+    del_object(&p->primary.f, "iothread1");
+    del_object(&p->primary.f, "m0");
+    del_object(&p->primary.f, "redire0");
+    expect_datapath(&p->primary, "userspace");
+    del_object(&p->primary.f, "redire1");
+    lose_heartbeat(&p->primary);
+}
+
 static void test_primary_failover(void)
 {
     Pair p;
 
-    colo_start(&p, true);
+    colo_start(&p, true, true);
     run_checkpoints(&p);
-    vm_freeze(&p.secondary);
-    del_object(&p.primary.f, "comp0");
-    del_object(&p.primary.f, "iothread1");
-    del_object(&p.primary.f, "m0");
-    del_object(&p.primary.f, "redire0");
-    expect_datapath(&p.primary, "userspace");
-    del_object(&p.primary.f, "redire1");
-    lose_heartbeat(&p.primary);
+    primary_failover(&p);
     expect_datapath(&p.primary, "vhost");
     check_alone(&p.primary, 7000);
     pair_close(&p);
+}
+
+/* Replication is resumed: the secondary becomes the primary of another one. */
+
+static void chardev_remove(Vm *vm, const char *id)
+{
+    qtest_qmp_assert_success(vm->f.qts, "{'execute': 'chardev-remove',"
+                             " 'arguments': {'id': %s}}", id);
+}
+
+static void chardev_add(Pair *p, const char *id, const char *name, bool server)
+{
+    g_autofree char *path = g_build_filename(p->dir, name, NULL);
+
+    qtest_qmp_assert_success(p->primary.f.qts,
+        "{'execute': 'chardev-add', 'arguments': {'id': %s, 'backend':"
+        " {'type': 'socket', 'data': {'server': %i, 'addr':"
+        "  {'type': 'unix', 'data': {'path': %s}}}}}}", id, server, path);
+}
+
+static void add_before_rewriter(Pair *p, const char *type, const char *id,
+                                const char *queue, const char *property,
+                                const char *chardev)
+{
+    qtest_qmp_assert_success(p->primary.f.qts,
+        "{'execute': 'object-add', 'arguments': {'qom-type': %s, 'id': %s,"
+        " 'insert': 'before', 'position': 'id=rew0', 'netdev': 'n0',"
+        " 'queue': %s, %s: %s, 'vnet_hdr_support': true,"
+        " 'packet-socket': 'off'}}", type, id, queue, property, chardev);
+}
+
+/*
+ * The guest's driver starts again, at the addresses and with the buffers that
+ * the driver of a new VM has.
+ */
+static void driver_restart(Vm *vm)
+{
+    guest_stop(&vm->f);
+    alloc_destroy(&vm->f.alloc);
+    pc_alloc_init(&vm->f.alloc, vm->f.qts, 0);
+    driver_start(vm);
+}
+
+/* What the document says, in its order; @reason is why there is no vhost. */
+static void colo_resume(Pair *p, Vm *survivor, const char *reason)
+{
+    static const char *const names[] = { "STOP", "RESUME" };
+
+    pair_set(p, true, true);
+    p->primary = *survivor;
+    del_object(&p->primary.f, "f2");
+    del_object(&p->primary.f, "f1");
+    chardev_remove(&p->primary, "red1");
+    chardev_remove(&p->primary, "red0");
+    chardev_add(p, "mirror0", "mirror0", true);
+    chardev_add(p, "compare1", "compare1", true);
+    chardev_add(p, "compare0", "compare0", true);
+    chardev_add(p, "compare0-0", "compare0", false);
+    chardev_add(p, "compare_out", "compare_out", true);
+    chardev_add(p, "compare_out0", "compare_out", false);
+    driver_restart(&p->primary);
+    expect_reason(&p->primary, reason);
+
+    pair_start_secondary(p, "-incoming defer");
+    vm_stop(&p->primary.f);
+    add_before_rewriter(p, "filter-mirror", "m0", "tx", "outdev", "mirror0");
+    add_before_rewriter(p, "filter-redirector", "redire0", "rx", "indev",
+                        "compare_out");
+    add_before_rewriter(p, "filter-redirector", "redire1", "rx", "outdev",
+                        "compare0");
+    /* The first one in the chain */
+    expect_reason(&p->primary, "filter 'm0' is on");
+    qtest_qmp_assert_success(p->primary.f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'iothread', 'id': 'iothread1'}}");
+    qtest_qmp_assert_success(p->primary.f.qts, "{'execute': 'object-add',"
+        " 'arguments': {'qom-type': 'colo-compare', 'id': 'comp0',"
+        " 'primary_in': 'compare0-0', 'secondary_in': 'compare1',"
+        " 'outdev': 'compare_out0', 'iothread': 'iothread1',"
+        " 'compare_timeout': 3600000, 'vnet_hdr_support': true}}");
+    pair_expect_connected(p);
+    for (int i = 0; i < ARRAY_SIZE(names); i++) {
+        forget_events(&p->primary, names[i]);
+    }
+    colo_migrate(p);
+}
+
+static void run_resume(bool tcp)
+{
+    const char *reason = tcp ? "filter 'rew0' is on" : "";
+    Pair p, q;
+
+    colo_start(&p, true, true);
+    if (tcp) {
+        check_tcp(&p, TCP_SECONDARY);
+    }
+    vm_freeze(&p.primary);
+    lose_heartbeat(&p.secondary);
+    expect_reason(&p.secondary, reason);
+    if (tcp) {
+        check_tcp_alone(&p.secondary);
+    }
+
+    colo_resume(&q, &p.secondary, reason);
+    if (tcp) {
+        check_tcp_resumed(&q);
+    }
+    run_checkpoints(&q);
+    primary_failover(&q);
+    expect_reason(&q.primary, reason);
+    check_alone(&q.primary, 7000);
+    set_status(&q.primary.f, "rew0", "off");
+    expect_datapath(&q.primary, "vhost");
+    check_alone(&q.primary, 8000);
+    pair_close(&q);
+    vm_thaw(&p.primary);
+    vm_close(&p.primary);
+    pair_rmdir(&p);
+}
+
+static void test_resume(void)
+{
+    run_resume(false);
+}
+
+static void test_resume_tcp(void)
+{
+    run_resume(true);
 }
 
 int main(int argc, char **argv)
@@ -720,12 +983,17 @@ int main(int argc, char **argv)
     rig_init(&argc, &argv, "filter-colo");
     rig_add("proxy/vnet-hdr", test_vnet_hdr);
     rig_add("proxy/no-vnet-hdr", test_no_vnet_hdr);
+    rig_add("proxy/no-rewriter", test_no_rewriter);
+    rig_add("proxy/no-rewriter-notify", test_no_rewriter_notify);
     rig_add("colo/secondary-failover", test_secondary_failover);
     rig_add("colo/secondary-failover-no-vnet-hdr",
             test_secondary_failover_no_vnet_hdr);
     rig_add("colo/secondary-failover-tcp", test_secondary_failover_tcp);
     rig_add("colo/secondary-failover-tcp-checkpoint",
             test_secondary_failover_tcp_checkpoint);
+    rig_add("colo/no-rewriter", test_colo_no_rewriter);
     rig_add("colo/primary-failover", test_primary_failover);
+    rig_add("colo/resume", test_resume);
+    rig_add("colo/resume-tcp", test_resume_tcp);
     return g_test_run();
 }

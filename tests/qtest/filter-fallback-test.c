@@ -12,6 +12,7 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <linux/if_packet.h>
 #include <linux/if_ether.h>
@@ -19,6 +20,7 @@
 #include "libqos/virtio.h"
 #include "qemu/atomic.h"
 #include "qemu/bswap.h"
+#include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "qobject/qjson.h"
 #include "standard-headers/linux/virtio_config.h"
@@ -27,6 +29,7 @@
 #include "standard-headers/linux/virtio_ring.h"
 
 #define NIC_PATH "/machine/peripheral/nic/virtio-backend"
+#define GUEST_RAM (128 * MiB)
 
 /* Ethernet, IPv4 and UDP; the number comes behind. */
 #define NUMBER_AT (14 + 20 + 8)
@@ -36,6 +39,9 @@
 
 /* So few that the TAP's queue never overflows */
 #define IN_FLIGHT 150
+
+/* So few that the guest, which takes none any more, has buffers for all */
+#define IN_FLIGHT_TO_STOP 250
 
 /* Frames each way between two switches */
 #define BETWEEN 30
@@ -72,8 +78,10 @@ typedef struct Load {
     Way to_host;
     GThread *host_thread;
     GThread *guest_thread;
-    bool guest_takes;           /* atomic, like the next one */
-    bool quit;
+    uint32_t elsewhere;         /* came to the guest by TAPs before this one */
+    bool guest_takes;           /* atomic, like the next two */
+    bool guest_quit;
+    bool host_quit;
 } Load;
 
 static uint32_t way_total(uint32_t *count)
@@ -86,9 +94,14 @@ static uint32_t way_total(uint32_t *count)
     return total;
 }
 
+static uint32_t way_in_flight(Way *way)
+{
+    return way_total(way->sent) - way_total(way->received);
+}
+
 static bool way_may_send(Way *way)
 {
-    return way_total(way->sent) - way_total(way->received) < IN_FLIGHT;
+    return way_in_flight(way) < IN_FLIGHT;
 }
 
 static void way_frame(Way *way, unsigned flow, uint8_t *frame, bool from_guest)
@@ -118,6 +131,14 @@ static void way_arrived(Way *way, const uint8_t *frame, bool from_guest)
     g_assert_cmpuint(flow, <, FLOWS);
     g_assert_cmpuint(ldl_be_p(frame + NUMBER_AT), ==, way->received[flow]);
     qatomic_set(&way->received[flow], way->received[flow] + 1);
+}
+
+/* What has not arrived is not to come any more. */
+static void way_forget(Way *way)
+{
+    for (int i = 0; i < FLOWS; i++) {
+        qatomic_set(&way->received[i], way->sent[i]);
+    }
 }
 
 /* Wait until @count more frames have arrived. */
@@ -163,14 +184,24 @@ static void host_receive(Load *l)
     }
 }
 
+/* Without the guest: so slowly that some come until the VM has stopped. */
+static bool host_may_send(Load *l)
+{
+    if (!qatomic_read(&l->guest_quit)) {
+        return way_may_send(&l->to_guest);
+    }
+    g_usleep(1000);
+    return way_in_flight(&l->to_guest) < IN_FLIGHT_TO_STOP;
+}
+
 static void *host_thread(void *opaque)
 {
     Load *l = opaque;
     uint8_t frame[FRAME_LEN];
 
-    for (unsigned i = 0; !qatomic_read(&l->quit); i++) {
+    for (unsigned i = 0; !qatomic_read(&l->host_quit); i++) {
         host_receive(l);
-        if (way_may_send(&l->to_guest)) {
+        if (host_may_send(l)) {
             way_frame(&l->to_guest, i % FLOWS, frame, false);
             g_assert_cmpint(send(l->host, frame, FRAME_LEN, 0), ==, FRAME_LEN);
             way_sent(&l->to_guest, i % FLOWS);
@@ -308,7 +339,7 @@ static void guest_receive(Load *l)
 }
 
 /* Each flow has its queue; some frames at a time */
-static void guest_transmit(Load *l, unsigned flow)
+static void guest_fill(Load *l, unsigned flow)
 {
     Ring *r = &l->tx[flow % l->pairs];
 
@@ -323,14 +354,19 @@ static void guest_transmit(Load *l, unsigned flow)
         way_sent(&l->to_host, flow);
         ring_add(l, r, head);
     }
-    ring_kick(l, r);
+}
+
+static void guest_transmit(Load *l, unsigned flow)
+{
+    guest_fill(l, flow);
+    ring_kick(l, &l->tx[flow % l->pairs]);
 }
 
 static void *guest_thread(void *opaque)
 {
     Load *l = opaque;
 
-    for (unsigned i = 0; !qatomic_read(&l->quit); i++) {
+    for (unsigned i = 0; !qatomic_read(&l->guest_quit); i++) {
         if (qatomic_read(&l->guest_takes)) {
             guest_receive(l);
         }
@@ -363,15 +399,33 @@ static void load_driver_start(Load *l)
     }
 }
 
+static void load_threads_start(Load *l)
+{
+    qatomic_set(&l->guest_quit, false);
+    qatomic_set(&l->host_quit, false);
+    qatomic_set(&l->guest_takes, true);
+    l->host_thread = g_thread_new("host", host_thread, l);
+    l->guest_thread = g_thread_new("guest", guest_thread, l);
+}
+
+static void load_guest_stop(Load *l)
+{
+    qatomic_set(&l->guest_quit, true);
+    g_thread_join(l->guest_thread);
+}
+
+static void load_host_stop(Load *l)
+{
+    qatomic_set(&l->host_quit, true);
+    g_thread_join(l->host_thread);
+}
+
 static void load_traffic_start(Load *l)
 {
     for (int i = 0; i < l->pairs; i++) {
         rx_post(l, &l->rx[i]);
     }
-    qatomic_set(&l->quit, false);
-    qatomic_set(&l->guest_takes, true);
-    l->host_thread = g_thread_new("host", host_thread, l);
-    l->guest_thread = g_thread_new("guest", guest_thread, l);
+    load_threads_start(l);
 }
 
 /* All that was sent arrives; only the driver's rings are left as they are. */
@@ -379,24 +433,27 @@ static void load_traffic_stop(Load *l)
 {
     gint64 end = g_get_monotonic_time() + TIMEOUT_US;
 
-    qatomic_set(&l->quit, true);
-    g_thread_join(l->host_thread);
-    g_thread_join(l->guest_thread);
-    while (way_total(l->to_guest.received) != way_total(l->to_guest.sent) ||
-           way_total(l->to_host.received) != way_total(l->to_host.sent)) {
+    load_host_stop(l);
+    load_guest_stop(l);
+    while (way_in_flight(&l->to_guest) || way_in_flight(&l->to_host)) {
         host_receive(l);
         guest_receive(l);
         g_assert_cmpint(g_get_monotonic_time(), <, end);
     }
 }
 
-static void load_start(Load *l, uint64_t features, unsigned pairs,
-                       const char *nic_opts)
+static void load_init(Load *l, uint64_t features, unsigned pairs)
 {
     memset(l, 0, sizeof(*l));
     l->features = features | 1ull << VIRTIO_F_VERSION_1 |
                   1ull << VIRTIO_NET_F_MRG_RXBUF;
     l->pairs = pairs;
+}
+
+static void load_start(Load *l, uint64_t features, unsigned pairs,
+                       const char *nic_opts)
+{
+    load_init(l, features, pairs);
     fixture_init(&l->f, pairs > 1 ? "vhost=on,queues=2" : "vhost=on",
                  nic_opts, GUEST_MAP_ARGS);
     l->host = host_open(l->f.ifname);
@@ -554,7 +611,7 @@ static void wait_at_host(Load *l)
 {
     gint64 end = g_get_monotonic_time() + TIMEOUT_US;
 
-    while (way_total(l->to_host.received) != way_total(l->to_host.sent)) {
+    while (way_in_flight(&l->to_host)) {
         host_receive(l);
         g_assert_cmpint(g_get_monotonic_time(), <, end);
     }
@@ -947,6 +1004,277 @@ static void test_migration(void)
     load_close(&l);
 }
 
+/*
+ * A migration that completes, under load
+ *
+ * What is in the source's TAP when the VM stops is lost to the guest with any
+ * migration, and so is what comes there later.  But:
+ *
+ * - All that has been taken out of that TAP while the VM ran comes to the
+ *   guest, once and in order.
+ * - So does all that is sent to the target's TAP, with nothing in between.
+ * - All that the guest sends comes to the host, once and in order: first from
+ *   the source's TAP, then from the target's.
+ *
+ * Both VMs have the same memory, in a file.  What our driver writes there is
+ * not seen by QEMU's log of dirty pages, so copies of it would be outdated.
+ */
+
+static void memory_start(Fixture *f, const char *path, const char *args)
+{
+    g_autofree char *all = g_strdup_printf(
+        "-object memory-backend-file,id=ram0,size=128M,share=on,mem-path=%s "
+        "-machine memory-backend=ram0 %s", path, args);
+
+    fixture_start(f, all);
+    qtest_qmp_assert_success(f->qts,
+        "{'execute': 'migrate-set-capabilities', 'arguments':"
+        " {'capabilities': [{'capability': 'x-ignore-shared',"
+        "                    'state': true}]}}");
+}
+
+static void load_start_memory(Load *l, const char *path)
+{
+    int fd = open(path, O_RDWR);
+
+    load_init(l, 1ull << VIRTIO_RING_F_EVENT_IDX, 1);
+    memory_start(&l->f, path, "");
+    l->f.guest.ram = mmap(NULL, GUEST_RAM, PROT_READ | PROT_WRITE, MAP_SHARED,
+                          fd, 0);
+    g_assert_true(l->f.guest.ram != MAP_FAILED);
+    close(fd);
+    l->host = host_open(l->f.ifname);
+    load_driver_start(l);
+}
+
+/* Through @fd, which is closed */
+static void migrate_fd(Fixture *f, const char *command, int fd)
+{
+    qtest_qmp_fds_assert_success(f->qts, &fd, 1, "{'execute': 'getfd',"
+                                 " 'arguments': {'fdname': 'migration'}}");
+    close(fd);
+    qtest_qmp_assert_success(f->qts, "{'execute': %s, 'arguments':"
+                             " {'uri': 'fd:migration'}}", command);
+}
+
+/* The driver goes on as it is, with the device of the target. */
+static void load_move(Load *l, Fixture *target, int host)
+{
+    QGuestAllocator alloc = target->alloc;
+    QVirtioDevice *vdev = &target->dev->vdev;
+
+    vdev->features = l->f.dev->vdev.features;
+    l->rx[0].vq->vdev = l->tx[0].vq->vdev = vdev;
+    target->guest = l->f.guest;
+    target->alloc = l->f.alloc;
+    memset(&l->f.guest, 0, sizeof(l->f.guest));
+    l->f.alloc = alloc;
+    close(l->host);
+    fixture_close(&l->f);
+    l->f = *target;
+    l->host = host;
+}
+
+static void load_migrate(Load *l, Fixture *target)
+{
+    int host = host_open(target->ifname);
+    /*
+     * QEMU takes one that waits until the VM runs again.  If it does so when
+     * the VM is about to stop, the stop drops that one, and QEMU takes another.
+     */
+    uint64_t dropped = vhost_started(&l->f) ? 1 : 2;
+    int size = 16 * KiB;
+    uint64_t taken;
+    uint32_t came;
+    int pair[2];
+
+    /* The source has more to send than this, and so waits for the target. */
+    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), ==, 0);
+    g_assert_cmpint(setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &size,
+                               sizeof(size)), ==, 0);
+    migrate_fd(&l->f, "migrate", pair[0]);
+    expect_status(&l->f, "query-migrate", "active");
+    way_wait(&l->to_guest, BETWEEN);
+    way_wait(&l->to_host, BETWEEN);
+    expect_status(&l->f, "query-migrate", "active");
+
+    /* As if its CPU had stopped before it could notify the device */
+    load_guest_stop(l);
+    guest_fill(l, 0);
+    migrate_fd(target, "migrate-incoming", pair[1]);
+    expect_status(&l->f, "query-status", "postmigrate");
+    load_host_stop(l);
+    expect_status(target, "query-status", "running");
+
+    host_receive(l);
+    taken = statistic(l->f.ifname, "tx_packets");
+    load_move(l, target, host);
+    guest_receive(l);
+    came = way_total(l->to_guest.received) - l->elsewhere;
+    g_test_message("%u frames to the source's TAP, %" PRIu64 " taken out, "
+                   "%u came to the guest",
+                   way_total(l->to_guest.sent) - l->elsewhere, taken, came);
+    g_assert_cmpuint(taken - came, <=, dropped);
+    way_forget(&l->to_guest);
+    l->elsewhere = way_total(l->to_guest.received);
+}
+
+/* Of each filter: its object, and the same for the command line */
+typedef struct ChainFilter {
+    const char *type;
+    const char *more;
+    const char *args;
+    bool holds;
+} ChainFilter;
+
+static const ChainFilter no_filter;
+static const ChainFilter rewriter = {
+    "filter-rewriter", ", 'vnet_hdr_support': true",
+    "-object filter-rewriter,id=flt,netdev=n0,vnet_hdr_support=on"
+};
+/* It holds all, as this clock stands still. */
+static const ChainFilter buffer = {
+    "filter-buffer", ", 'interval': 1000",
+    "-object filter-buffer,id=flt,netdev=n0,interval=1000", true
+};
+
+/* Until all that may be in flight is held */
+static void way_wait_held(Way *way)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (way_may_send(way)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        g_usleep(200);
+    }
+}
+
+/* From a source that runs and has no filter to a target that has none then */
+static void migrate_once(Load *l, const char *path, const ChainFilter *source,
+                         const ChainFilter *target, bool off)
+{
+    g_autofree char *args = g_strdup_printf("-incoming defer %s",
+                                            target->args ?: "");
+    Fixture f;
+
+    memory_start(&f, path, args);
+    if (source->type) {
+        add_object(&l->f, source->type, "flt", source->more);
+        expect_datapath(&l->f, "userspace", "filter 'flt' is on");
+    }
+    load_migrate(l, &f);
+    if (target->type) {
+        expect_datapath(&l->f, "userspace", "filter 'flt' is on");
+    } else {
+        expect_datapath(&l->f, "vhost", "");
+    }
+
+    load_threads_start(l);
+    if (target->holds) {
+        way_wait_held(&l->to_guest);
+        way_wait_held(&l->to_host);
+    } else {
+        way_wait(&l->to_guest, BETWEEN);
+        way_wait(&l->to_host, BETWEEN);
+    }
+    if (target->type && off) {
+        set_status(&l->f, "flt", "off");
+        wait_vhost(&l->f);
+        way_wait(&l->to_guest, BETWEEN);
+        way_wait(&l->to_host, BETWEEN);
+    }
+    if (target->type) {
+        del_object(&l->f, "flt");
+    }
+    wait_vhost(&l->f);
+    way_wait(&l->to_guest, BETWEEN);
+    way_wait(&l->to_host, BETWEEN);
+}
+
+static void test_migrated(void)
+{
+    g_autofree char *path = NULL;
+    int fd = g_file_open_tmp("filter-fallback-XXXXXX", &path, NULL);
+    Load l;
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(ftruncate(fd, GUEST_RAM), ==, 0);
+    close(fd);
+    load_start_memory(&l, path);
+    load_traffic_start(&l);
+    wait_vhost(&l.f);
+    for (int i = 0; i < rounds(1, 10); i++) {
+        migrate_once(&l, path, &rewriter, &rewriter, true);
+        migrate_once(&l, path, &rewriter, &rewriter, false);
+        migrate_once(&l, path, &rewriter, &no_filter, false);
+        migrate_once(&l, path, &no_filter, &buffer, true);
+        migrate_once(&l, path, &rewriter, &buffer, false);
+    }
+    load_traffic_stop(&l);
+    load_close(&l);
+    unlink(path);
+}
+
+#if defined(CONFIG_TRACE_LOG) && !defined(CONFIG_TRACE_SIMPLE)
+/* What the file has since the last call */
+static void expect_trace(FILE *file, const char *datapath, const char *reason)
+{
+    g_autofree char *line = g_strdup_printf("virtio_net_datapath nic: %s %s\n",
+                                            datapath, reason);
+    char got[4096];
+
+    clearerr(file);
+    got[fread(got, 1, sizeof(got) - 1, file)] = 0;
+    g_assert_cmpstr(got, ==, line);
+}
+
+/* The trace event tells each switch, and the same reason as the property. */
+static void test_trace(void)
+{
+    g_autofree char *netdev = NULL;
+    g_autofree char *path = NULL;
+    g_autofree char *args = NULL;
+    FILE *file;
+    Fixture f;
+
+    fixture_name(&f);
+    netdev = g_strdup_printf("ifname=%s,script=no,downscript=no,vhost=on",
+                             f.ifname);
+    path = g_build_filename(f.dir, "trace", NULL);
+    args = g_strdup_printf("-trace virtio_net_datapath,file=%s", path);
+    fixture_init_named(&f, netdev, "", args);
+    file = fopen(path, "r");
+    g_assert_nonnull(file);
+    guest_start(&f);
+    expect_trace(file, "vhost", "");
+
+    add_object(&f, "filter-rewriter", "rew", "");
+    expect_trace(file, "userspace", "filter 'rew' is on");
+    host_send_taken(&f, 0, 1);
+    set_status(&f, "rew", "off");
+    expect_trace(file, "userspace", "packets wait in QEMU");
+    guest_post(&f, 1);
+    wait_vhost(&f);
+    expect_trace(file, "vhost", "");
+
+    vm_stop(&f);
+    expect_trace(file, "userspace", "the VM is stopped");
+    vm_cont(&f);
+    expect_trace(file, "vhost", "");
+    qtest_qmp_assert_success(f.qts, "{'execute': 'set_link', 'arguments':"
+                             " {'name': 'n0', 'up': false}}");
+    expect_trace(file, "userspace", "the link is down");
+    qtest_qmp_assert_success(f.qts, "{'execute': 'set_link', 'arguments':"
+                             " {'name': 'n0', 'up': true}}");
+    expect_trace(file, "vhost", "");
+    guest_stop(&f);
+    expect_trace(file, "userspace", "the driver is not ready");
+    fclose(file);
+    unlink(path);
+    fixture_close(&f);
+}
+#endif
+
 /* A guest that resets one queue while vhost is not in use */
 static void test_queue_reset(void)
 {
@@ -1093,6 +1421,10 @@ int main(int argc, char **argv)
     rig_add("stop-cont", test_stop_cont);
     rig_add("reset", test_reset);
     rig_add("migration", test_migration);
+    rig_add("migrated", test_migrated);
+#if defined(CONFIG_TRACE_LOG) && !defined(CONFIG_TRACE_SIMPLE)
+    rig_add("trace", test_trace);
+#endif
     rig_add("queue-reset", test_queue_reset);
     rig_add("other-nic", test_other_nic);
     rig_add("refused", test_refused);

@@ -29,6 +29,8 @@
 #include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "qobject/qjson.h"
+#include "standard-headers/linux/virtio_config.h"
+#include "standard-headers/linux/virtio_net.h"
 
 #define OTHER_TAP "tapother"
 #define LONG_FRAME 1500
@@ -98,15 +100,23 @@ static void expect_failed(FaultCall call, unsigned times)
 
 /* The monitor */
 
+static void monitor_write(Vm *vm, const char *command)
+{
+    size_t len = strlen(command);
+
+    g_assert_cmpint(write(vm->monitor_fd[0], command, len), ==, len);
+}
+
 static void *monitor_thread(void *opaque)
 {
     static const char command[] = "{\"execute\": \"query-status\"}\n";
     Vm *vm = opaque;
-    FILE *stream = fdopen(dup(vm->monitor_fd[0]), "r+");
+    /* Not to write as well: an event may be in its buffer at that time. */
+    FILE *stream = fdopen(dup(vm->monitor_fd[0]), "r");
     g_autofree char *line = g_malloc(64 * KiB);
 
     g_assert_nonnull(fgets(line, 64 * KiB, stream));
-    fputs("{\"execute\": \"qmp_capabilities\"}\n", stream);
+    monitor_write(vm, "{\"execute\": \"qmp_capabilities\"}\n");
     g_assert_nonnull(fgets(line, 64 * KiB, stream));
     while (!qatomic_read(&vm->monitor_stop)) {
         gint64 start = g_get_monotonic_time();
@@ -115,8 +125,7 @@ static void *monitor_thread(void *opaque)
             g_usleep(2000);
             continue;
         }
-        fputs(command, stream);
-        fflush(stream);
+        monitor_write(vm, command);
         do {
             g_assert_nonnull(fgets(line, 64 * KiB, stream));
         } while (!g_str_has_prefix(line, "{\"return\""));
@@ -159,10 +168,8 @@ static void monitor_end(Vm *vm)
                    "for a CPU: %.1f ms", vm->monitor_rounds,
                    vm->monitor_us / 1e3, vm->machine_us / 1e3);
     g_assert_cmpuint(vm->monitor_rounds, >, 0);
-    if (g_test_slow()) {
-        /* Several threads take part in it. */
-        g_assert_cmpint(vm->monitor_us, <, 100 * 1000 + 3 * vm->machine_us);
-    }
+    /* Several threads take part in it. */
+    g_assert_cmpint(vm->monitor_us, <, 100 * 1000 + 3 * vm->machine_us);
 }
 
 /* What QEMU uses */
@@ -305,6 +312,65 @@ static void vm_start_with(Vm *vm, const char *netdev_opts, const char *args)
 static void vm_start(Vm *vm, const char *args)
 {
     vm_start_with(vm, "vhost=on", args);
+}
+
+/* QEMU's messages: start it with " 2>" and the path of an empty file. */
+
+static char *messages_begin(void)
+{
+    g_autoptr(GError) err = NULL;
+    char *path;
+    int fd = g_file_open_tmp("messages-XXXXXX", &path, &err);
+
+    g_assert_no_error(err);
+    close(fd);
+    return path;
+}
+
+static unsigned messages_count(const char *path, const char *text)
+{
+    g_autofree char *all = NULL;
+    unsigned count = 0;
+
+    g_assert_true(g_file_get_contents(path, &all, NULL, NULL));
+    for (const char *at = all; (at = strstr(at, text)); at += strlen(text)) {
+        count++;
+    }
+    return count;
+}
+
+/* Wait for a message; it must not come more often than that. */
+static void G_GNUC_PRINTF(3, 4)
+expect_message(const char *path, unsigned count, const char *format, ...)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    g_autofree char *text = NULL;
+    va_list ap;
+
+    va_start(ap, format);
+    text = g_strdup_vprintf(format, ap);
+    va_end(ap);
+    while (messages_count(path, text) < count) {
+        if (g_get_monotonic_time() > end) {
+            g_autofree char *all = NULL;
+
+            g_file_get_contents(path, &all, NULL, NULL);
+            g_test_message("no %u times '%s' in: %s", count, text, all);
+            g_assert_not_reached();
+        }
+        g_usleep(1000);
+    }
+    g_assert_cmpuint(messages_count(path, text), ==, count);
+}
+
+static void messages_end(char *path)
+{
+    g_autofree char *all = NULL;
+
+    g_assert_true(g_file_get_contents(path, &all, NULL, NULL));
+    g_test_message("QEMU said: %s", all);
+    unlink(path);
+    g_free(path);
 }
 
 static void vm_quit(Vm *vm)
@@ -771,11 +837,19 @@ static void expect_working(Vm *vm)
 
 #define BOTH CAPTURE "tx " INJECT "tx"
 
+/* As docs/system/filter-redirector-vhost.rst has it */
+#define GONE "netdev 'n0': interface '%s' is gone, and nothing can be " \
+             "captured from it any more\n"
+#define NOT_CAPTURED "netdev 'n0': nothing is captured: could not bind a " \
+                     "packet socket to interface '%s': No such device\n"
+
 static void test_interface_down(void)
 {
+    char *messages = messages_begin();
+    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
     Vm vm;
 
-    vm_start(&vm, BOTH);
+    vm_start(&vm, args);
     guest_begin(&vm);
     for (int i = 0; i < amount(2, 20); i++) {
         set_interface_up(vm.f.ifname, false);
@@ -790,32 +864,76 @@ static void test_interface_down(void)
         vm.f.host = open_host(vm.f.ifname);
         expect_working(&vm);
     }
+    /* It is down like a cable that is unplugged, and not gone. */
+    expect_message(messages, 0, "netdev 'n0'");
+    vm_quit(&vm);
+    messages_end(messages);
+}
+
+/* Toward the network: what the TAP refuses has not been injected. */
+static void test_interface_down_network(void)
+{
+    Vm vm;
+
+    vm_start(&vm, INJECT "rx");
+    guest_begin(&vm);
+    monitor_begin(&vm);
+    for (int i = 0; i < amount(2, 20); i++) {
+        set_interface_up(vm.f.ifname, false);
+        in_send(&vm.f, 0, 3);
+        wait_counter(&vm.f, "inj", "inject-interface-drops", 3 * (i + 1));
+        g_assert_cmpuint(counter(&vm.f, "inj", "inject-packets"), ==, 5 * i);
+        g_assert_cmpuint(counter(&vm.f, "inj", "inject-bytes"), ==,
+                         5 * i * FRAME_LEN);
+        set_interface_up(vm.f.ifname, true);
+        close(vm.f.host);
+        vm.f.host = open_host(vm.f.ifname);
+        in_send(&vm.f, 10 * i, 5);
+        expect_host(&vm.f, 10 * i, 5);
+        wait_counter(&vm.f, "inj", "inject-packets", 5 * (i + 1));
+        g_assert_cmpuint(counter(&vm.f, "inj", "inject-interface-drops"), ==,
+                         3 * (i + 1));
+    }
+    monitor_end(&vm);
     vm_quit(&vm);
 }
 
 static void test_interface_deleted(void)
 {
+    char *messages = messages_begin();
+    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
     Vm vm;
 
-    vm_start(&vm, BOTH);
+    vm_start(&vm, args);
     guest_begin(&vm);
     expect_working(&vm);
     monitor_begin(&vm);
+    expect_message(messages, 0, "netdev 'n0'");
     ip("link del %s", vm.f.ifname);
+    expect_message(messages, 1, GONE, vm.f.ifname);
     in_send(&vm.f, 0, 3);
     wait_counter(&vm.f, "inj", "inject-interface-drops", 3);
     expect_idle(&vm, "the interface is gone");
     expect_other(&vm);
     set_status(&vm.f, "cap", "off");
+    expect_message(messages, 0, NOT_CAPTURED, vm.f.ifname);
     set_status(&vm.f, "cap", "on");
+    expect_message(messages, 1, NOT_CAPTURED, vm.f.ifname);
+    expect_source(&vm.f, "cap", "none");
     vm_stop(&vm.f);
     vm_cont(&vm.f);
+    expect_message(messages, 2, NOT_CAPTURED, vm.f.ifname);
+    expect_source(&vm.f, "cap", "none");
     counter(&vm.f, "cap", "capture-kernel-drops");
     counter(&vm.f, "cap", "capture-interface-drops");
     del_object(&vm.f, "cap");
     del_object(&vm.f, "inj");
+    /* All that was said, each once */
+    expect_message(messages, 1, GONE, vm.f.ifname);
+    expect_message(messages, 3, "netdev 'n0': ");
     monitor_end(&vm);
     vm_quit(&vm);
+    messages_end(messages);
 }
 
 static void test_interface_renamed(void)
@@ -915,6 +1033,8 @@ static void test_interface_mac(void)
 /* To another network namespace, and back */
 static void test_interface_netns(void)
 {
+    char *messages = messages_begin();
+    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
     int own = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     int there;
     QDict *rsp;
@@ -924,11 +1044,12 @@ static void test_interface_netns(void)
     there = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     g_assert_cmpint(setns(own, CLONE_NEWNET), ==, 0);
 
-    vm_start(&vm, BOTH);
+    vm_start(&vm, args);
     guest_begin(&vm);
     expect_working(&vm);
     monitor_begin(&vm);
     ip("link set %s netns /proc/%d/fd/%d", vm.f.ifname, getpid(), there);
+    expect_message(messages, 1, GONE, vm.f.ifname);
     in_send(&vm.f, 0, 3);
     wait_counter(&vm.f, "inj", "inject-interface-drops", 3);
     expect_idle(&vm, "the interface is in another namespace");
@@ -951,9 +1072,11 @@ static void test_interface_netns(void)
     add_inject(&vm.f);
     expect_working(&vm);
     monitor_end(&vm);
+    expect_message(messages, 1, "netdev 'n0'");
     close(own);
     close(there);
     vm_quit(&vm);
+    messages_end(messages);
 }
 
 /* The guest does not read: what is injected waits, and QEMU with it. */
@@ -996,12 +1119,19 @@ static void check_setup(Vm *vm, const char *role, const char *id, bool capture)
         int error;
     } calls[] = {
         { FAULT_SOCKET, "socket", ENFILE },
+        { FAULT_SOCKET, "socket", EPERM },
         { FAULT_SETSOCKOPT, "setsockopt", ENOMEM },
+        { FAULT_SETSOCKOPT, "setsockopt", EPERM },
         { FAULT_GETSOCKOPT, "getsockopt", ENOBUFS },
+        { FAULT_GETSOCKOPT, "getsockopt", ENOPROTOOPT },
         { FAULT_BIND, "bind", ENETDOWN },
+        { FAULT_BIND, "bind", ENODEV },
         { FAULT_MMAP, "mmap", ENOMEM },
+        { FAULT_MMAP, "mmap", EPERM },
         { FAULT_IOCTL, "ioctl", ENODEV },
+        { FAULT_IOCTL, "ioctl", EBUSY },
         { FAULT_TIMERFD, "timerfd_create", EMFILE },
+        { FAULT_TIMERFD, "timerfd_create", ENOMEM },
     };
     g_autofree char *json = g_strdup_printf("{'execute': 'object-add',"
         " 'arguments': {'qom-type': 'filter-redirector', 'id': '%s',"
@@ -1049,8 +1179,9 @@ static void check_setup(Vm *vm, const char *role, const char *id, bool capture)
             g_assert_cmpint(count_fds(&vm->f), ==, fds);
             refused++;
         }
-        g_test_message("%s, %s: %u refused, %u done without", role,
-                       calls[i].name, refused, done_without);
+        g_test_message("%s, %s, %s: %u refused, %u done without", role,
+                       calls[i].name, strerror(calls[i].error), refused,
+                       done_without);
     }
     g_assert_cmpint(packet_sockets(vm->f.ifname, ETH_P_ALL, 1), ==, 0);
 }
@@ -1203,6 +1334,9 @@ static void test_error_inject(void)
 /* Toward the network QEMU writes to the TAP. */
 static void test_error_inject_network(void)
 {
+    static const int errors[] = { EIO, ENOBUFS, ENETDOWN, EMSGSIZE };
+    const unsigned each = 5;
+    uint32_t n = 20;
     Vm vm;
 
     vm_start(&vm, INJECT "rx");
@@ -1216,10 +1350,249 @@ static void test_error_inject_network(void)
     in_send(&vm.f, 10, 10);
     expect_host(&vm.f, 10, 10);
     g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, 5);
-    /* And these are lost. */
-    fail(FAULT_WRITE_TAP, EIO, 5);
-    in_send(&vm.f, 20, 10);
-    expect_host(&vm.f, 25, 5);
+    wait_counter(&vm.f, "inj", "inject-packets", n);
+    g_assert_cmpuint(counter(&vm.f, "inj", "inject-interface-drops"), ==, 0);
+
+    /* And these are lost, and told. */
+    monitor_begin(&vm);
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        fail(FAULT_WRITE_TAP, errors[i], each);
+        in_send(&vm.f, n, each + 10);
+        expect_host(&vm.f, n + each, 10);
+        g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, each);
+        n += each + 10;
+        wait_counter(&vm.f, "inj", "inject-packets", n - each * (i + 1));
+        g_assert_cmpuint(counter(&vm.f, "inj", "inject-bytes"), ==,
+                         (n - each * (i + 1)) * FRAME_LEN);
+        g_assert_cmpuint(counter(&vm.f, "inj", "inject-interface-drops"), ==,
+                         each * (i + 1));
+    }
+    /* However long it lasts */
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        g_autofree char *what = g_strdup_printf("writev: %s",
+                                                strerror(errors[i]));
+
+        fail(FAULT_WRITE_TAP, errors[i], FOREVER);
+        in_send(&vm.f, n, 10);
+        wait_counter(&vm.f, "inj", "inject-interface-drops",
+                     ARRAY_SIZE(errors) * each + 10 * (i + 1));
+        expect_idle(&vm, what);
+        fail_no_more(FAULT_WRITE_TAP);
+        in_send(&vm.f, n + 10, 1);
+        expect_host(&vm.f, n + 10, 1);
+        n += 11;
+    }
+    wait_counter(&vm.f, "inj", "inject-packets",
+                 n - ARRAY_SIZE(errors) * (each + 10));
+    monitor_end(&vm);
+    vm_quit(&vm);
+}
+
+/* GSO frames toward the guest */
+
+#define GSO_SIZE 504            /* UFO wants a multiple of 8 */
+#define GSO_LEN (34 + 20 + 2 * GSO_SIZE + 200)
+#define GSO_SEGMENTS 3
+#define GSO_NONE (1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_NET_F_MRG_RXBUF)
+#define GSO_WHOLE (GSO_NONE | 1ull << VIRTIO_NET_F_GUEST_CSUM | \
+                   1ull << VIRTIO_NET_F_GUEST_TSO4)
+
+/* A frame that is segmented by us, or by the kernel alone (UFO) */
+static void in_send_gso(Vm *vm, bool ufo)
+{
+    uint8_t record[8 + 12 + GSO_LEN] = { };
+    struct virtio_net_hdr *hdr = (void *)(record + 8);
+    uint8_t *frame = record + 8 + 12, *ip = frame + 14, *l4 = ip + 20;
+
+    stl_be_p(record, 12 + GSO_LEN);
+    stl_be_p(record + 4, 12);
+    hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    hdr->gso_type = ufo ? VIRTIO_NET_HDR_GSO_UDP : VIRTIO_NET_HDR_GSO_TCPV4;
+    hdr->gso_size = cpu_to_le16(GSO_SIZE);
+    hdr->hdr_len = cpu_to_le16(l4 - frame + (ufo ? 8 : 20));
+    hdr->csum_start = cpu_to_le16(l4 - frame);
+    hdr->csum_offset = cpu_to_le16(ufo ? 6 : 16);
+
+    make_frame(frame, 0);
+    stw_be_p(frame + 12, ETH_P_IP);
+    ip[0] = 0x45;
+    stw_be_p(ip + 2, GSO_LEN - 14);
+    stw_be_p(ip + 6, 0);
+    ip[8] = 64;
+    ip[9] = ufo ? 17 : 6;
+    stl_be_p(ip + 12, 0xc0000201);
+    stl_be_p(ip + 16, 0xc0000202);
+    memset(l4, 0, 20);
+    stw_be_p(l4 + 2, 9);
+    if (ufo) {
+        stw_be_p(l4 + 4, GSO_LEN - 34);
+    } else {
+        l4[12] = 5 << 4;
+    }
+    g_assert_cmpint(write(vm->f.in, record, sizeof(record)), ==,
+                    sizeof(record));
+}
+
+/* Returns in how many frames it came; 0: it did not, but the next one. */
+static unsigned guest_read_gso(Vm *vm, bool ufo, uint32_t next)
+{
+    const size_t headers = ufo ? 34 : 54;
+    uint8_t frame[BUFFER_LEN];
+    unsigned count = 0;
+    size_t sum = 0;
+
+    for (;; count++) {
+        size_t len = guest_read_frame(&vm->f, frame, sizeof(frame));
+
+        if (lduw_be_p(frame + 12) == TEST_ETHERTYPE) {
+            g_assert_cmpuint(frame_number(frame), ==, next);
+            break;
+        }
+        g_assert_cmphex(lduw_be_p(frame + 12), ==, ETH_P_IP);
+        sum += len - headers;
+    }
+    g_assert_cmpuint(sum, ==, count ? GSO_LEN - headers : 0);
+    return count;
+}
+
+/* Send one, and a frame behind it that must come. */
+static unsigned inject_gso(Vm *vm, bool ufo)
+{
+    static uint32_t next;
+
+    in_send_gso(vm, ufo);
+    in_send(&vm->f, ++next, 1);
+    return guest_read_gso(vm, ufo, next);
+}
+
+static void guest_begin_gso(Vm *vm, uint64_t features)
+{
+    guest_start_queues(&vm->f, features);
+    qvirtio_set_driver_ok(&vm->f.dev->vdev);
+    guest_post(&vm->f, 30);
+}
+
+/* What came from "in", by what became of it */
+static void expect_injected(Vm *vm, uint64_t sent, uint64_t interface_drops)
+{
+    static const char *const others[] = {
+        "inject-skipped-runt", "inject-skipped-oversize",
+        "inject-skipped-header",
+    };
+
+    wait_counter(&vm->f, "inj", "inject-packets", sent - interface_drops);
+    g_assert_cmpuint(counter(&vm->f, "inj", "inject-interface-drops"), ==,
+                     interface_drops);
+    for (int i = 0; i < ARRAY_SIZE(others); i++) {
+        g_assert_cmpuint(counter(&vm->f, "inj", others[i]), ==, 0);
+    }
+}
+
+/*
+ * What the interface can do, and when that changes, cannot be found out for
+ * some time: frames that it would take whole may come in segments then.
+ */
+static void test_error_inject_gso(void)
+{
+    static const struct {
+        const char *name;
+        FaultCall call;
+        int error;
+        unsigned skip;
+        unsigned times;
+        unsigned frames;        /* in which each one comes */
+    } table[] = {
+        { "ioctl", FAULT_IOCTL, ENODEV, 0, 1, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, EPERM, 1, 1, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, ENODEV, 2, 1, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, ENOMEM, 3, 1, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, ENODEV, 4, 1, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, EOPNOTSUPP, 5, 1, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, ENODEV, 0, FOREVER, GSO_SEGMENTS },
+        { "ioctl", FAULT_IOCTL, EPERM, 0, FOREVER, GSO_SEGMENTS },
+        { "socket", FAULT_NETLINK, EMFILE, 0, 1, 1 },
+        { "socket", FAULT_NETLINK, ENOMEM, 0, FOREVER, 1 },
+        { "bind", FAULT_NETLINK, ENOMEM, 1, 1, 1 },
+        { "bind", FAULT_NETLINK, EPERM, 1, 1, 1 },
+        { "recv", FAULT_NETLINK, EINTR, 2, 5, 1 },
+        { "recv", FAULT_NETLINK, ENOBUFS, 2, 5, 1 },
+        { "recv", FAULT_NETLINK, ENOMEM, 2, FOREVER, 1 },
+        { "recv", FAULT_NETLINK, ENETDOWN, 2, FOREVER, 1 },
+        { "sendmmsg", FAULT_SENDMMSG, ENOBUFS, 0, 5, 1 },
+        { "sendmmsg", FAULT_SENDMMSG, EAGAIN, 0, 5, 1 },
+    };
+    Vm vm;
+
+    vm_start(&vm, "");
+    monitor_begin(&vm);
+    for (int i = 0; i < ARRAY_SIZE(table); i++) {
+        add_inject(&vm.f);
+        guest_begin_gso(&vm, GSO_WHOLE);
+        fail_after(table[i].call, table[i].error, table[i].skip,
+                   table[i].times);
+        for (int j = 0; j < 2; j++) {
+            unsigned count = inject_gso(&vm, false);
+
+            g_test_message("%s: %s: %u frames", table[i].name,
+                           strerror(table[i].error), count);
+            g_assert_cmpuint(count, ==, table[i].frames);
+        }
+        if (table[i].times == FOREVER) {
+            expect_idle(&vm, table[i].name);
+        }
+        g_assert_cmpuint(fail_no_more(table[i].call), >, 0);
+        guest_stop(&vm.f);
+        /* Nothing is left of it when the offloads have changed. */
+        guest_begin_gso(&vm, GSO_NONE);
+        g_assert_cmpuint(inject_gso(&vm, false), ==, GSO_SEGMENTS);
+        guest_stop(&vm.f);
+        guest_begin_gso(&vm, GSO_WHOLE);
+        g_assert_cmpuint(inject_gso(&vm, false), ==, 1);
+        guest_stop(&vm.f);
+        expect_injected(&vm, 8, 0);
+        del_object(&vm.f, "inj");
+    }
+    monitor_end(&vm);
+    vm_quit(&vm);
+}
+
+/* Those that only the kernel segments go another way, one at a time. */
+static void test_error_inject_plain(void)
+{
+    static const struct {
+        int error;
+        unsigned skip;          /* 0: to leave the other way, 1: to go back */
+    } table[] = {
+        { ENOMEM, 0 }, { EPERM, 0 }, { ENOMEM, 1 }, { EPERM, 1 },
+    };
+    Vm vm;
+
+    vm_start(&vm, "");
+    monitor_begin(&vm);
+    for (int i = 0; i < ARRAY_SIZE(table); i++) {
+        const bool lost = table[i].skip == 0;
+
+        add_inject(&vm.f);
+        guest_begin_gso(&vm, GSO_NONE);
+        fail_after(FAULT_SETSOCKOPT, table[i].error, table[i].skip, 1);
+        g_assert_cmpuint(inject_gso(&vm, true), ==, lost ? 0 : GSO_SEGMENTS);
+        g_assert_cmpuint(fail_no_more(FAULT_SETSOCKOPT), ==, 1);
+        expect_injected(&vm, 2, lost);
+        g_assert_cmpuint(inject_gso(&vm, true), ==, GSO_SEGMENTS);
+        g_assert_cmpuint(inject_gso(&vm, false), ==, GSO_SEGMENTS);
+        expect_injected(&vm, 6, lost);
+
+        fail(FAULT_SETSOCKOPT, table[i].error, FOREVER);
+        g_assert_cmpuint(inject_gso(&vm, true), ==, 0);
+        expect_idle(&vm, "setsockopt");
+        fail_no_more(FAULT_SETSOCKOPT);
+        expect_injected(&vm, 8, lost + 1);
+        g_assert_cmpuint(inject_gso(&vm, true), ==, GSO_SEGMENTS);
+        expect_injected(&vm, 10, lost + 1);
+        guest_stop(&vm.f);
+        del_object(&vm.f, "inj");
+    }
+    monitor_end(&vm);
     vm_quit(&vm);
 }
 
@@ -1327,7 +1700,9 @@ static void test_error_out_taken(void)
 /* Reading from the peer: what is no wait is the end of the connection. */
 static void test_error_in(void)
 {
-    static const int errors[] = { EAGAIN, EINTR, ENOBUFS, ENETDOWN };
+    static const int errors[] = {
+        EAGAIN, EINTR, ENOBUFS, ENETDOWN, EMSGSIZE,
+    };
     uint32_t n = 0;
     Vm vm;
 
@@ -1459,10 +1834,30 @@ static void test_guest_set_link(void)
     vm_quit(&vm);
 }
 
+static void expect_nic(Vm *vm, const char *property, const char *value)
+{
+    QDict *rsp = qtest_qmp(vm->f.qts, "{'execute': 'qom-get', 'arguments':"
+                           " {'path': '/machine/peripheral/nic/virtio-backend',"
+                           "  'property': %s}}", property);
+
+    g_assert_cmpstr(qdict_get_str(rsp, "return"), ==, value);
+    qobject_unref(rsp);
+}
+
+/* Whether vhost moves the packets; if not, @reason is why. */
+static bool check_datapath(Vm *vm, const char *reason)
+{
+    bool vhost = vhost_started(&vm->f);
+
+    expect_nic(vm, "datapath", vhost ? "vhost" : "userspace");
+    expect_nic(vm, "datapath-reason", vhost ? "" : reason);
+    return vhost;
+}
+
 /* Whichever step of vhost's start fails: QEMU moves the packets instead. */
 static void test_guest_vhost_fails(void)
 {
-    unsigned skip = 0, failed;
+    unsigned skip = 0, failed, userspace = 0;
     Vm vm;
 
     vm_start(&vm, BOTH);
@@ -1470,14 +1865,36 @@ static void test_guest_vhost_fails(void)
         fail_after(FAULT_VHOST, ENOMEM, skip, 1);
         guest_begin(&vm);
         failed = fail_no_more(FAULT_VHOST);
+        if (!check_datapath(&vm, "vhost could not be started")) {
+            g_assert_cmpuint(failed, ==, 1);
+            userspace++;
+        }
         expect_working(&vm);
         vm_stop(&vm.f);
+        g_assert_false(check_datapath(&vm, "the VM is stopped"));
         vm_cont(&vm.f);
+        g_assert_true(check_datapath(&vm, NULL));
         expect_working(&vm);
         guest_stop(&vm.f);
         skip += amount(5, 1);
     } while (failed);
-    g_test_message("one of %u calls failed", skip);
+    g_test_message("one of %u calls failed; %u times vhost was not started",
+                   skip, userspace);
+    g_assert_cmpuint(userspace, >, 0);
+    vm_quit(&vm);
+}
+
+static void test_guest_no_vhost(void)
+{
+    Vm vm;
+
+    vm_start_with(&vm, "vhost=off", "");
+    g_assert_false(check_datapath(&vm, "the netdev has no vhost"));
+    guest_begin(&vm);
+    g_assert_false(check_datapath(&vm, "the netdev has no vhost"));
+    vm_stop(&vm.f);
+    g_assert_false(check_datapath(&vm, "the netdev has no vhost"));
+    vm_cont(&vm.f);
     vm_quit(&vm);
 }
 
@@ -1628,6 +2045,7 @@ int main(int argc, char **argv)
     rig_add("peer/nothing-stale", test_peer_nothing_stale);
     rig_add("peer/flood", test_peer_flood);
     rig_add("interface/down", test_interface_down);
+    rig_add("interface/down-network", test_interface_down_network);
     rig_add("interface/deleted", test_interface_deleted);
     rig_add("interface/renamed", test_interface_renamed);
     rig_add("interface/mtu", test_interface_mtu);
@@ -1639,6 +2057,8 @@ int main(int argc, char **argv)
     rig_add("error/capture-ring", test_error_capture_ring);
     rig_add("error/inject", test_error_inject);
     rig_add("error/inject-network", test_error_inject_network);
+    rig_add("error/inject-gso", test_error_inject_gso);
+    rig_add("error/inject-plain", test_error_inject_plain);
     rig_add("error/out", test_error_out);
     rig_add("error/out-taken", test_error_out_taken);
     rig_add("error/in", test_error_in);
@@ -1646,6 +2066,7 @@ int main(int argc, char **argv)
     rig_add("guest/suspend", test_guest_suspend);
     rig_add("guest/set-link", test_guest_set_link);
     rig_add("guest/vhost-fails", test_guest_vhost_fails);
+    rig_add("guest/no-vhost", test_guest_no_vhost);
     rig_add("guest/ring-errors", test_guest_ring_errors);
     rig_add("memory/allocations", test_allocations);
     ret = g_test_run();

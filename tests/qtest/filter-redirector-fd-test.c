@@ -19,10 +19,13 @@
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
 #include "filter-redirector-rig.h"
+#include "libqos/virtio.h"
 #include "qapi/error.h"
 #include "qemu/atomic.h"
+#include "qemu/bswap.h"
 #include "qobject/qdict.h"
 #include "qobject/qjson.h"
+#include "standard-headers/linux/virtio_net.h"
 
 #define NOBODY "65534"
 #define AS_NOBODY "setpriv --reuid=" NOBODY " --regid=" NOBODY \
@@ -481,6 +484,435 @@ static void test_dump(void)
     fixture_close(&f);
 }
 
+/* All that is done with the sockets later */
+
+#define HDR_LEN sizeof(struct virtio_net_hdr_v1)
+#define GARBAGE_MAX (HDR_LEN + 300)
+#define GARBAGES 100
+
+/* A VM with a capture, and with an injection each for queue=all and queue=rx */
+typedef struct Later {
+    Fixture f;
+    bool captures_rx;           /* and not tx alone */
+    bool captures_stopped;
+    int rx;                     /* peer of the indev with queue=rx */
+    uint32_t number;            /* of the next frame */
+} Later;
+
+/* What the kernel has of a packet socket, and shows to whoever holds it */
+typedef struct SocketState {
+    unsigned protocol;
+    unsigned ifindex;
+    unsigned hooked;
+    socklen_t filter_len;
+    struct sock_filter filter[32];
+} SocketState;
+
+static void get_socket_state(int fd, SocketState *state)
+{
+    g_autofree char *text = NULL;
+    g_auto(GStrv) lines = NULL;
+    struct stat st;
+    bool found = false;
+
+    memset(state, 0, sizeof(*state));
+    state->filter_len = ARRAY_SIZE(state->filter);
+    g_assert_cmpint(getsockopt(fd, SOL_SOCKET, SO_GET_FILTER, state->filter,
+                               &state->filter_len), ==, 0);
+    g_assert_cmpint(fstat(fd, &st), ==, 0);
+    g_assert_true(g_file_get_contents("/proc/net/packet", &text, NULL, NULL));
+    lines = g_strsplit(text, "\n", -1);
+    for (int i = 1; lines[i] && *lines[i] && !found; i++) {
+        unsigned long inode;
+
+        g_assert_cmpint(sscanf(lines[i], "%*s %*s %*s %x %u %u %*s %*s %lu",
+                               &state->protocol, &state->ifindex,
+                               &state->hooked, &inode), ==, 4);
+        found = inode == st.st_ino;
+    }
+    g_assert_true(found);
+}
+
+static void expect_socket_state(int fd, const SocketState *want)
+{
+    SocketState got;
+
+    get_socket_state(fd, &got);
+    g_assert_cmphex(got.protocol, ==, want->protocol);
+    g_assert_cmpuint(got.ifindex, ==, want->ifindex);
+    g_assert_cmpmem(&got, sizeof(got), want, sizeof(*want));
+}
+
+/* QEMU has it then, and the test as well. */
+static int getfd_shared(Fixture *f, const char *name)
+{
+    int fd = helper_socket(f), copy = dup(fd);
+
+    g_assert_cmpint(copy, >=, 0);
+    getfd(f, name, fd);
+    return copy;
+}
+
+static int add_server(Fixture *f, const char *id)
+{
+    g_autofree char *path = g_build_filename(f->dir, id, NULL);
+
+    qtest_qmp_assert_success(f->qts, "{'execute': 'chardev-add', 'arguments':"
+                             " {'id': %s, 'backend': {'type': 'socket',"
+                             "  'data': {'addr': {'type': 'unix', 'data':"
+                             "  {'path': %s}}, 'wait': false}}}}", id, path);
+    return connect_to(f, id);
+}
+
+static void wait_hooked(Fixture *f, int count)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (packet_sockets(f->ifname, ETH_P_ALL, 1) != count) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        g_usleep(1000);
+    }
+}
+
+static void wait_vhost(Fixture *f, bool started)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (vhost_started(f) != started) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+static void rx_send(Later *l, uint32_t first, uint32_t count)
+{
+    int in = l->f.in;
+
+    l->f.in = l->rx;
+    in_send(&l->f, first, count);
+    l->f.in = in;
+}
+
+/* Both ways, and each object */
+static void expect_all_works(Later *l)
+{
+    Fixture *f = &l->f;
+    uint32_t n = l->number;
+
+    guest_post(f, 20);
+    host_send(f, n, 10);
+    expect_out(f, n, 10);
+    expect_guest(f, n, 10);
+    guest_send(f, n + 10, 10);
+    expect_host(f, n + 10, 10);
+    if (l->captures_rx) {
+        expect_out(f, n + 10, 10);
+    }
+    in_send(f, n + 20, 10);
+    expect_guest(f, n + 20, 10);
+    expect_host(f, n + 20, 10);
+    rx_send(l, n + 30, 10);
+    expect_host(f, n + 30, 10);
+    l->number = n + 40;
+}
+
+static void switch_status(Later *l)
+{
+    static const char *const ids[] = { "cap", "inj", "injrx" };
+
+    for (int i = 0; i < ARRAY_SIZE(ids); i++) {
+        set_status(&l->f, ids[i], "off");
+    }
+    /* So that it must be bound once more */
+    wait_hooked(&l->f, 0);
+    for (int i = 0; i < ARRAY_SIZE(ids); i++) {
+        set_status(&l->f, ids[i], "on");
+    }
+    expect_all_works(l);
+}
+
+static void reconnect_out(Later *l)
+{
+    close(l->f.out);
+    expect_connected(&l->f, "out", false);
+    wait_hooked(&l->f, 0);
+    l->f.out = connect_to(&l->f, "out");
+    expect_source(&l->f, "cap", "packet-socket");
+    expect_all_works(l);
+}
+
+/* What comes while the VM is stopped waits for the guest. */
+static void stop_and_cont(Later *l)
+{
+    Fixture *f = &l->f;
+
+    vm_stop(f);
+    if (!l->captures_stopped) {
+        wait_hooked(f, 0);
+    }
+    host_send(f, l->number, 1);
+    if (l->captures_stopped) {
+        expect_out(f, l->number, 1);
+    }
+    vm_cont(f);
+    guest_post(f, 1);
+    expect_guest(f, l->number++, 1);
+    expect_source(f, "cap", "packet-socket");
+    expect_all_works(l);
+}
+
+static void switch_fallback(Later *l)
+{
+    Fixture *f = &l->f;
+
+    /* A filter-buffer would wait for QEMU's clock, which stands still. */
+    add(f, "'qom-type': 'filter-rewriter', 'id': 'rew', 'netdev': 'n0',"
+        " 'vnet_hdr_support': true");
+    for (int i = 0; i < 2; i++) {
+        wait_vhost(f, false);
+        expect_all_works(l);
+        set_status(f, "rew", "off");
+        wait_vhost(f, true);
+        expect_all_works(l);
+        set_status(f, "rew", "on");
+    }
+    wait_vhost(f, false);
+    del_object(f, "rew");
+    wait_vhost(f, true);
+    expect_all_works(l);
+}
+
+/* A packet of IPv4 with @len bytes behind the IP header, to be cut */
+static size_t make_gso(uint8_t *record, uint8_t type, uint8_t protocol,
+                       size_t hdr_len, uint16_t csum_offset, size_t len)
+{
+    const size_t ip_at = 8 + HDR_LEN + ETH_HLEN, l4_at = ip_at + 20;
+    struct virtio_net_hdr_v1 hdr = {
+        .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
+        .gso_type = type,
+        .hdr_len = cpu_to_le16(ETH_HLEN + 20 + hdr_len),
+        .gso_size = cpu_to_le16(1000),
+        .csum_start = cpu_to_le16(ETH_HLEN + 20),
+        .csum_offset = cpu_to_le16(csum_offset),
+    };
+    uint8_t *ip = record + ip_at;
+
+    memset(record, 0, l4_at + len);
+    stl_be_p(record, HDR_LEN + ETH_HLEN + 20 + len);
+    stl_be_p(record + 4, HDR_LEN);
+    memcpy(record + 8, &hdr, sizeof(hdr));
+    make_frame(record + 8 + HDR_LEN, 0);
+    stw_be_p(ip - 2, ETH_P_IP);
+    memset(ip, 0, FRAME_LEN - ETH_HLEN);
+    ip[0] = 0x45;
+    stw_be_p(ip + 2, 20 + len);
+    ip[8] = 64;
+    ip[9] = protocol;
+    if (protocol == IPPROTO_TCP) {
+        record[l4_at + 12] = 0x50;
+    } else {
+        stw_be_p(record + l4_at + 4, len);
+    }
+    return l4_at + len;
+}
+
+/*
+ * Of one kind of them QEMU makes the segments by itself, the other one the
+ * kernel cuts, behind its queueing discipline.
+ */
+static void inject_gso(Later *l)
+{
+    uint64_t before = counter(&l->f, "inj", "inject-packets");
+    uint8_t record[4096], frame[BUFFER_LEN];
+    size_t size;
+
+    guest_post(&l->f, 7);
+    size = make_gso(record, VIRTIO_NET_HDR_GSO_TCPV4, IPPROTO_TCP, 20, 16,
+                    20 + 3000);
+    g_assert_cmpint(write(l->f.in, record, size), ==, size);
+    for (int i = 0; i < 3; i++) {
+        g_assert_cmpuint(guest_read_frame(&l->f, frame, sizeof(frame)), ==,
+                         ETH_HLEN + 20 + 20 + 1000);
+    }
+    /* 1000 bytes, in fragments of IP that are as long as their unit allows */
+    size = make_gso(record, VIRTIO_NET_HDR_GSO_UDP, IPPROTO_UDP, 8, 6,
+                    8 + 3000);
+    g_assert_cmpint(write(l->f.in, record, size), ==, size);
+    for (int i = 0; i < 4; i++) {
+        g_assert_cmpuint(guest_read_frame(&l->f, frame, sizeof(frame)), ==,
+                         ETH_HLEN + 20 + (i < 3 ? 1000 : 8));
+    }
+    wait_counter(&l->f, "inj", "inject-packets", before + 2);
+    expect_all_works(l);
+}
+
+/* A virtio-net header and a frame, neither of which needs to make sense */
+static size_t make_garbage(uint8_t *buf, size_t hdr_len)
+{
+    static const uint16_t types[] = {
+        ETH_P_IP, ETH_P_IPV6, ETH_P_8021Q, ETH_P_8021AD, 0, 0xffff,
+    };
+    size_t size = g_test_rand_int_range(HDR_LEN + 1, GARBAGE_MAX + 1);
+
+    for (size_t i = 0; i < size; i++) {
+        buf[i] = g_test_rand_int();
+    }
+    if (g_test_rand_bit()) {
+        memset(buf, 0, HDR_LEN);
+    }
+    buf[1] &= 0x87;             /* GSO, of a kind that there is */
+    /* The frames that the test waits for are of another type. */
+    if (size >= hdr_len + ETH_HLEN) {
+        stw_be_p(buf + hdr_len + 2 * ETH_ALEN,
+                 types[g_test_rand_int_range(0, ARRAY_SIZE(types))]);
+    }
+    return size;
+}
+
+static void guest_send_garbage(Fixture *f)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint64_t addr = guest_alloc(&f->alloc, GARBAGE_MAX);
+    uint8_t buf[GARBAGE_MAX];
+    size_t size = make_garbage(buf, HDR_LEN);
+    uint32_t head, len;
+
+    qtest_memwrite(f->qts, addr, buf, size);
+    head = qvirtqueue_add(f->qts, f->guest.tx, addr, size, false, false);
+    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
+    while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    guest_free(&f->alloc, addr);
+}
+
+static void in_send_garbage(Fixture *f)
+{
+    uint8_t record[8 + GARBAGE_MAX];
+    size_t hdr_len = g_test_rand_bit() ? HDR_LEN : g_test_rand_int_range(0, 32);
+    size_t size = make_garbage(record + 8, hdr_len);
+
+    stl_be_p(record, size);
+    stl_be_p(record + 4, hdr_len);
+    g_assert_cmpint(write(f->in, record, 8 + size), ==, 8 + size);
+}
+
+static bool is_frame(const uint8_t *frame, uint32_t number)
+{
+    return lduw_be_p(frame + 2 * ETH_ALEN) == TEST_ETHERTYPE &&
+           frame_number(frame) == number;
+}
+
+/* What of the garbage is a frame nevertheless comes before the good one. */
+static void send_garbage(Later *l)
+{
+    uint8_t frame[BUFFER_LEN] = { }, header[24];
+    Fixture *f = &l->f;
+    uint32_t header_len;
+
+    for (int i = 0; i < GARBAGES; i++) {
+        guest_send_garbage(f);
+    }
+    guest_send(f, l->number, 1);
+    expect_host(f, l->number, 1);
+    while (l->captures_rx && !is_frame(frame, l->number)) {
+        read_stream(f->out, frame, sizeof(frame), header, &header_len);
+    }
+    l->number++;
+
+    for (int i = 0; i < GARBAGES; i++) {
+        in_send_garbage(f);
+    }
+    in_send(f, l->number, 1);
+    do {
+        guest_post(f, 1);
+        guest_read_frame(f, frame, sizeof(frame));
+    } while (!is_frame(frame, l->number));
+    expect_host(f, l->number++, 1);
+
+    /* No frame at all */
+    memset(header, 0xff, sizeof(header));
+    g_assert_cmpint(write(f->in, header, sizeof(header)), ==, sizeof(header));
+    expect_connected(f, "in", false);
+    close(f->in);
+    f->in = connect_to(f, "in");
+    expect_connected(f, "in", true);
+    expect_all_works(l);
+}
+
+static void run_later(const char *queue, bool stopped)
+{
+    static const struct {
+        const char *name;
+        void (*func)(Later *l);
+    } steps[] = {
+        { "status off and on", switch_status },
+        { "outdev's peer reconnects", reconnect_out },
+        { "stop and cont", stop_and_cont },
+        { "a filter that needs the chain", switch_fallback },
+        { "GSO frames", inject_gso },
+        { "malformed frames", send_garbage },
+    };
+    g_autofree char *capture = g_strdup_printf(
+        QMP_CAPTURE "'queue': '%s', 'packet-fd': 'c',"
+        " 'enable_when_stopped': %s", queue, stopped ? "true" : "false");
+    Later l = {
+        .captures_rx = !g_str_equal(queue, "tx"),
+        .captures_stopped = stopped,
+    };
+    Fixture *f = &l.f;
+    g_autofree char *rx_path = NULL;
+    SocketState captured, injected;
+    int cap, inj;
+
+    start(f, "");
+    rx_path = g_build_filename(f->dir, "rx", NULL);
+    guest_start(f);
+    cap = getfd_shared(f, "c");
+    add(f, capture);
+    inj = getfd_shared(f, "i");
+    add(f, QMP_INJECT "'queue': 'all', 'packet-fd': 'i'");
+    l.rx = add_server(f, "rx");
+    add(f, "'qom-type': 'filter-redirector', 'id': 'injrx', 'netdev': 'n0',"
+        " 'indev': 'rx', 'vnet_hdr_support': true, 'queue': 'rx'");
+    expect_all_works(&l);
+    get_socket_state(cap, &captured);
+    get_socket_state(inj, &injected);
+    g_assert_cmpuint(captured.ifindex, ==, if_nametoindex(f->ifname));
+    g_assert_cmpuint(injected.ifindex, ==, if_nametoindex(f->ifname));
+    g_assert_cmphex(captured.protocol, ==, ETH_P_ALL);
+    g_assert_cmphex(injected.protocol, !=, ETH_P_ALL);
+    g_assert_cmpint(captured.filter_len, >, 0);
+    g_assert_cmpint(injected.filter_len, >, 0);
+
+    for (int i = 0; i < ARRAY_SIZE(steps); i++) {
+        g_test_message("queue=%s: %s", queue, steps[i].name);
+        steps[i].func(&l);
+        assert_no_privilege(f);
+        expect_socket_state(cap, &captured);
+        expect_socket_state(inj, &injected);
+    }
+
+    del_object(f, "cap");
+    del_object(f, "inj");
+    del_object(f, "injrx");
+    close(cap);
+    close(inj);
+    g_assert_cmpint(sockets(f), ==, 0);
+    close(l.rx);
+    unlink(rx_path);
+    fixture_close(f);
+}
+
+static void test_later_tx(void)
+{
+    run_later("tx", false);
+}
+
+static void test_later_all(void)
+{
+    run_later("all", true);
+}
+
 /* What others get */
 
 typedef struct Flood {
@@ -811,6 +1243,8 @@ int main(int argc, char **argv)
     rig_add("getfd/mirror", test_mirror);
     rig_add("getfd/dump", test_dump);
     rig_add("fdset", test_fdset);
+    rig_add("later/tx", test_later_tx);
+    rig_add("later/all", test_later_all);
     rig_add("foreign", test_foreign);
     rig_add("bad/fd", test_bad_fd);
     rig_add("bad/second", test_bad_second);

@@ -680,6 +680,86 @@ static void test_migration_cancelled(void)
     fixture_close(&f);
 }
 
+static void *migration_drain(void *opaque)
+{
+    int fd = GPOINTER_TO_INT(opaque);
+    g_autofree uint8_t *buf = g_malloc(64 * KiB);
+
+    while (read(fd, buf, 64 * KiB) > 0) {
+        /* until test_migration_failed() shuts it down */
+    }
+    return NULL;
+}
+
+/*
+ * The same for a migration that fails: the target goes away when the VM has
+ * stopped, or there never is one.
+ */
+static void test_migration_failed(void)
+{
+    Fixture f;
+
+    fixture_start(&f, CAPTURE STOPPED_ONLY);
+    guest_start(&f);
+    guest_post(&f, 200);
+    qtest_qmp_assert_success(f.qts,
+        "{'execute': 'migrate-set-capabilities', 'arguments':"
+        " {'capabilities': [{'capability': 'pause-before-switchover',"
+        "                    'state': true}]}}");
+    for (int i = 0; i < 4; i++) {
+        bool on = i % 2 == 0;
+        uint32_t n = 50 * i, handed_over = on ? 10 : 0;
+        GThread *drain;
+        int fd[2];
+
+        g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd),
+                        ==, 0);
+        qtest_qmp_fds_assert_success(f.qts, &fd[1], 1, "{'execute': 'getfd',"
+                                     " 'arguments': {'fdname': 'target'}}");
+        close(fd[1]);
+        drain = g_thread_new("drain", migration_drain, GINT_TO_POINTER(fd[0]));
+        set_status(&f, "cap", on ? "on" : "off");
+        host_send(&f, n, 10);
+        expect_guest(&f, n, 10);
+        qtest_qmp_assert_success(f.qts, "{'execute': 'migrate', 'arguments':"
+                                 " {'uri': 'fd:target'}}");
+        expect_status(&f, "query-migrate", "pre-switchover");
+        expect_source(&f, "cap", on ? "chain" : "none");
+        host_send(&f, n + 10, handed_over);
+        expect_out(&f, n + 10, handed_over);
+        /* Nobody takes what comes now. */
+        close(f.out);
+        expect_connected(&f, "out", false);
+        host_send(&f, n + 20, 10);
+
+        shutdown(fd[0], SHUT_RDWR);
+        g_thread_join(drain);
+        close(fd[0]);
+        qtest_qmp_assert_success(f.qts, "{'execute': 'migrate-continue',"
+                                 " 'arguments': {'state': 'pre-switchover'}}");
+        expect_status(&f, "query-migrate", "failed");
+        /* QEMU goes on by itself; it is no harm to tell it so. */
+        expect_status(&f, "query-status", "running");
+        vm_cont(&f);
+        expect_source(&f, "cap", "none");
+        g_assert_true(vhost_started(&f));
+        host_send(&f, n + 30, 10);
+        expect_guest(&f, n + 20, 20);
+
+        f.out = connect_to(&f, "out");
+        qtest_qmp_assert_success(f.qts, "{'execute': 'migrate', 'arguments':"
+                                 " {'uri': 'exec:false'}}");
+        host_send(&f, n + 40, 5);
+        expect_status(&f, "query-migrate", "failed");
+        expect_status(&f, "query-status", "running");
+        host_send(&f, n + 45, 5);
+        expect_guest(&f, n + 40, 10);
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 20);
+    g_assert_cmpuint(counter(&f, "cap", "capture-interface-drops"), ==, 0);
+    fixture_close(&f);
+}
+
 /* A peer that does not read: packets wait, and go one way or the other. */
 static void test_stopped_only_slow_peer(void)
 {
@@ -2105,6 +2185,7 @@ int main(int argc, char **argv)
     rig_add("stop/stopped-only-late-peer", test_stopped_only_late_peer);
     rig_add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
     rig_add("stop/migration-cancelled", test_migration_cancelled);
+    rig_add("stop/migration-failed", test_migration_failed);
     rig_add("inject/tx", test_inject_tx);
     rig_add("inject/rx", test_inject_rx);
     rig_add("inject/all", test_inject_all);
