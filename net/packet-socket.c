@@ -849,6 +849,14 @@ uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)
 static int packet_socket_sendmmsg(PacketSocket *ps,
                                   const PacketSocketFrame *frames, size_t n)
 {
+    /*
+     * Have the kernel see the protocol from the frame.  Otherwise it would be
+     * the one that the socket is bound to, and nobody would segment it.
+     */
+    struct sockaddr_ll addr = {
+        .sll_family = AF_PACKET,
+        .sll_ifindex = ps->ifindex,
+    };
     struct iovec iov[PACKET_SOCKET_BATCH][2];
     struct mmsghdr msgs[PACKET_SOCKET_BATCH];
     int ret;
@@ -859,6 +867,8 @@ static int packet_socket_sendmmsg(PacketSocket *ps,
         iov[i][1].iov_base = (void *)frames[i].data;
         iov[i][1].iov_len = frames[i].len;
         msgs[i].msg_hdr = (struct msghdr) {
+            .msg_name = &addr,
+            .msg_namelen = sizeof(addr),
             .msg_iov = iov[i],
             .msg_iovlen = ARRAY_SIZE(iov[i]),
         };

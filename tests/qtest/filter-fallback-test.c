@@ -12,8 +12,10 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <linux/sockios.h>
 #include <linux/if_packet.h>
 #include <linux/if_ether.h>
 #include "filter-redirector-rig.h"
@@ -893,6 +895,97 @@ static void test_before_migration(void)
     fixture_close(&source);
 }
 
+/* All that was written has been read. */
+static void wait_read(int fd)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    int left;
+
+    do {
+        g_assert_cmpint(ioctl(fd, SIOCOUTQ, &left), ==, 0);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    } while (left);
+}
+
+/* What a filter has put in by then is for the guest, and it gets it. */
+static void run_injected_before_migration(const char *netdev_opts)
+{
+    g_autofree char *uri = NULL;
+    Fixture source, target;
+
+    fixture_init(&source, netdev_opts, "", "");
+    guest_start(&source);
+    guest_post(&source, 20);
+    fixture_init(&target, netdev_opts, "",
+                 "-incoming defer -object filter-redirector,id=inj,netdev=n0,"
+                 "queue=tx,indev=in,vnet_hdr_support=on,packet-socket=off");
+    in_send(&target, 0, 5);
+    wait_read(target.in);
+    uri = g_strdup_printf("unix:%s/migration", target.dir);
+    qtest_qmp_assert_success(target.qts, "{'execute': 'migrate-incoming',"
+                             " 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_assert_success(source.qts, "{'execute': 'migrate',"
+                             " 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_eventwait(target.qts, "RESUME");
+    unlink(uri + strlen("unix:"));
+    in_send(&target, 5, 5);
+    swap_qemus(&source, &target);
+    expect_guest(&source, 0, 10);
+    swap_qemus(&source, &target);
+    fixture_close(&target);
+    fixture_close(&source);
+}
+
+static void test_injected_before_migration(void)
+{
+    run_injected_before_migration("vhost=on");
+}
+
+static void test_injected_before_migration_no_vhost(void)
+{
+    run_injected_before_migration("vhost=off");
+}
+
+/*
+ * A redirector that takes all has QEMU read the TAP only from time to time.
+ * That it does so ends with the filter: vhost alone reads it then.
+ */
+static void test_paced(void)
+{
+    Fixture f;
+    uint32_t n = 0;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    /* The rig's driver uses each descriptor once. */
+    for (int i = 0; i < 6; i++) {
+        guest_post(&f, 40);
+        add_object(&f, "filter-redirector", "red",
+                   ", 'queue': 'tx', 'outdev': 'out', 'packet-socket': 'off',"
+                   " 'vnet_hdr_support': true");
+        expect_datapath(&f, "userspace", "filter 'red' is on");
+        host_send(&f, n, 100);
+        expect_out(&f, n, 100);
+        if (i % 3 < 2) {
+            set_status(&f, "red", "off");
+            wait_vhost(&f);
+            host_send(&f, n + 100, 20);
+            expect_guest(&f, n + 100, 20);
+            del_object(&f, "red");
+        } else {
+            del_object(&f, "red");
+            wait_vhost(&f);
+            host_send(&f, n + 100, 20);
+            expect_guest(&f, n + 100, 20);
+        }
+        expect_datapath(&f, "vhost", "");
+        host_send(&f, n + 120, 20);
+        expect_guest(&f, n + 120, 20);
+        n += 140;
+    }
+    fixture_close(&f);
+}
+
 /* The same at a continuation: without a filter, too, nothing is lost. */
 static void test_continued(void)
 {
@@ -1410,6 +1503,10 @@ int main(int argc, char **argv)
     rig_add("delayed", test_delayed);
     rig_add("before-driver", test_before_driver);
     rig_add("before-migration", test_before_migration);
+    rig_add("injected-before-migration", test_injected_before_migration);
+    rig_add("injected-before-migration-no-vhost",
+            test_injected_before_migration_no_vhost);
+    rig_add("paced", test_paced);
     rig_add("continued", test_continued);
     rig_add("switch/plain", test_switch);
     rig_add("switch/event-idx", test_switch_event_idx);

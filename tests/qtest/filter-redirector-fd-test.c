@@ -1075,10 +1075,15 @@ static int socket_with_ring(int ring)
 static void test_bad_fd(void)
 {
     Fixture f;
-    int tap, fd;
+    int tap, fd, fds;
 
     start(&f, "");
     guest_start(&f);
+    /* By its number it may be anything of QEMU's, and so is left as it is. */
+    fds = count_fds(&f);
+    expect_refused(&f, QMP_CAPTURE "'queue': 'tx', 'packet-fd': '0'",
+                   "'packet-fd': file descriptor 0 is not a packet socket");
+    g_assert_cmpint(count_fds(&f), ==, fds);
     expect_bad_fd(&f, open("/dev/null", O_RDWR), "is not a packet socket");
     expect_bad_fd(&f, socket(AF_INET, SOCK_DGRAM, 0),
                   "is not a packet socket");
