@@ -776,6 +776,8 @@ static void guest_send_garbage(Fixture *f)
     size_t size = make_garbage(buf, HDR_LEN);
     uint32_t head, len;
 
+    /* vhost would try one with a checksum outside the frame for ever. */
+    buf[0] &= ~VIRTIO_NET_HDR_F_NEEDS_CSUM;
     qtest_memwrite(f->qts, addr, buf, size);
     head = qvirtqueue_add(f->qts, f->guest.tx, addr, size, false, false);
     qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
@@ -809,6 +811,9 @@ static void send_garbage(Later *l)
     Fixture *f = &l->f;
     uint32_t header_len;
 
+    /* The rings are new with it. */
+    guest_stop(f);
+    guest_start(f);
     for (int i = 0; i < GARBAGES; i++) {
         guest_send_garbage(f);
     }
@@ -836,6 +841,8 @@ static void send_garbage(Later *l)
     close(f->in);
     f->in = connect_to(f, "in");
     expect_connected(f, "in", true);
+    guest_stop(f);
+    guest_start(f);
     expect_all_works(l);
 }
 

@@ -404,6 +404,8 @@ void guest_post(Fixture *f, int count)
         uint32_t head = qvirtqueue_add(f->qts, f->guest.rx, addr, BUFFER_LEN,
                                        true, false);
 
+        /* libqos uses each descriptor once. */
+        g_assert_cmpuint(head, <, ARRAY_SIZE(f->guest.buffer));
         f->guest.buffer[head] = addr;
         qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.rx, head);
     }
