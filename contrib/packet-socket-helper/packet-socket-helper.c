@@ -14,9 +14,9 @@
  *   packet-socket-helper --ifname=IF --as=FD... COMMAND [ARGUMENT]...
  *      Run COMMAND without any capability, with a socket as each of the FDs.
  *
- * It needs CAP_NET_RAW, by its parent's ambient capabilities or as root.  Before
- * Linux 5.17 what it opens can only capture.  It does not ask who may have
- * sockets of which interface, so do not give the file capabilities.
+ * It needs CAP_NET_RAW, by its parent's ambient capabilities or as root.
+ * Before Linux 5.17 what it opens can only capture.  It does not ask who may
+ * have sockets of which interface, so do not give the file capabilities.
  */
 
 #include "qemu/osdep.h"
