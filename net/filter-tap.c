@@ -112,6 +112,9 @@
  */
 #define LINGER_MS 1000
 
+/* Between two looks at an interface that is down. */
+#define INTERFACE_DOWN_MS 1000
+
 /* Room for the segments that are sent at a time, in bytes. */
 #define INJECT_SEGMENTS_SIZE (128 * KiB)
 
@@ -195,6 +198,7 @@ struct FilterTapEndpoints {
     FilterTapSource source;
     QEMUBH *flush_bh;
     QEMUTimer *linger;
+    QEMUTimer *interface_timer;
     bool capture_polled;
     bool tap_paused;
     bool interface_lost;
@@ -398,18 +402,34 @@ static bool filter_tap_header_swapped(FilterTapEndpoints *ep)
            filter_tap_get_other_order(ep->nf->netdev, &value) && value;
 }
 
-static void filter_tap_capture_error(FilterTapEndpoints *ep, int err)
+/*
+ * Down or gone?  Down is like a cable that is unplugged.  The kernel does not
+ * tell when an interface that is down is deleted.
+ */
+static void filter_tap_check_interface(void *opaque)
 {
-    char name[IF_NAMESIZE];
+    FilterTapEndpoints *ep = opaque;
+    struct ifreq ifr = { };
 
-    trace_filter_tap_capture_error(ep->ifname, err);
-    /* Down or gone?  Down is like a cable that is unplugged. */
-    if (!if_indextoname(ep->ifindex, name) && !ep->interface_lost) {
+    if (ep->interface_lost) {
+        return;
+    }
+    if (!if_indextoname(ep->ifindex, ifr.ifr_name)) {
         ep->interface_lost = true;
         warn_report("netdev '%s': interface '%s' is gone, and nothing can be "
                     "captured from it any more", ep->nf->netdev_id,
                     ep->ifname);
+    } else if (ioctl(packet_socket_fd(ep->capture), SIOCGIFFLAGS, &ifr) < 0 ||
+               !(ifr.ifr_flags & IFF_UP)) {
+        timer_mod(ep->interface_timer,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + INTERFACE_DOWN_MS);
     }
+}
+
+static void filter_tap_capture_error(FilterTapEndpoints *ep, int err)
+{
+    trace_filter_tap_capture_error(ep->ifname, err);
+    filter_tap_check_interface(ep);
 }
 
 /* A sink gets frames as they would be sent, but in one piece. */
@@ -1477,6 +1497,8 @@ static void filter_tap_start(FilterTapEndpoints *ep)
     filter_tap_look.endpoints++;
     if (ep->captures) {
         ep->linger = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_unhook, ep);
+        ep->interface_timer = timer_new_ms(QEMU_CLOCK_REALTIME,
+                                           filter_tap_check_interface, ep);
         filter_tap_update_tx_dropped(ep);
         ep->tx_dropped = 0;
     }
@@ -1649,6 +1671,7 @@ void filter_tap_cleanup(FilterTap *ft)
     if (ep->captures) {
         filter_tap_set_source(ep, FILTER_TAP_NONE);
         timer_free(ep->linger);
+        timer_free(ep->interface_timer);
         ep->captures = false;
     }
     if (ep->chr_out) {

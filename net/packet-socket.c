@@ -1041,6 +1041,8 @@ int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
 
     n = packet_socket_count_whole(ps, frames, MIN(n, PACKET_SOCKET_BATCH));
     if (n) {
+        /* In case that packet_socket_send_plain() could not. */
+        packet_socket_set_bypass(ps, true, NULL);
         ret = packet_socket_sendmmsg(ps, frames, n);
     }
     if (ret == -ENOBUFS) {

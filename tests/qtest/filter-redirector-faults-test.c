@@ -936,6 +936,27 @@ static void test_interface_deleted(void)
     messages_end(messages);
 }
 
+/* Of this the kernel does not tell the packet socket. */
+static void test_interface_down_deleted(void)
+{
+    char *messages = messages_begin();
+    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
+    Vm vm;
+
+    vm_start(&vm, args);
+    guest_begin(&vm);
+    expect_working(&vm);
+    set_interface_up(vm.f.ifname, false);
+    in_send(&vm.f, 0, 3);
+    wait_counter(&vm.f, "inj", "inject-interface-drops", 3);
+    expect_message(messages, 0, "netdev 'n0'");
+    ip("link del %s", vm.f.ifname);
+    expect_message(messages, 1, GONE, vm.f.ifname);
+    expect_idle(&vm, "the interface is gone");
+    vm_quit(&vm);
+    messages_end(messages);
+}
+
 static void test_interface_renamed(void)
 {
     uint64_t drops;
@@ -2047,6 +2068,7 @@ int main(int argc, char **argv)
     rig_add("interface/down", test_interface_down);
     rig_add("interface/down-network", test_interface_down_network);
     rig_add("interface/deleted", test_interface_deleted);
+    rig_add("interface/down-deleted", test_interface_down_deleted);
     rig_add("interface/renamed", test_interface_renamed);
     rig_add("interface/mtu", test_interface_mtu);
     rig_add("interface/mac", test_interface_mac);
