@@ -318,7 +318,8 @@ def gnuplot(path, lines):
         say(f'gnuplot could not make {path}: {done.stdout.strip()}')
         return
     lines = path.read_text().rstrip('\n').split('\n')
-    lines.insert(1, '<!-- SPDX-License-Identifier: GPL-2.0-or-later -->')
+    # checkpatch takes what is behind the licence for another one.
+    lines[1:1] = ['<!--', 'SPDX-License-Identifier: GPL-2.0-or-later', '-->']
     path.write_text(''.join(f'{line.expandtabs().rstrip()}\n'
                             for line in lines))
 
