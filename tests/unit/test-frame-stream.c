@@ -1430,13 +1430,31 @@ static GByteArray *meanwhile_run(Meanwhile *m)
     return m->peer.got;
 }
 
+/*
+ * The same, with so many runs while somebody waits.  The peer may have been
+ * too fast for that, and then once more.
+ */
+static GByteArray *meanwhile_run_waiting(Meanwhile *m, unsigned least)
+{
+    const unsigned discard_at = m->discard_at;
+    GByteArray *got = meanwhile_run(m);
+
+    for (int i = 0; i < 50 && m->runs_waiting < least; i++) {
+        g_byte_array_unref(got);
+        link_free(m->link);
+        *m = (Meanwhile) { .discard_at = discard_at };
+        got = meanwhile_run(m);
+    }
+    g_assert_cmpuint(m->runs_waiting, >=, least);
+    return got;
+}
+
 /* What is staged meanwhile is behind. */
 static void test_writer_flush_wait_nested(void)
 {
     Meanwhile m = {};
-    g_autoptr(GByteArray) got = meanwhile_run(&m);
+    g_autoptr(GByteArray) got = meanwhile_run_waiting(&m, 11);
 
-    g_assert_cmpuint(m.runs_waiting, >, 10);
     g_assert_cmpuint(got->len, ==, m.link->expected->len);
     g_assert(!memcmp(got->data, m.link->expected->data, got->len));
     link_free(m.link);
@@ -1450,11 +1468,10 @@ static void test_writer_flush_wait_discard(void)
 {
     for (int run = 1; run <= 40; run += 3) {
         Meanwhile m = { .discard_at = run };
-        g_autoptr(GByteArray) got = meanwhile_run(&m);
+        g_autoptr(GByteArray) got = meanwhile_run_waiting(&m, run);
         size_t at = 0, lost = 0;
         GByteArray *expected = m.link->expected;
 
-        g_assert_cmpuint(m.runs_waiting, >=, run);
         g_assert_cmpuint(m.discarded, >, 0);
         for (size_t from = 0; from < expected->len;) {
             size_t size = 8 + ldl_be_p(expected->data + from);
