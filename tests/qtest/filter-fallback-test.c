@@ -866,10 +866,21 @@ static void swap_qemus(Fixture *a, Fixture *b)
     b->qts = qts;
 }
 
+static void migrate_to(Fixture *source, Fixture *target)
+{
+    g_autofree char *uri = g_strdup_printf("unix:%s/migration", target->dir);
+
+    qtest_qmp_assert_success(target->qts, "{'execute': 'migrate-incoming',"
+                             " 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_assert_success(source->qts, "{'execute': 'migrate',"
+                             " 'arguments': {'uri': %s}}", uri);
+    qtest_qmp_eventwait(target->qts, "RESUME");
+    unlink(uri + strlen("unix:"));
+}
+
 /* The same when the driver comes with a migration: no frame comes damaged. */
 static void test_before_migration(void)
 {
-    g_autofree char *uri = NULL;
     Fixture source, target;
 
     fixture_start(&source, "");
@@ -877,13 +888,7 @@ static void test_before_migration(void)
     guest_post(&source, 20);
     fixture_start(&target, "-incoming defer");
     host_send_taken(&target, 0, 10);
-    uri = g_strdup_printf("unix:%s/migration", target.dir);
-    qtest_qmp_assert_success(target.qts, "{'execute': 'migrate-incoming',"
-                             " 'arguments': {'uri': %s}}", uri);
-    qtest_qmp_assert_success(source.qts, "{'execute': 'migrate',"
-                             " 'arguments': {'uri': %s}}", uri);
-    qtest_qmp_eventwait(target.qts, "RESUME");
-    unlink(uri + strlen("unix:"));
+    migrate_to(&source, &target);
 
     wait_vhost(&target);
     host_send(&target, 10, 10);
@@ -910,7 +915,6 @@ static void wait_read(int fd)
 /* What a filter has put in by then is for the guest, and it gets it. */
 static void run_injected_before_migration(const char *netdev_opts)
 {
-    g_autofree char *uri = NULL;
     Fixture source, target;
 
     fixture_init(&source, netdev_opts, "", "");
@@ -921,13 +925,7 @@ static void run_injected_before_migration(const char *netdev_opts)
                  "queue=tx,indev=in,vnet_hdr_support=on,packet-socket=off");
     in_send(&target, 0, 5);
     wait_read(target.in);
-    uri = g_strdup_printf("unix:%s/migration", target.dir);
-    qtest_qmp_assert_success(target.qts, "{'execute': 'migrate-incoming',"
-                             " 'arguments': {'uri': %s}}", uri);
-    qtest_qmp_assert_success(source.qts, "{'execute': 'migrate',"
-                             " 'arguments': {'uri': %s}}", uri);
-    qtest_qmp_eventwait(target.qts, "RESUME");
-    unlink(uri + strlen("unix:"));
+    migrate_to(&source, &target);
     in_send(&target, 5, 5);
     swap_qemus(&source, &target);
     expect_guest(&source, 0, 10);

@@ -843,14 +843,23 @@ static void expect_working(Vm *vm)
 #define NOT_CAPTURED "netdev 'n0': nothing is captured: could not bind a " \
                      "packet socket to interface '%s': No such device\n"
 
-static void test_interface_down(void)
+/* Returns where to find what it says, for messages_end(). */
+static char *vm_start_heard(Vm *vm)
 {
     char *messages = messages_begin();
     g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
+
+    vm_start(vm, args);
+    guest_begin(vm);
+    return messages;
+}
+
+static void test_interface_down(void)
+{
+    char *messages;
     Vm vm;
 
-    vm_start(&vm, args);
-    guest_begin(&vm);
+    messages = vm_start_heard(&vm);
     for (int i = 0; i < amount(2, 20); i++) {
         set_interface_up(vm.f.ifname, false);
         in_send(&vm.f, 0, 3);
@@ -900,12 +909,10 @@ static void test_interface_down_network(void)
 
 static void test_interface_deleted(void)
 {
-    char *messages = messages_begin();
-    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
+    char *messages;
     Vm vm;
 
-    vm_start(&vm, args);
-    guest_begin(&vm);
+    messages = vm_start_heard(&vm);
     expect_working(&vm);
     monitor_begin(&vm);
     expect_message(messages, 0, "netdev 'n0'");
@@ -939,12 +946,10 @@ static void test_interface_deleted(void)
 /* Of this the kernel does not tell the packet socket. */
 static void test_interface_down_deleted(void)
 {
-    char *messages = messages_begin();
-    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
+    char *messages;
     Vm vm;
 
-    vm_start(&vm, args);
-    guest_begin(&vm);
+    messages = vm_start_heard(&vm);
     expect_working(&vm);
     set_interface_up(vm.f.ifname, false);
     in_send(&vm.f, 0, 3);
@@ -1054,8 +1059,7 @@ static void test_interface_mac(void)
 /* To another network namespace, and back */
 static void test_interface_netns(void)
 {
-    char *messages = messages_begin();
-    g_autofree char *args = g_strdup_printf(BOTH " 2>%s", messages);
+    char *messages;
     int own = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     int there;
     QDict *rsp;
@@ -1065,8 +1069,7 @@ static void test_interface_netns(void)
     there = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     g_assert_cmpint(setns(own, CLONE_NEWNET), ==, 0);
 
-    vm_start(&vm, args);
-    guest_begin(&vm);
+    messages = vm_start_heard(&vm);
     expect_working(&vm);
     monitor_begin(&vm);
     ip("link set %s netns /proc/%d/fd/%d", vm.f.ifname, getpid(), there);
