@@ -106,8 +106,10 @@ class QemuContestant:
     """
 
     def __init__(self, name, binary, directory, source, taps=1,
-                 inject=True, trace=None, guest=None, queue='tx', steer=True):
+                 inject=True, trace=None, guest=None, queue='tx', steer=True,
+                 memory=None):
         self.name = name
+        self.memory = memory    # buffer-size, or None: the default
         self.queue = queue      # of the capture
         self.source = source
         self.product = binary.product
@@ -149,7 +151,8 @@ class QemuContestant:
 
     def capture_options(self, i):
         return self.stream(f'out{i}', self.out[i]) + self.redirector(
-            f'cap{i}', f'n{i}', self.queue, f'outdev=out{i}' + self.where())
+            f'cap{i}', f'n{i}', self.queue, f'outdev=out{i}' + self.where() +
+            (f',buffer-size={self.memory}' if self.memory else ''))
 
     def inject_options(self, i):
         # What the chain injects toward the guest needs a guest.
