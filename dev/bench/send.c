@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <net/if.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,13 +36,16 @@ typedef struct Load {
     uint8_t *stream;
 } Load;
 
-/* Frame I of all goes to the target I % targets, as its I / targets. */
-static void stamp(Load *load, Head *head, uint64_t i)
+/*
+ * Frame I of all goes to the target I % targets, as its I / targets.  Those of
+ * one call were sent when the call begins, at @ns.
+ */
+static void stamp(Load *load, Head *head, uint64_t i, uint64_t ns)
 {
     uint32_t flow = i % load->options->targets;
 
     head->record.flow = flow;
-    head_stamp(head, i / load->options->targets, now_ns());
+    head_stamp(head, i / load->options->targets, ns);
 }
 
 typedef void Emit(Load *load, uint64_t first, unsigned count);
@@ -167,18 +171,20 @@ static void emit_packets(Load *load, uint64_t first, unsigned count)
 {
     const Options *o = load->options;
     struct mmsghdr message[MAX_BATCH];
-    struct iovec iov[MAX_BATCH][3];
+    struct iovec iov[MAX_BATCH][2];
+    uint64_t now = now_ns();
     unsigned done = 0;
 
     for (unsigned i = 0; i < count; i++) {
         Head *head = &load->head[i];
 
-        stamp(load, head, first + i);
-        iov[i][0] = (struct iovec) { &head->vnet, sizeof(head->vnet) };
-        iov[i][1] = (struct iovec) { head->frame, head->len };
-        iov[i][2] = (struct iovec) { body, o->size - head->len };
+        stamp(load, head, first + i, now);
+        iov[i][0] = (struct iovec) {
+            head, offsetof(Head, frame) + head->len
+        };
+        iov[i][1] = (struct iovec) { body, o->size - head->len };
         message[i] = (struct mmsghdr) {
-            .msg_hdr = { .msg_iov = iov[i], .msg_iovlen = 3 },
+            .msg_hdr = { .msg_iov = iov[i], .msg_iovlen = 2 },
         };
     }
     while (done < count) {
@@ -232,13 +238,14 @@ static void emit_stream(Load *load, uint64_t first, unsigned count)
     const Options *o = load->options;
     Head *head = load->head;
     size_t frame_len = 8 + sizeof(head->vnet) + o->size;
+    uint64_t now = now_ns();
 
     for (unsigned i = 0; i < count; i++) {
         unsigned flow = (first + i) % o->targets;
         uint8_t *at = load->stream + i * frame_len;
         size_t done = 0, len = frame_len;
 
-        stamp(load, head, first + i);
+        stamp(load, head, first + i, now);
         memcpy(at + 8 + sizeof(head->vnet), head->frame, head->len);
         if (o->targets == 1) {
             if (i + 1 < count) {

@@ -52,7 +52,7 @@ typedef struct Record {
 /* A frame up to its body, which is of no interest. */
 typedef struct Head {
     struct virtio_net_hdr vnet;
-    uint8_t frame[54 + sizeof(Record)];
+    uint8_t frame[54 + sizeof(Record)];     /* right behind it */
     size_t len;             /* bytes used of @frame */
     Record record;          /* its last bytes, see head_stamp() */
 } Head;
