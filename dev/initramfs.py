@@ -37,13 +37,14 @@ def find_kernel(version=None):
     """
     Return (VERSION, path of its file): the kernel that all tools use, or the
     newest of those whose version begins with the numbers of VERSION, or the
-    newest of all if VERSION is 'newest'.
+    newest of all if VERSION is 'newest', which is none that all tools use.
     """
     def numbers(name):
         return [int(number) for number in re.findall(r'\d+', name)]
 
     images = {}
-    for root in (ROOT, KERNELS) if version else (ROOT,):
+    roots = {None: (ROOT,), 'newest': (KERNELS,)}
+    for root in roots.get(version, (ROOT, KERNELS)):
         images.update((path.name.partition('-')[2], path)
                       for path in root.glob('boot/vmlinuz-*'))
         # Where Debian has it since 7.2.
