@@ -16,8 +16,8 @@
  *   - A frame that the host sends or inj injects comes to the guest or to
  *     sav's peer, once, and in order.  None is lost, but for those that sav
  *     has taken and is deleted with, while it has no peer; and for one each
- *     time that a migration without any redirector ends: the VM stops once
- *     more then, and net.c drops the one that QEMU had read.
+ *     time that a migration stops the VM, or ends, without any redirector:
+ *     net.c drops the one that QEMU had read.
  *   - From when cap's source is packet-socket until the command that ends it,
  *     each frame comes to its peer, once and in order, unless the kernel says
  *     that it dropped some because the peer did not read; and no other comes.
@@ -109,7 +109,8 @@ typedef struct Life {
     uint64_t sav_frames;
     uint64_t sav_taken;     /* by those that are deleted */
     uint64_t sav_lost;
-    unsigned exposed;       /* times that a migration without any ended */
+    unsigned exposed;       /* times that a migration had none */
+    bool exposed_before;    /* since this one began */
 
     Redirector inj;
     uint8_t inj_rest[RECORD];
@@ -807,7 +808,20 @@ static const struct {
 
 static bool is_exposed(Life *l)
 {
-    return !l->running && !l->cap.exists && !l->sav.exists && !l->inj.exists;
+    return !l->cap.exists && !l->sav.exists && !l->inj.exists;
+}
+
+/* Count what QEMU may have read and dropped. */
+static void count_exposed(Life *l, bool was_exposed, bool (*func)(Life *l))
+{
+    if (func == do_migrate) {
+        l->exposed_before = was_exposed;
+        l->exposed += was_exposed;
+    } else if (func == do_cancel || func == do_complete) {
+        l->exposed += was_exposed && !l->exposed_before;
+    } else if (!is_exposed(l)) {
+        l->exposed_before = false;
+    }
 }
 
 /* Before cap becomes active: what came at last of the time before */
@@ -858,8 +872,7 @@ static void command(Life *l, unsigned i)
             tell(l);
         }
     }
-    l->exposed += was_exposed && (commands[i].func == do_cancel ||
-                                  commands[i].func == do_complete);
+    count_exposed(l, was_exposed, commands[i].func);
 }
 
 static unsigned draw(Life *l)
