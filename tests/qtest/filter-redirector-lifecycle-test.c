@@ -505,6 +505,17 @@ static uint64_t injected(Life *l)
                               counter(&l->f, "inj", "inject-packets") : 0);
 }
 
+/* The last of the frames that have come nowhere */
+static void tell_missing(const char *what, const uint8_t *where, uint32_t n)
+{
+    for (int told = 0; n && told < 8;) {
+        if (!where[--n]) {
+            g_test_message("%s %u has come nowhere", what, n);
+            told++;
+        }
+    }
+}
+
 /* Wait until each frame that went into the TAP is taken or at the guest. */
 static void settle(Life *l)
 {
@@ -521,6 +532,8 @@ static void settle(Life *l)
                            " at the guest, %" PRIu64 " taken; may be lost: %u",
                            sent(l), injected(l), l->guest_frames, taken(l),
                            l->exposed);
+            tell_missing("frame", l->where, sent(l));
+            tell_missing("injected frame", l->where_injected, l->inj_sent);
             tell(l);
         }
     } while (out + l->exposed < in);
