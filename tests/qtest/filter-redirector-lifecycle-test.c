@@ -16,8 +16,7 @@
  *   - A frame that the host sends or inj injects comes to the guest or to
  *     sav's peer, once, and in order.  None is lost, but for those that sav
  *     has taken and is deleted with, while it has no peer; and for one each
- *     time that a migration stops the VM, or ends, without any redirector:
- *     net.c drops the one that QEMU had read.
+ *     time that a migration stops the VM, or ends, without any redirector.
  *   - From when cap's source is packet-socket until the command that ends it,
  *     each frame comes to its peer, once and in order, unless the kernel says
  *     that it dropped some because the peer did not read; and no other comes.
@@ -824,7 +823,7 @@ static bool is_exposed(Life *l)
     return !l->cap.exists && !l->sav.exists && !l->inj.exists;
 }
 
-/* Count what QEMU may have read and dropped. */
+/* Count what may be lost without any redirector. */
 static void count_exposed(Life *l, bool was_exposed, bool (*func)(Life *l))
 {
     if (func == do_migrate) {
