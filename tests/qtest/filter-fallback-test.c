@@ -843,6 +843,45 @@ static void test_delayed(void)
     fixture_close(&f);
 }
 
+/* A stop drops the one that waits, but not if a redirector takes it. */
+static void test_delayed_stop(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    for (int take = 0; take < 2; take++) {
+        uint32_t n = take * 20;
+
+        add_object(&f, "filter-rewriter", "rew", "");
+        host_send_taken(&f, n, 10);
+        del_object(&f, "rew");
+        expect_datapath(&f, "userspace", "packets wait in QEMU");
+        if (take) {
+            add_object(&f, "filter-redirector", "red",
+                       ", 'queue': 'tx', 'outdev': 'out',"
+                       " 'vnet_hdr_support': true,"
+                       " 'enable_when_running': false,"
+                       " 'enable_when_stopped': true");
+        }
+        vm_stop(&f);
+        if (take) {
+            expect_out(&f, n, 10);
+        }
+        vm_cont(&f);
+        /* It shall have no buffer left then. */
+        guest_post(&f, take ? 10 : 19);
+        wait_vhost(&f);
+        host_send(&f, n + 10, 10);
+        if (take) {
+            expect_guest(&f, n + 10, 10);
+        } else {
+            expect_guest(&f, n + 1, 19);
+        }
+    }
+    fixture_close(&f);
+}
+
 /* What QEMU has taken before there is a driver does not come, but all else. */
 static void test_before_driver(void)
 {
@@ -1501,6 +1540,7 @@ int main(int argc, char **argv)
     rig_add("held", test_held);
     rig_add("left-over", test_left_over);
     rig_add("delayed", test_delayed);
+    rig_add("delayed-stop", test_delayed_stop);
     rig_add("before-driver", test_before_driver);
     rig_add("before-migration", test_before_migration);
     rig_add("injected-before-migration", test_injected_before_migration);
