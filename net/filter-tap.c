@@ -606,7 +606,7 @@ static void filter_tap_unhook(void *opaque)
 
 /*
  * The filter ceases to capture by packet socket.  Whoever listens still gets
- * what came before, as far as it keeps up; nothing is left for later.
+ * what came before, as much as can be staged, in its own time.
  */
 static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
 {
@@ -615,9 +615,6 @@ static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
         filter_tap_flush(ep);
     } else {
         ep->stats.capture_peer_drops += filter_tap_discard(ep);
-    }
-    if (ep->writer) {
-        ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
     }
     filter_tap_update_kernel_drops(ep, true);
     timer_mod(ep->linger, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);

@@ -18,7 +18,8 @@
  *     has taken and is deleted with, while it has no peer.
  *   - From when cap's source is packet-socket until the command that ends it,
  *     each frame comes to its peer, once and in order, unless the kernel says
- *     that it dropped some because the peer did not read; and no other comes.
+ *     that it dropped some because the peer did not read, or cap is deleted
+ *     before the peer has read them; and no other comes.
  *   - inj injects all that its peer sends, unless it was deleted or the peer
  *     left before QEMU had read it.
  *   - QEMU has no more file descriptors than before.
@@ -100,6 +101,8 @@ typedef struct Life {
     uint32_t cap_next_guest;
     uint64_t cap_gaps;      /* frames that did not come */
     uint64_t cap_frames;
+    uint64_t cap_connected; /* packets that it had when the peer came */
+    uint64_t cap_received;  /* by this peer */
 
     Redirector sav;
     uint32_t sav_next;
@@ -221,6 +224,7 @@ static void cap_frame(Life *l, uint32_t number)
 {
     g_assert_cmphex(number & INJECTED, ==, 0);
     l->cap_frames++;
+    l->cap_received++;
     if (number & FROM_GUEST) {
         number &= ~FROM_GUEST;
         g_assert_true(l->cap_all);
@@ -417,6 +421,7 @@ static bool do_cap_add(Life *l)
     l->cap_when_stopped = chance(l, 0.5);
     l->cap.on = chance(l, 0.7);
     l->cap_gaps = l->cap_frames = 0;
+    l->cap_connected = l->cap_received = 0;
     qtest_qmp_assert_success(l->f.qts, "{'execute': 'object-add',"
         " 'arguments': {'qom-type': 'filter-redirector', 'id': 'cap',"
         "  'netdev': 'n0', 'outdev': 'cap', 'vnet_hdr_support': true,"
@@ -427,10 +432,34 @@ static bool do_cap_add(Life *l)
     return true;
 }
 
+/*
+ * It has ceased to capture.  While its peer reads, nothing that came before,
+ * up to the frame @from, is lost.
+ */
+static void expect_cap(Life *l, uint32_t from)
+{
+    gint64 end = limit();
+
+    while (l->cap.fd >= 0 && !l->cap_stalled && !l->cap_gaps &&
+           (l->cap_fresh ? l->cap_max : l->cap_next) < from) {
+        cap_read(l);
+        if (g_get_monotonic_time() > end) {
+            g_test_message("%u of %u have come to cap", l->cap_next, from);
+            tell(l);
+        }
+    }
+}
+
 static bool do_cap_del(Life *l)
 {
     if (!l->cap.exists) {
         return false;
+    }
+    if (cap_active(l) && chance(l, 0.5)) {
+        uint32_t from = sent(l);
+
+        set_on(l, &l->cap, false);
+        expect_cap(l, from);
     }
     g_assert_cmpuint(l->cap_gaps, <=,
                      counter(&l->f, "cap", "capture-kernel-drops"));
@@ -448,6 +477,11 @@ static bool do_cap_toggle(Life *l)
 
 static bool do_cap_come(Life *l)
 {
+    if (l->cap.fd < 0) {
+        l->cap_connected = l->cap.exists ?
+                           counter(&l->f, "cap", "capture-packets") : 0;
+        l->cap_received = 0;
+    }
     return come(l, &l->cap);
 }
 
@@ -814,22 +848,25 @@ static const struct {
     { do_check, "check", 4 },
 };
 
-/* Before cap becomes active: what came at last of the time before */
+/* Before cap becomes active: all of the time before */
 static void cap_drain(Life *l)
 {
     gint64 end = limit();
+    uint64_t due = 0;
 
+    if (l->cap.exists && l->cap.fd >= 0) {
+        due = counter(&l->f, "cap", "capture-packets") - l->cap_connected;
+    }
     do {
         cap_read(l);
         g_assert_cmpint(g_get_monotonic_time(), <, end);
-    } while (l->cap.exists && l->cap.fd >= 0 && l->cap.fill);
+    } while (l->cap.exists && l->cap.fd >= 0 && l->cap_received < due);
 }
 
 /* Do one, and see that cap gets what it must. */
 static void command(Life *l, unsigned i)
 {
     bool was_active = cap_active(l);
-    gint64 end = limit();
     uint32_t from;
 
     if (!was_active) {
@@ -851,16 +888,9 @@ static void command(Life *l, unsigned i)
         l->cap_next_guest = l->guest_sent;
         l->cap_stalled = false;
     }
-    /* While its peer reads, nothing that came before the end is lost. */
-    while (was_active && !cap_active(l) && l->cap.fd >= 0 &&
-           !l->cap_stalled && !l->cap_gaps &&
-           (l->cap_fresh ? l->cap_max : l->cap_next) < from) {
-        cap_read(l);
-        if (g_get_monotonic_time() > end) {
-            g_test_message("%s: %u of %u have come to cap", commands[i].name,
-                           l->cap_next, from);
-            tell(l);
-        }
+    /* A deleted one can leave nothing for its peer. */
+    if (was_active && !cap_active(l) && l->cap.exists) {
+        expect_cap(l, from);
     }
 }
 

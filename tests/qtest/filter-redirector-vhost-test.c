@@ -1422,6 +1422,72 @@ static void test_slow_peer(void)
     fixture_close(&f);
 }
 
+/*
+ * The filter goes off, or the VM stops, while the peer is behind.  It gets
+ * what came before, and then what comes after the filter is on again.
+ */
+static void test_slow_peer_off(void)
+{
+    const uint32_t burst = 500;
+    uint64_t captured, sent;
+    uint32_t n = 0;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "tx");
+    guest_start(&f);
+    for (int i = 0; i < 4; i++) {
+        uint32_t first = n;
+
+        /* More than the connection takes */
+        for (int j = 0; j < 10; j++, n += burst) {
+            host_send(&f, n, burst);
+            counter(&f, "cap", "capture-packets");
+        }
+        if (i % 2) {
+            vm_stop(&f);
+        } else {
+            set_status(&f, "cap", "off");
+        }
+        expect_source(&f, "cap", "none");
+        g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, n);
+        host_send(&f, 1000000, 1);
+        if (i < 2) {
+            expect_out(&f, first, n - first);
+        }
+        if (i % 2) {
+            vm_cont(&f);
+        } else {
+            set_status(&f, "cap", "on");
+        }
+        expect_source(&f, "cap", "packet-socket");
+        if (i >= 2) {
+            expect_out(&f, first, n - first);
+        }
+        host_send(&f, n, 1);
+        expect_out(&f, n++, 1);
+    }
+    g_assert_cmpuint(counter(&f, "cap", "capture-kernel-drops"), ==, 0);
+    g_assert_cmpuint(counter(&f, "cap", "capture-peer-drops"), ==, 0);
+
+    /* More than is kept for it; the rest is counted. */
+    captured = counter(&f, "cap", "capture-packets");
+    for (sent = 0; !counter(&f, "cap", "capture-kernel-drops"); sent += burst) {
+        host_send(&f, n + sent, burst);
+    }
+    set_status(&f, "cap", "off");
+    captured = counter(&f, "cap", "capture-packets") - captured;
+    g_assert_cmpuint(captured, >, 10000);
+    g_assert_cmpuint(counter(&f, "cap", "capture-peer-drops"), >, 0);
+    g_assert_cmpuint(captured +
+                     counter(&f, "cap", "capture-peer-drops") +
+                     counter(&f, "cap", "capture-kernel-drops"), ==, sent);
+    expect_out(&f, n, captured);
+    set_status(&f, "cap", "on");
+    host_send(&f, 7, 1);
+    expect_out(&f, 7, 1);
+    fixture_close(&f);
+}
+
 /* What cannot be written is dropped, although the peer stays, and no more. */
 static void test_peer_error(void)
 {
@@ -2211,6 +2277,7 @@ int main(int argc, char **argv)
     rig_add("life/no-leak", test_no_leak);
     rig_add("life/no-foreign-frames", test_no_foreign_frames);
     rig_add("peer/slow", test_slow_peer);
+    rig_add("peer/slow-off", test_slow_peer_off);
     rig_add("peer/error", test_peer_error);
     rig_add("peer/buffer-size", test_buffer_size);
     rig_add("peer/reconnect", test_reconnect);
