@@ -200,6 +200,8 @@ struct FilterTapEndpoints {
     QEMUTimer *linger;
     QEMUTimer *interface_timer;
     bool capture_polled;
+    /* What the socket has was captured before the source became none. */
+    bool draining;
     bool tap_paused;
     bool interface_lost;
     bool failing;               /* to read from the packet socket */
@@ -335,7 +337,8 @@ bool filter_tap_pauses(NetClientState *netdev)
 
 static bool filter_tap_capture_wanted(FilterTapEndpoints *ep)
 {
-    return ep->source == FILTER_TAP_PACKET_SOCKET && filter_tap_can_stage(ep);
+    return (ep->source == FILTER_TAP_PACKET_SOCKET || ep->draining) &&
+           filter_tap_can_stage(ep);
 }
 
 static void filter_tap_look_readable(void *opaque);
@@ -358,13 +361,27 @@ static void filter_tap_update_polling(FilterTapEndpoints *ep)
  * disk, is one of what is waiting: keeping it would stop all for ever.  But
  * what was taken is kept, and the TAP not read when it is too much.
  */
-static void filter_tap_flush(FilterTapEndpoints *ep)
+static void filter_tap_written(FilterTapEndpoints *ep, int ret)
 {
-    int ret = ep->writer ? frame_writer_flush(ep->writer) : 0;
-
     if (ret < 0 && !ep->takes) {
         trace_filter_tap_peer_error(ep->ifname, -ret);
         ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+    }
+}
+
+static void filter_tap_flush(FilterTapEndpoints *ep)
+{
+    /* Some character devices throw away what they have no peer for. */
+    if (ep->writer && filter_tap_listened(ep)) {
+        filter_tap_written(ep, frame_writer_flush(ep->writer));
+    }
+}
+
+/* It may be us who are late, and not the peer. */
+static void filter_tap_offer(FilterTapEndpoints *ep)
+{
+    if (ep->writer && filter_tap_listened(ep)) {
+        filter_tap_written(ep, frame_writer_offer(ep->writer));
     }
 }
 
@@ -499,7 +516,11 @@ static unsigned filter_tap_capture(FilterTapEndpoints *ep, unsigned max_frames,
     ep->swap = filter_tap_header_swapped(ep);
     while (frames < max_frames &&
            ep->stats.capture_bytes - before < max_bytes &&
-           !filter_tap_full(ep) && filter_tap_capture_one(ep)) {
+           !filter_tap_full(ep)) {
+        if (!filter_tap_capture_one(ep)) {
+            ep->draining = false;
+            break;
+        }
         frames++;
     }
     *bytes = ep->stats.capture_bytes - before;
@@ -514,16 +535,17 @@ static uint64_t filter_tap_discard(FilterTapEndpoints *ep)
 }
 
 /*
- * All that waits now; and not for ever, however much comes meanwhile.  What
- * cannot be staged is thrown away.  Returns the number of those frames.
+ * All that waits now; and not for ever, however much comes meanwhile.
+ *
+ * Returns how many more there may be that could not be staged.
  */
-static uint64_t filter_tap_capture_all(FilterTapEndpoints *ep)
+static unsigned filter_tap_capture_all(FilterTapEndpoints *ep)
 {
     unsigned max = packet_socket_waiting(ep->capture);
     size_t bytes;
 
     max -= filter_tap_capture(ep, max, SIZE_MAX, &bytes);
-    return filter_tap_full(ep) ? packet_socket_discard(ep->capture, max) : 0;
+    return filter_tap_full(ep) ? max : 0;
 }
 
 /*
@@ -604,20 +626,37 @@ static void filter_tap_unhook(void *opaque)
     filter_tap_discard(ep);
 }
 
+/* What was a copy is stale for the next peer. */
+static void filter_tap_drop_copies(FilterTapEndpoints *ep)
+{
+    ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+    if (ep->draining) {
+        ep->stats.capture_peer_drops += filter_tap_discard(ep);
+        ep->draining = false;
+    }
+}
+
 /*
  * The filter ceases to capture by packet socket.  Whoever listens still gets
- * what came before, as much as can be staged, in its own time.
+ * what came before, in its own time.  If that cannot be staged now, the socket
+ * is left to it, and gets no more.
  */
 static void filter_tap_leave_packet_socket(FilterTapEndpoints *ep)
 {
     if (filter_tap_listened(ep)) {
-        ep->stats.capture_peer_drops += filter_tap_capture_all(ep);
-        filter_tap_flush(ep);
+        if (filter_tap_capture_all(ep)) {
+            packet_socket_unhook(ep->capture);
+            ep->draining = true;
+        }
+        filter_tap_offer(ep);
     } else {
         ep->stats.capture_peer_drops += filter_tap_discard(ep);
     }
     filter_tap_update_kernel_drops(ep, true);
-    timer_mod(ep->linger, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);
+    if (!ep->draining) {
+        timer_mod(ep->linger,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);
+    }
 }
 
 static bool filter_tap_enter_packet_socket(FilterTapEndpoints *ep)
@@ -631,7 +670,10 @@ static bool filter_tap_enter_packet_socket(FilterTapEndpoints *ep)
         warn_report_err(err);
         return false;
     }
-    filter_tap_discard(ep);
+    if (!ep->draining) {
+        filter_tap_discard(ep);
+    }
+    ep->draining = false;
     filter_tap_update_kernel_drops(ep, false);
     return true;
 }
@@ -773,8 +815,7 @@ static void filter_tap_out_event(void *opaque, QEMUChrEvent event)
     if (event == CHR_EVENT_CLOSED) {
         frame_writer_rewind(ep->writer);
         if (!ep->takes) {
-            /* What was a copy is stale for the next peer. */
-            ep->stats.capture_peer_drops += frame_writer_discard(ep->writer);
+            filter_tap_drop_copies(ep);
         }
     }
     if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
@@ -923,7 +964,8 @@ static void filter_tap_capture_around(FilterTapEndpoints *ep,
         }
         other->echo = echo;
         other->echo_len = echo_len;
-        drops = filter_tap_capture_all(other);
+        drops = packet_socket_discard(other->capture,
+                                      filter_tap_capture_all(other));
         other->stats.capture_peer_drops += drops - (drops && other->echo_len);
         other->echo_len = 0;
         if (other->writer) {
@@ -1625,25 +1667,24 @@ bool filter_tap_setup_sink(FilterTap *ft, NetFilterState *nf,
     return filter_tap_open(ft, ep, errp);
 }
 
-/* What was taken and not handed on yet is offered a last time. */
+/* What was captured and not handed on yet is offered a last time. */
 static void filter_tap_stop_stream(FilterTapEndpoints *ep)
 {
     uint64_t lost;
 
-    frame_writer_flush(ep->writer);
-    lost = frame_writer_discard(ep->writer);
-    if (lost && ep->takes) {
-        warn_report("netdev '%s': %" PRIu64 " packets that the guest did not "
-                    "get are lost with the filter", ep->nf->netdev_id, lost);
-    }
+    filter_tap_offer(ep);
     qemu_chr_fe_set_handlers(ep->chr_out, NULL, NULL, NULL, NULL, NULL, NULL,
                              true);
-    /* Who uses the connection next must begin with a frame. */
-    if (frame_writer_mid_frame(ep->writer)) {
-        qemu_chr_fe_disconnect(ep->chr_out);
-    }
     qemu_bh_delete(ep->flush_bh);
-    g_clear_pointer(&ep->writer, frame_writer_free);
+    lost = frame_writer_close(g_steal_pointer(&ep->writer));
+    if (ep->draining) {
+        lost += filter_tap_discard(ep);
+    }
+    if (lost) {
+        warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "
+                    "filter", ep->nf->netdev_id, lost,
+                    ep->takes ? " that the guest did not get" : "");
+    }
     ep->chr_out = NULL;
 }
 
@@ -1853,6 +1894,16 @@ static void filter_tap_get_source(Object *obj, Visitor *v,
     visit_type_str(v, name, &value, errp);
 }
 
+static void filter_tap_get_pending(Object *obj, Visitor *v, const char *name,
+                                   void *opaque, Error **errp)
+{
+    FilterTapEndpoints *ep = filter_tap_of(obj, opaque)->endpoints;
+    bool value = ep && (ep->draining ||
+                        (ep->writer && !frame_writer_empty(ep->writer)));
+
+    visit_type_bool(v, name, &value, errp);
+}
+
 static void filter_tap_get_kernel_drops(Object *obj, Visitor *v,
                                         const char *name, void *opaque,
                                         Error **errp)
@@ -1900,8 +1951,7 @@ static const struct {
       "was full" },
     COUNTER("capture-peer-drops", capture_peer_drops,
             "Packets that were thrown away because the peer had not taken "
-            "them when it went away or the filter went off, or because they "
-            "could not be written"),
+            "them when it went away, or because they could not be written"),
     COUNTER("capture-skipped-gso", capture_skipped_gso,
             "Packets left out because without a virtio-net header they "
             "cannot be expressed"),
@@ -1988,6 +2038,11 @@ void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset,
                               filter_tap_get_source, NULL, NULL, opaque);
     object_class_property_set_description(oc, "source",
         "Where captured packets come from now: packet-socket, chain or none");
+
+    object_class_property_add(oc, "capture-pending", "bool",
+                              filter_tap_get_pending, NULL, NULL, opaque);
+    object_class_property_set_description(oc, "capture-pending",
+        "Whether captured packets wait for the peer");
 
     for (int i = 0; i < ARRAY_SIZE(filter_tap_counters); i++) {
         if (!injects && strstart(filter_tap_counters[i].name, "inject", NULL)) {

@@ -179,6 +179,11 @@ bool frame_writer_full(const FrameWriter *fw)
     return fw->buf.tail - fw->buf.head >= fw->limit;
 }
 
+bool frame_writer_empty(const FrameWriter *fw)
+{
+    return fw->buf.head == fw->buf.tail;
+}
+
 /* The end of the frame that begins at @at. */
 static size_t frame_writer_end(const FrameWriter *fw, size_t at)
 {
@@ -265,6 +270,12 @@ int frame_writer_flush(FrameWriter *fw)
     return 0;
 }
 
+int frame_writer_offer(FrameWriter *fw)
+{
+    frame_writer_unwatch(fw);
+    return frame_writer_flush(fw);
+}
+
 static void coroutine_fn frame_writer_sleep_co(void *opaque)
 {
     bool *done = opaque;
@@ -332,16 +343,24 @@ uint64_t frame_writer_discard(FrameWriter *fw)
     return frames;
 }
 
-bool frame_writer_mid_frame(const FrameWriter *fw)
-{
-    return fw->first < fw->buf.head;
-}
-
 void frame_writer_rewind(FrameWriter *fw)
 {
     frame_writer_unwatch(fw);
     fw->buf.head = fw->first;
     fw->generation++;
+}
+
+uint64_t frame_writer_close(FrameWriter *fw)
+{
+    uint64_t lost;
+
+    if (fw->first < fw->buf.head) {
+        qemu_chr_fe_disconnect(fw->chr);
+    }
+    frame_writer_rewind(fw);
+    lost = frame_writer_discard(fw);
+    frame_writer_free(fw);
+    return lost;
 }
 
 static void frame_reader_bh(void *opaque)

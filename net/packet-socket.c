@@ -874,6 +874,13 @@ static int packet_socket_sendmmsg(PacketSocket *ps,
         };
     }
     ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, 0));
+    if (ret < 0 && errno == ENETDOWN) {
+        /*
+         * A socket that was bound to a protocol, as one that somebody passed,
+         * tells this once more after the interface has come up again.
+         */
+        ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, 0));
+    }
     return ret < 0 ? -errno : ret;
 }
 

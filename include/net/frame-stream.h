@@ -113,6 +113,14 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size);
 bool frame_writer_full(const FrameWriter *fw);
 
 /**
+ * frame_writer_empty:
+ * @fw: the writer
+ *
+ * Returns: whether all that was staged is written or thrown away.
+ */
+bool frame_writer_empty(const FrameWriter *fw);
+
+/**
  * frame_writer_flush:
  * @fw: the writer
  *
@@ -123,6 +131,16 @@ bool frame_writer_full(const FrameWriter *fw);
  * discarded, or thrown away with the writer.
  */
 int frame_writer_flush(FrameWriter *fw);
+
+/**
+ * frame_writer_offer:
+ * @fw: the writer
+ *
+ * As frame_writer_flush(), and at once, whether or not the character device has
+ * told that there is room.  For a caller that has to decide now what becomes of
+ * the rest.
+ */
+int frame_writer_offer(FrameWriter *fw);
 
 /**
  * frame_writer_flush_wait:
@@ -148,14 +166,6 @@ int frame_writer_flush_wait(FrameWriter *fw, size_t limit);
 uint64_t frame_writer_discard(FrameWriter *fw);
 
 /**
- * frame_writer_mid_frame:
- * @fw: the writer
- *
- * Returns: whether the peer has got a part of a frame and not all of it.
- */
-bool frame_writer_mid_frame(const FrameWriter *fw);
-
-/**
  * frame_writer_rewind:
  * @fw: the writer
  *
@@ -163,6 +173,19 @@ bool frame_writer_mid_frame(const FrameWriter *fw);
  * After the next connection frame_writer_flush() begins with it.
  */
 void frame_writer_rewind(FrameWriter *fw);
+
+/**
+ * frame_writer_close:
+ * @fw: the writer, which is freed
+ *
+ * Throw away what is staged.  Whoever uses the connection next has to begin
+ * with a frame, so end it if the peer has got only a part of one.  The caller
+ * has removed its handlers of the character device.
+ *
+ * Returns: the number of frames that the peer has not got, the one that was
+ * cut off included.
+ */
+uint64_t frame_writer_close(FrameWriter *fw);
 
 /**
  * StreamFrame:

@@ -609,6 +609,18 @@ uint64_t counter(Fixture *f, const char *id, const char *name)
     return value;
 }
 
+bool capture_pending(Fixture *f, const char *id)
+{
+    g_autofree char *path = g_strdup_printf("/objects/%s", id);
+    QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
+                           " {'path': %s, 'property': 'capture-pending'}}",
+                           path);
+    bool value = qdict_get_bool(rsp, "return");
+
+    qobject_unref(rsp);
+    return value;
+}
+
 void expect_source(Fixture *f, const char *id, const char *source)
 {
     g_autofree char *path = g_strdup_printf("/objects/%s", id);

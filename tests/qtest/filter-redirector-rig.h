@@ -173,6 +173,7 @@ void guest_put(Fixture *f, uint32_t number);
 
 bool vhost_started(Fixture *f);
 uint64_t counter(Fixture *f, const char *id, const char *name);
+bool capture_pending(Fixture *f, const char *id);
 void wait_counter(Fixture *f, const char *id, const char *name,
                   uint64_t value);
 void expect_source(Fixture *f, const char *id, const char *source);

@@ -864,6 +864,64 @@ static void test_writer_discard(void)
     link_free(link);
 }
 
+/* At once, although nobody has told that there is room */
+static void test_writer_offer(void)
+{
+    Link *link = link_new_writer(true);
+    g_autoptr(GByteArray) got = g_byte_array_new();
+    size_t had = 0;
+
+    link_connect(link);
+    link_narrow(link);
+    g_assert_true(frame_writer_empty(link->fw));
+    for (int i = 0; i < 10; i++) {
+        link_stage(link, 50000);
+    }
+    g_assert_cmpint(frame_writer_flush(link->fw), ==, 0);
+    for (int i = 0; got->len < link->expected->len; i++) {
+        peer_take(link, got, SIZE_MAX);
+        g_assert_cmpuint(got->len, >, had);
+        had = got->len;
+        g_assert_false(frame_writer_empty(link->fw) &&
+                       had < link->expected->len);
+        g_assert_cmpint(frame_writer_offer(link->fw), ==, 0);
+    }
+    g_assert_true(frame_writer_empty(link->fw));
+    g_assert_cmpmem(got->data, got->len, link->expected->data,
+                    link->expected->len);
+    link_free(link);
+}
+
+/* The connection ends only if it could not go on with a frame. */
+static void test_writer_close(void)
+{
+    for (int begun = 0; begun < 2; begun++) {
+        Link *link = link_new_writer(true);
+        g_autoptr(GByteArray) got = g_byte_array_new();
+        size_t len;
+        uint8_t byte;
+
+        link_connect(link);
+        link_narrow(link);
+        for (int i = 0; i < 10; i++) {
+            link_stage(link, 50000);
+        }
+        if (begun) {
+            g_assert_cmpint(frame_writer_flush(link->fw), ==, 0);
+            peer_take(link, got, SIZE_MAX);
+        }
+        len = got->len;
+        qemu_chr_fe_set_handlers(&link->fe, NULL, NULL, NULL, NULL, NULL, NULL,
+                                 true);
+        g_assert_cmpuint(frame_writer_close(g_steal_pointer(&link->fw)), ==,
+                         10 - len / (8 + 50000));
+        g_assert_cmpuint(len % (8 + 50000) != 0, ==, begun);
+        g_assert_cmpint(recv(link->peer, &byte, 1, MSG_DONTWAIT), ==,
+                        begun ? 0 : -1);
+        link_free(link);
+    }
+}
+
 /* What a closed connection cut off counts as not begun. */
 static void test_writer_rewind_discard(void)
 {
@@ -1112,7 +1170,6 @@ static void check_datagrams(bool vnet_hdr, bool wait)
         link_stage(link, 100);
         ret = wait ? link_flush_wait(link, 0) : link_try_flush(link);
         g_assert(ret == 0 || ret == -ECONNREFUSED);
-        g_assert_false(frame_writer_mid_frame(link->fw));
         frame_writer_discard(link->fw);
     }
     link_free(link);
@@ -2396,6 +2453,8 @@ int main(int argc, char **argv)
     g_test_add_func("/frame-stream/writer/closed-in-flush",
                     test_writer_closed_in_flush);
     g_test_add_func("/frame-stream/writer/discard", test_writer_discard);
+    g_test_add_func("/frame-stream/writer/offer", test_writer_offer);
+    g_test_add_func("/frame-stream/writer/close", test_writer_close);
     g_test_add_func("/frame-stream/writer/rewind-discard",
                     test_writer_rewind_discard);
 #if !defined(QEMU_SANITIZE_ADDRESS) && defined(CONFIG_LINUX)

@@ -2676,6 +2676,28 @@ static void test_inject_send_plain(void)
     tap_delete(&tap);
 }
 
+/* Down, and up again with no error left */
+static void check_inject_down(PacketSocket *ps, Tap *tap)
+{
+    g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
+
+    for (int i = 0; i < 4; i++) {
+        set_up(tap->name, false);
+        frame_make(frame, i, 60);
+        if (i) {
+            g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
+            g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
+            frame_make_gso(frame, 4, 20000);
+            g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
+        }
+        set_up(tap->name, true);
+        frame_make(frame, i, 60);
+        g_assert_cmpint(inject(ps, frame), ==, 0);
+        tap_read(tap, got);
+        frame_assert_equal(got, frame);
+    }
+}
+
 static void test_inject_errors(void)
 {
     g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
@@ -2728,20 +2750,7 @@ static void test_inject_errors(void)
     }
     g_assert_false(tap_try_read(&tap, got));
 
-    /* Down, and up again with no error left */
-    for (int i = 0; i < 3; i++) {
-        set_up(tap.name, false);
-        frame_make(frame, i, 60);
-        g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
-        g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
-        frame_make_gso(frame, 4, 20000);
-        g_assert_cmpint(inject(ps, frame), ==, -ENETDOWN);
-        set_up(tap.name, true);
-        frame_make(frame, i, 60);
-        g_assert_cmpint(inject(ps, frame), ==, 0);
-        tap_read(&tap, got);
-        frame_assert_equal(got, frame);
-    }
+    check_inject_down(ps, &tap);
 
     /* Gone */
     tap_delete(&tap);
@@ -3149,6 +3158,7 @@ static void test_passed_inject(void)
         tap_write(&tap, sent);
         tap_drain(&tap);
         g_assert_false(readable(fd, 0));
+        check_inject_down(ps, &tap);
         packet_socket_discard(capture, UINT64_MAX);
         packet_socket_free(ps);
     }
