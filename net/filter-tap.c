@@ -290,8 +290,8 @@ static bool filter_tap_can_stage(FilterTapEndpoints *ep)
 
 /*
  * Whether QEMU reads the TAP while the VM is stopped.  Left to itself it
- * takes one packet per queue, which the NIC cannot take and which is dropped
- * if the VM stops once more, as when a migration ends.  So it reads only for
+ * takes one packet per queue, which the NIC cannot take, and which is dropped
+ * if the VM stops again before the guest has buffers.  So it reads only for
  * a filter that takes the packets, and the others wait in the TAP.  While the
  * VM runs, vhost and QEMU see to it by themselves.  This is the TAP's state,
  * so all its filters have a say, and know it.

@@ -799,18 +799,6 @@ static void test_left_over(void)
     fixture_close(&f);
 }
 
-/* QEMU, which cannot pass them on, takes one and leaves the rest in the TAP. */
-static void host_send_taken(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint64_t taken = statistic(f->ifname, "tx_packets");
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    host_send(f, first, count);
-    while (statistic(f->ifname, "tx_packets") == taken) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
 /* The guest has no buffers: vhost waits for the packets that QEMU has read. */
 static void test_delayed(void)
 {

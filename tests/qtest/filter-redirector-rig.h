@@ -94,6 +94,7 @@ int open_host(const char *ifname);
 int open_tap(const char *ifname);
 /* One of the interface's counters in /sys */
 uint64_t statistic(const char *ifname, const char *name);
+void host_send_taken(Fixture *f, uint32_t first, uint32_t count);
 
 /* FRAME_LEN bytes */
 void make_frame(uint8_t *frame, uint32_t number);

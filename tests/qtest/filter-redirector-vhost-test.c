@@ -642,6 +642,36 @@ static void test_stopped_only_late_peer(void)
     fixture_close(&f);
 }
 
+/* A pty throws away what nobody reads, so it gets nothing before. */
+static void test_stopped_only_pty(void)
+{
+    const char *path = NULL;
+    QListEntry *entry;
+    Fixture f;
+    QDict *rsp;
+
+    fixture_start(&f, "-chardev pty,id=pty -object filter-redirector,id=cap,"
+                      "netdev=n0,outdev=pty,vnet_hdr_support=on,queue="
+                      STOPPED_ONLY);
+    host_send_taken(&f, 0, 5);
+    vm_stop(&f);
+    rsp = qtest_qmp(f.qts, "{'execute': 'query-chardev'}");
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
+        QDict *chr = qobject_to(QDict, qlist_entry_obj(entry));
+
+        if (g_str_equal(qdict_get_str(chr, "label"), "pty")) {
+            path = strstr(qdict_get_str(chr, "filename"), "/dev/");
+        }
+    }
+    g_assert_nonnull(path);
+    close(f.out);
+    f.out = open(path, O_RDWR | O_NOCTTY);
+    g_assert_cmpint(f.out, >=, 0);
+    qobject_unref(rsp);
+    expect_out(&f, 0, 5);
+    fixture_close(&f);
+}
+
 /*
  * What was handed over is gone for the guest, what was not is the guest's; and
  * all of it is while the filter was off.
@@ -1422,6 +1452,35 @@ static void test_slow_peer(void)
     fixture_close(&f);
 }
 
+static void wait_handed_over(Fixture *f)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (capture_pending(f, "cap")) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+static void capture_off(Fixture *f, bool by_stop)
+{
+    if (by_stop) {
+        vm_stop(f);
+    } else {
+        set_status(f, "cap", "off");
+    }
+    expect_source(f, "cap", "none");
+}
+
+static void capture_on(Fixture *f, bool by_cont)
+{
+    if (by_cont) {
+        vm_cont(f);
+    } else {
+        set_status(f, "cap", "on");
+    }
+    expect_source(f, "cap", "packet-socket");
+}
+
 /*
  * The filter goes off, or the VM stops, while the peer is behind.  It gets
  * what came before, and then what comes after the filter is on again.
@@ -1443,23 +1502,13 @@ static void test_slow_peer_off(void)
             host_send(&f, n, burst);
             counter(&f, "cap", "capture-packets");
         }
-        if (i % 2) {
-            vm_stop(&f);
-        } else {
-            set_status(&f, "cap", "off");
-        }
-        expect_source(&f, "cap", "none");
+        capture_off(&f, i % 2);
         g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, n);
         host_send(&f, 1000000, 1);
         if (i < 2) {
             expect_out(&f, first, n - first);
         }
-        if (i % 2) {
-            vm_cont(&f);
-        } else {
-            set_status(&f, "cap", "on");
-        }
-        expect_source(&f, "cap", "packet-socket");
+        capture_on(&f, i % 2);
         if (i >= 2) {
             expect_out(&f, first, n - first);
         }
@@ -1473,19 +1522,13 @@ static void test_slow_peer_off(void)
     for (int i = 0; i < 4; i++) {
         uint32_t first = n;
         uint64_t before = dropped;
-        gint64 end = g_get_monotonic_time() + TIMEOUT_US;
 
         do {
             host_send(&f, n, burst);
             n += burst;
             dropped = counter(&f, "cap", "capture-kernel-drops");
         } while (dropped == before);
-        if (i % 2) {
-            vm_stop(&f);
-        } else {
-            set_status(&f, "cap", "off");
-        }
-        expect_source(&f, "cap", "none");
+        capture_off(&f, i % 2);
         g_assert_true(capture_pending(&f, "cap"));
         dropped = counter(&f, "cap", "capture-kernel-drops");
         if (i < 2) {
@@ -1500,16 +1543,9 @@ static void test_slow_peer_off(void)
             host_send(&f, 1000000, 100);
             expect_out(&f, first + begin,
                        n - first - begin - (dropped - before));
-            while (capture_pending(&f, "cap")) {
-                g_assert_cmpint(g_get_monotonic_time(), <, end);
-            }
+            wait_handed_over(&f);
         }
-        if (i % 2) {
-            vm_cont(&f);
-        } else {
-            set_status(&f, "cap", "on");
-        }
-        expect_source(&f, "cap", "packet-socket");
+        capture_on(&f, i % 2);
         if (i >= 2) {
             expect_out(&f, first, n - first - (dropped - before));
         }
@@ -1548,6 +1584,28 @@ static void test_slow_peer_deleted(void)
         fixture_close(&f);
     }
 }
+
+/* Who waits until it has all loses none. */
+static void test_slow_peer_handed_over(void)
+{
+    g_autofree char *text = NULL;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "tx");
+    guest_start(&f);
+    for (int i = 0; i < 10; i++) {
+        host_send(&f, 500 * i, 500);
+        counter(&f, "cap", "capture-packets");
+    }
+    set_status(&f, "cap", "off");
+    g_assert_true(capture_pending(&f, "cap"));
+    expect_out(&f, 0, 5000);
+    wait_handed_over(&f);
+    text = qtest_hmp(f.qts, "object_del cap");
+    g_assert_cmpstr(text, ==, "");
+    fixture_close(&f);
+}
+
 
 /* What cannot be written is dropped, although the peer stays, and no more. */
 static void test_peer_error(void)
@@ -2310,6 +2368,7 @@ int main(int argc, char **argv)
     rig_add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
     rig_add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
     rig_add("stop/stopped-only-late-peer", test_stopped_only_late_peer);
+    rig_add("stop/stopped-only-pty", test_stopped_only_pty);
     rig_add("stop/stopped-only-slow-peer", test_stopped_only_slow_peer);
     rig_add("stop/migration-cancelled", test_migration_cancelled);
     rig_add("stop/migration-failed", test_migration_failed);
@@ -2340,6 +2399,7 @@ int main(int argc, char **argv)
     rig_add("peer/slow", test_slow_peer);
     rig_add("peer/slow-off", test_slow_peer_off);
     rig_add("peer/slow-deleted", test_slow_peer_deleted);
+    rig_add("peer/slow-handed-over", test_slow_peer_handed_over);
     rig_add("peer/error", test_peer_error);
     rig_add("peer/buffer-size", test_buffer_size);
     rig_add("peer/reconnect", test_reconnect);
