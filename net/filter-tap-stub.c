@@ -1,30 +1,20 @@
 /*
- * Packets of a TAP with vhost, for netfilters: hosts other than Linux
+ * Netfilters that reach the packets of a TAP with vhost: other hosts than Linux
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Every filter works on the chain, and there are no properties.
  */
 
 #include "qemu/osdep.h"
 #include "net/filter-tap.h"
 
-void filter_tap_add_properties(ObjectClass *oc, ptrdiff_t offset,
-                               bool injects)
+void filter_tap_add_inject_properties(ObjectClass *oc)
 {
 }
 
-bool filter_tap_reaches(const FilterTap *ft, NetClientState *netdev)
-{
-    return false;
-}
-
-bool filter_tap_setup(FilterTap *ft, NetFilterState *nf, CharFrontend *chr_in,
-                      CharFrontend *chr_out, bool vnet_hdr, Error **errp)
-{
-    return true;
-}
-
-bool filter_tap_setup_sink(FilterTap *ft, NetFilterState *nf,
-                           FilterTapSink *sink, void *opaque, Error **errp)
+bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
+                      Error **errp)
 {
     return true;
 }
@@ -35,16 +25,25 @@ void filter_tap_cleanup(FilterTap *ft)
 
 void filter_tap_status_changed(FilterTap *ft)
 {
-    g_assert_not_reached();
+    g_assert_not_reached();     /* there are no endpoints */
 }
 
-bool filter_tap_pauses(NetClientState *netdev)
-{
-    return false;
-}
-
-ssize_t filter_tap_receive_iov(FilterTap *ft, NetClientState *sender,
+ssize_t filter_tap_receive_iov(FilterTap *ft, unsigned flags,
                                const struct iovec *iov, int iovcnt)
 {
-    g_assert_not_reached();
+    g_assert_not_reached();     /* there are no endpoints */
 }
+
+static const TypeInfo filter_tap_info = {
+    .name = TYPE_FILTER_TAP,
+    .parent = TYPE_NETFILTER,
+    .abstract = true,
+    .instance_size = sizeof(FilterTap),
+};
+
+static void filter_tap_register_types(void)
+{
+    type_register_static(&filter_tap_info);
+}
+
+type_init(filter_tap_register_types);

@@ -24,9 +24,7 @@
  */
 
 #include "qemu/osdep.h"
-#include "qemu/aio-wait.h"
 #include "qemu/bswap.h"
-#include "qemu/coroutine.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
@@ -35,9 +33,6 @@
 
 /* Between two tries on a device that cannot tell when it takes more. */
 #define FRAME_WRITER_RETRY_MS 10
-
-/* The same, for who waits for it */
-#define FRAME_WRITER_WAIT_NS (100 * SCALE_US)
 
 /* The most that a UDP datagram holds over IPv4, in bytes */
 #define DATAGRAM_MAX 65507
@@ -60,7 +55,6 @@ struct FrameWriter {
     size_t first;
     size_t limit;
     guint watch;
-    bool flushing;              /* and waiting for the peer */
     QEMUTimer *retry;
     /* Changes when the content does while chr's driver runs. */
     unsigned generation;
@@ -73,6 +67,7 @@ struct FrameReader {
     bool vnet_hdr;
     /* A bad length: what follows in this connection makes no sense. */
     bool broken;
+    uint64_t errors;
     bool waiting;
     bool running;
     FrameBuffer buf;
@@ -94,7 +89,7 @@ static void frame_writer_retry(void *opaque)
     fw->progress(fw->opaque);
 }
 
-FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
+FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr, size_t limit,
                               FrameWriterProgress *progress, void *opaque)
 {
     FrameWriter *fw = g_new0(FrameWriter, 1);
@@ -102,16 +97,11 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr,
     fw->chr = chr;
     fw->vnet_hdr = vnet_hdr;
     fw->datagrams = object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
-    fw->limit = FRAME_WRITER_LIMIT;
+    fw->limit = limit;
     fw->progress = progress;
     fw->opaque = opaque;
     fw->retry = timer_new_ms(QEMU_CLOCK_REALTIME, frame_writer_retry, fw);
     return fw;
-}
-
-void frame_writer_set_limit(FrameWriter *fw, size_t limit)
-{
-    fw->limit = limit;
 }
 
 size_t frame_writer_max_payload(const FrameWriter *fw)
@@ -127,16 +117,6 @@ static void frame_writer_unwatch(FrameWriter *fw)
         fw->watch = 0;
     }
     timer_del(fw->retry);
-}
-
-void frame_writer_free(FrameWriter *fw)
-{
-    if (fw) {
-        frame_writer_unwatch(fw);
-        timer_free(fw->retry);
-        g_free(fw->buf.data);
-        g_free(fw);
-    }
 }
 
 uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
@@ -242,7 +222,7 @@ int frame_writer_flush(FrameWriter *fw)
 {
     FrameBuffer *buf = &fw->buf;
 
-    if (fw->watch || fw->flushing) {
+    if (fw->watch) {
         return 0;
     }
     while (buf->head < buf->tail) {
@@ -270,60 +250,10 @@ int frame_writer_flush(FrameWriter *fw)
     return 0;
 }
 
-int frame_writer_offer(FrameWriter *fw)
+int frame_writer_flush_now(FrameWriter *fw)
 {
     frame_writer_unwatch(fw);
     return frame_writer_flush(fw);
-}
-
-static void coroutine_fn frame_writer_sleep_co(void *opaque)
-{
-    bool *done = opaque;
-
-    qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, FRAME_WRITER_WAIT_NS);
-    *done = true;
-    aio_wait_kick();
-}
-
-/* Others run meanwhile. */
-static void frame_writer_sleep(void)
-{
-    bool done = false;
-
-    qemu_coroutine_enter(qemu_coroutine_create(frame_writer_sleep_co, &done));
-    while (!done) {
-        aio_poll(qemu_get_aio_context(), true);
-    }
-}
-
-int frame_writer_flush_wait(FrameWriter *fw, size_t limit)
-{
-    FrameBuffer *buf = &fw->buf;
-    int err = 0;
-
-    if (fw->flushing) {
-        return 0;
-    }
-    frame_writer_unwatch(fw);
-    fw->flushing = true;
-    while (!err && buf->tail - buf->head > limit) {
-        unsigned generation = fw->generation;
-        int ret = frame_writer_write(fw);
-
-        if (generation != fw->generation) {
-            /* The write ended the connection, and its handler came first. */
-            continue;
-        }
-        if (ret > 0) {
-            frame_writer_advance(fw, ret);
-        } else if (ret < 0 && errno == EAGAIN) {
-            frame_writer_sleep();
-        } else {
-            err = ret < 0 ? -errno : -EIO;
-        }
-    }
-    fw->flushing = false;
-    return err ?: frame_writer_flush(fw);
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)
@@ -359,7 +289,9 @@ uint64_t frame_writer_close(FrameWriter *fw)
     }
     frame_writer_rewind(fw);
     lost = frame_writer_discard(fw);
-    frame_writer_free(fw);
+    timer_free(fw->retry);
+    g_free(fw->buf.data);
+    g_free(fw);
     return lost;
 }
 
@@ -392,7 +324,19 @@ void frame_reader_free(FrameReader *fr)
 
 size_t frame_reader_room(const FrameReader *fr)
 {
-    return FRAME_READER_LIMIT - (fr->buf.tail - fr->buf.head);
+    size_t used = fr->buf.tail - fr->buf.head;
+
+    return FRAME_READER_LIMIT - MIN(used, FRAME_READER_LIMIT);
+}
+
+bool frame_reader_empty(const FrameReader *fr)
+{
+    return fr->buf.head == fr->buf.tail;
+}
+
+uint64_t frame_reader_errors(const FrameReader *fr)
+{
+    return fr->errors;
 }
 
 /*
@@ -418,12 +362,12 @@ static ssize_t frame_reader_peek(const FrameReader *fr, size_t at)
 
 static void frame_reader_break(FrameReader *fr)
 {
-    error_report("chardev '%s': a frame of %" PRIu32 " bytes, more than %d, "
-                 "is no frame; the connection is ended",
-                 fr->chr->chr->label,
+    error_report("chardev '%s': invalid frame length %" PRIu32 " (maximum %d); "
+                 "closing the connection", fr->chr->chr->label,
                  ldl_be_p(fr->buf.data + fr->buf.head),
                  FRAME_STREAM_MAX_PAYLOAD);
     fr->broken = true;
+    fr->errors++;
     fr->buf.head = fr->buf.tail = 0;
     qemu_chr_fe_disconnect(fr->chr);
 }
@@ -487,19 +431,19 @@ void frame_reader_resume(FrameReader *fr)
 void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size)
 {
     FrameBuffer *buf = &fr->buf;
+    size_t used = buf->tail - buf->head;
 
-    assert(size <= frame_reader_room(fr));
     if (fr->broken) {
         return;
     }
-    if (!buf->data) {
-        buf->size = FRAME_READER_LIMIT;
-        buf->data = g_malloc(buf->size);
+    if (buf->head && buf->size - buf->tail < size) {
+        memmove(buf->data, buf->data + buf->head, used);
+        buf->tail = used;
+        buf->head = 0;
     }
     if (buf->size - buf->tail < size) {
-        memmove(buf->data, buf->data + buf->head, buf->tail - buf->head);
-        buf->tail -= buf->head;
-        buf->head = 0;
+        buf->size = MAX(FRAME_READER_LIMIT, used + size);
+        buf->data = g_realloc(buf->data, buf->size);
     }
     memcpy(buf->data + buf->tail, data, size);
     buf->tail += size;

@@ -26,7 +26,6 @@
 #include <sys/socket.h>
 #include <linux/if_packet.h>
 #include <cap-ng.h>
-#include "net/packet-socket.h"
 #include "qemu/cutils.h"
 
 static G_NORETURN void fail(const char *what)
@@ -58,17 +57,13 @@ static void drop_capabilities(bool keep_net_raw)
     }
 }
 
-/*
- * With protocol 0 it gets no frame until QEMU binds it again.  Only a socket
- * to inject with needs the mark, which QEMU without a capability cannot set.
- */
+/* With protocol 0 it gets no frame until QEMU binds it again. */
 static int open_socket(const char *ifname)
 {
     struct sockaddr_ll addr = {
         .sll_family = AF_PACKET,
         .sll_ifindex = if_nametoindex(ifname),
     };
-    int mark = PACKET_SOCKET_INJECTED_MARK;
     int fd;
 
     if (!addr.sll_ifindex) {
@@ -77,10 +72,6 @@ static int open_socket(const char *ifname)
     fd = socket(AF_PACKET, SOCK_RAW, 0);
     if (fd < 0) {
         fail("could not open a packet socket");
-    }
-    if (setsockopt(fd, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)) < 0 &&
-        errno != EPERM) {
-        fail("could not set SO_MARK");
     }
     if (bind(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
         fail("could not bind to the interface");

@@ -40,6 +40,7 @@ static struct {
     FrameReader *fr;
     bool vnet_hdr;
     bool resets_at_once;        /* whether a disconnect is seen at once */
+    bool over_room;             /* whether more is pushed than there is room */
     size_t chunk;
     size_t max_bytes;
 
@@ -50,6 +51,7 @@ static struct {
     bool bad;                   /* its length is too large, ... */
     bool broken;                /* ... and the reader has seen that */
     unsigned connection;        /* counts them */
+    uint64_t errors;            /* connections with a bad length */
     /* ... and the frames that are in them */
     Expected frames[MAX_FRAMES];
     size_t n_frames;
@@ -79,6 +81,7 @@ void qemu_chr_fe_disconnect(CharFrontend *be)
     CHECK(f.bad && !f.broken);
     CHECK(f.n_seen == f.n_frames);
     f.broken = true;
+    f.errors++;
     f.total = f.start;
     if (f.resets_at_once) {
         reconnect();
@@ -209,7 +212,10 @@ static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
 
 static void check_room(void)
 {
-    CHECK(frame_reader_room(f.fr) == FRAME_READER_LIMIT - held());
+    CHECK(frame_reader_room(f.fr) ==
+          FRAME_READER_LIMIT - MIN(held(), FRAME_READER_LIMIT));
+    CHECK(frame_reader_empty(f.fr) == !held());
+    CHECK(frame_reader_errors(f.fr) == f.errors);
 }
 
 static void resume(size_t accept)
@@ -245,7 +251,9 @@ static void push(const uint8_t *buf, size_t size)
 
         /* No more frames than there is room for the expectation. */
         chunk = MIN(chunk, (MAX_FRAMES - f.n_frames) * prefix_len());
-        chunk = MIN(chunk, frame_reader_room(f.fr));
+        if (!f.over_room) {
+            chunk = MIN(chunk, frame_reader_room(f.fr));
+        }
         if (!chunk) {
             CHECK(f.n_seen < f.n_frames);
             finish();
@@ -341,6 +349,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     f.vnet_hdr = *data & 1;
     f.resets_at_once = *data & 2;
+    f.over_room = (*data & 0x1c) == 0x18;
     f.max_bytes = (*data & 0xe0) == 0xe0 ? MAX_BYTES : MAX_BYTES_MOSTLY;
     f.chunk = f.accept = SIZE_MAX;
     f.total = f.start = f.n_frames = f.n_seen = 0;
@@ -349,6 +358,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         readers[f.vnet_hdr] = frame_reader_new(&chr, f.vnet_hdr, handler, &f);
     }
     f.fr = readers[f.vnet_hdr];
+    f.errors = frame_reader_errors(f.fr);
     run(data + 1, size - 1);
     if ((*data & 0x1c) == 0x1c) {
         frame_reader_free(f.fr);

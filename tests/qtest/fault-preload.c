@@ -77,24 +77,13 @@ static bool fails(FaultCall call)
     return true;
 }
 
-static bool is_of_domain(int fd, int domain)
+static bool is_packet_socket(int fd)
 {
     int value;
     socklen_t size = sizeof(value);
 
     return REAL(getsockopt)(fd, SOL_SOCKET, SO_DOMAIN, &value, &size) == 0 &&
-           value == domain;
-}
-
-static bool is_packet_socket(int fd)
-{
-    return is_of_domain(fd, AF_PACKET);
-}
-
-static bool netlink_fails(int fd)
-{
-    return armed(FAULT_NETLINK) && is_of_domain(fd, AF_NETLINK) &&
-           fails(FAULT_NETLINK);
+           value == AF_PACKET;
 }
 
 static bool is_named(const struct sockaddr_un *addr, const char *name)
@@ -119,8 +108,7 @@ static bool is_chardev(int fd, const char *name)
 
 int socket(int domain, int type, int protocol)
 {
-    if (((domain == AF_PACKET || domain == AF_INET) && fails(FAULT_SOCKET)) ||
-        (domain == AF_NETLINK && fails(FAULT_NETLINK))) {
+    if ((domain == AF_PACKET || domain == AF_INET) && fails(FAULT_SOCKET)) {
         return -1;
     }
     return REAL(socket)(domain, type, protocol);
@@ -158,8 +146,7 @@ int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
 
 int bind(int fd, __CONST_SOCKADDR_ARG addr, socklen_t size)
 {
-    if ((armed(FAULT_BIND) && is_packet_socket(fd) && fails(FAULT_BIND)) ||
-        netlink_fails(fd)) {
+    if (armed(FAULT_BIND) && is_packet_socket(fd) && fails(FAULT_BIND)) {
         return -1;
     }
     return REAL(bind)(fd, addr, size);
@@ -173,14 +160,6 @@ void *mmap(void *addr, size_t size, int protection, int flags, int fd,
         return MAP_FAILED;
     }
     return REAL(mmap)(addr, size, protection, flags, fd, offset);
-}
-
-ssize_t recv(int fd, void *buf, size_t size, int flags)
-{
-    if (netlink_fails(fd)) {
-        return -1;
-    }
-    return REAL(recv)(fd, buf, size, flags);
 }
 
 ssize_t recvmsg(int fd, struct msghdr *msg, int flags)

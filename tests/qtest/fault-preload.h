@@ -29,7 +29,6 @@ typedef enum FaultCall {
     FAULT_READ_IN,      /* recvmsg() from "in" */
     FAULT_WRITE_TAP,    /* writev() */
     FAULT_CONNECT,      /* connect() to "client" */
-    FAULT_NETLINK,      /* socket(), bind() and recv() of netlink */
     FAULT_CALLS
 } FaultCall;
 

@@ -1089,37 +1089,30 @@ static void test_bad_fd(void)
     /* By its number it may be anything of QEMU's, and so is left as it is. */
     fds = count_fds(&f);
     expect_refused(&f, QMP_CAPTURE "'queue': 'tx', 'packet-fd': '0'",
-                   "'packet-fd': file descriptor 0 is not a packet socket");
+                   "'packet-fd': cannot use file descriptor 0 for interface");
     g_assert_cmpint(count_fds(&f), ==, fds);
     expect_bad_fd(&f, open("/dev/null", O_RDWR), "is not a packet socket");
     expect_bad_fd(&f, socket(AF_INET, SOCK_DGRAM, 0),
                   "is not a packet socket");
     expect_bad_fd(&f, socket(AF_PACKET, SOCK_DGRAM, 0),
-                  "netdev 'n0': 'packet-fd': the packet socket is not of type "
-                  "SOCK_RAW");
+                  "is not of type SOCK_RAW");
     tap = open_tap("tapbad");
     set_interface_up("tapbad", true);
     expect_bad_fd(&f, bound_socket("tapbad", ETH_P_ALL),
-                  "the packet socket is bound to interface 'tapbad', not to "
-                  "'tapq");
+                  "is bound to another interface");
     fd = bound_socket("tapbad", 0);
     close(tap);
-    expect_bad_fd(&f, fd, "is bound to an interface that is gone");
+    expect_bad_fd(&f, fd, "is bound to another interface");
     expect_bad_fd(&f, socket_in_other_netns(f.ifname, false),
-                  "is in another network namespace than interface 'tapq");
+                  "is in another network namespace than QEMU");
     expect_bad_fd(&f, socket_in_other_netns(f.ifname, true),
-                  "is in another network namespace than interface 'tapq");
+                  "is in another network namespace than QEMU");
     expect_bad_fd(&f, socket_in_fanout(f.ifname), "is in a fanout group");
     expect_bad_fd(&f, socket_with_locked_filter(),
-                  "has a filter that is locked");
-    expect_bad_fd(&f, socket_with_ring(PACKET_RX_RING), "has a ring already");
-    expect_bad_fd(&f, socket_with_ring(PACKET_TX_RING), "has a ring already");
+                  "has a locked filter");
+    expect_bad_fd(&f, socket_with_ring(PACKET_RX_RING), "has a ring");
+    expect_bad_fd(&f, socket_with_ring(PACKET_TX_RING), "has a ring");
 
-    /* To capture it is good. */
-    getfd(&f, "bad", socket(AF_PACKET, SOCK_RAW, 0));
-    expect_refused(&f, QMP_INJECT "'queue': 'tx', 'packet-fd': 'bad'",
-                   "could not set SO_MARK 0x71656d75 on the packet socket of "
-                   "interface 'tapq");
     getfd(&f, "good", socket(AF_PACKET, SOCK_RAW, 0));
     add(&f, QMP_CAPTURE "'queue': 'tx', 'packet-fd': 'good'");
     expect_captures(&f, "cap", 0);
@@ -1138,14 +1131,14 @@ static void test_bad_second(void)
     getfd(&f, "i", open("/dev/null", O_RDWR));
     expect_refused(&f, QMP_CAPTURE "'indev': 'in', 'packet-fd': 'c',"
                    " 'inject-packet-fd': 'i'",
-                   "netdev 'n0': 'inject-packet-fd': file descriptor");
+                   "netdev 'n0': 'inject-packet-fd': cannot use file descriptor");
     g_assert_cmpint(count_fds(&f), ==, before);
 
     getfd(&f, "c", open("/dev/null", O_RDWR));
     getfd(&f, "i", helper_socket(&f));
     expect_refused(&f, QMP_CAPTURE "'indev': 'in', 'packet-fd': 'c',"
                    " 'inject-packet-fd': 'i'",
-                   "netdev 'n0': 'packet-fd': file descriptor");
+                   "netdev 'n0': 'packet-fd': cannot use file descriptor");
     g_assert_cmpint(count_fds(&f), ==, before);
     fixture_close(&f);
 }
@@ -1163,25 +1156,22 @@ static void test_bad_value(void)
     expect_refused(&f, QMP_CAPTURE "'packet-fd': '7up'",
                    "'packet-fd': Invalid file descriptor number '7up'");
     expect_refused(&f, QMP_CAPTURE "'packet-fd': '1000'",
-                   "file descriptor 1000 is not a packet socket");
+                   "it is not a packet socket");
     expect_refused(&f, QMP_CAPTURE "'packet-fd': '/dev/fdset/9'",
                    "'packet-fd': Failed to find fdset /dev/fdset/9");
     expect_refused(&f, QMP_INJECT "'queue': 'rx', 'packet-fd': 'c'",
-                   "'packet-fd' is a packet socket that the filter does not "
-                   "need");
+                   "'packet-fd': the filter needs no packet socket");
     expect_refused(&f, QMP_CAPTURE "'packet-fd': 'c',"
                    " 'enable_when_running': false,"
                    " 'enable_when_stopped': true",
-                   "'packet-fd' is a packet socket that the filter does not "
-                   "need");
+                   "'packet-fd': the filter needs no packet socket");
     expect_refused(&f, QMP_CAPTURE "'inject-packet-fd': 'i',"
                    " 'enable_when_running': false,"
                    " 'enable_when_stopped': true",
-                   "'inject-packet-fd' is a packet socket that the filter "
-                   "does not need");
+                   "'inject-packet-fd': the filter needs no packet socket");
     expect_refused(&f, "'qom-type': 'filter-redirector', 'id': 'x',"
                    " 'netdev': 'hub', 'outdev': 'out', 'packet-fd': 'c'",
-                   "'packet-fd' is a packet socket, which is not used on "
+                   "'packet-fd' needs a packet socket, which is not used on "
                    "netdev 'hub'");
     g_assert_cmpint(count_fds(&f), ==, before);
     fixture_close(&f);
@@ -1196,15 +1186,14 @@ static void test_bad_in_use(void)
                        " -chardev null,id=null");
     guest_start(&f);
     expect_refused(&f, QMP_INJECT "'packet-fd': '" FIRST_FD "'",
-                   "'packet-fd': file descriptor " FIRST_FD " is in use "
-                   "already");
+                   "'packet-fd': cannot use file descriptor " FIRST_FD);
     expect_captures(&f, "cap", 0);
     expect_refused(&f, "'qom-type': 'filter-redirector', 'id': 'two',"
                    " 'netdev': 'n0', 'indev': 'in', 'outdev': 'null',"
                    " 'packet-fd': '" SECOND_FD "',"
                    " 'inject-packet-fd': '" SECOND_FD "'",
-                   "'inject-packet-fd': file descriptor " SECOND_FD " is in "
-                   "use already");
+                   "'inject-packet-fd': cannot use file descriptor "
+                   SECOND_FD);
     expect_captures(&f, "cap", 10);
     fixture_close(&f);
 }

@@ -51,9 +51,14 @@ void set_interface_up(const char *ifname, bool up)
 
 int open_host(const char *ifname)
 {
+    return open_host_protocol(ifname, TEST_ETHERTYPE);
+}
+
+int open_host_protocol(const char *ifname, uint16_t protocol)
+{
     struct sockaddr_ll addr = {
         .sll_family = AF_PACKET,
-        .sll_protocol = htons(TEST_ETHERTYPE),
+        .sll_protocol = htons(protocol),
         .sll_ifindex = if_nametoindex(ifname),
     };
     int fd = socket(AF_PACKET, SOCK_RAW, 0);
@@ -621,16 +626,29 @@ uint64_t counter(Fixture *f, const char *id, const char *name)
     return value;
 }
 
-bool capture_pending(Fixture *f, const char *id)
+static bool bool_property(Fixture *f, const char *id, const char *name)
 {
     g_autofree char *path = g_strdup_printf("/objects/%s", id);
     QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
-                           " {'path': %s, 'property': 'capture-pending'}}",
-                           path);
+                           " {'path': %s, 'property': %s}}", path, name);
     bool value = qdict_get_bool(rsp, "return");
 
     qobject_unref(rsp);
     return value;
+}
+
+bool capture_pending(Fixture *f, const char *id)
+{
+    return bool_property(f, id, "capture-pending");
+}
+
+void wait_inject_pending(Fixture *f, const char *id, bool pending)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (bool_property(f, id, "inject-pending") != pending) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
 }
 
 void expect_source(Fixture *f, const char *id, const char *source)

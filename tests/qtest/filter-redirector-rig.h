@@ -91,6 +91,7 @@ void fixture_close(Fixture *f);
 
 void set_interface_up(const char *ifname, bool up);
 int open_host(const char *ifname);
+int open_host_protocol(const char *ifname, uint16_t protocol);
 int open_tap(const char *ifname);
 /* One of the interface's counters in /sys */
 uint64_t statistic(const char *ifname, const char *name);
@@ -175,6 +176,7 @@ void guest_put(Fixture *f, uint32_t number);
 bool vhost_started(Fixture *f);
 uint64_t counter(Fixture *f, const char *id, const char *name);
 bool capture_pending(Fixture *f, const char *id);
+void wait_inject_pending(Fixture *f, const char *id, bool pending);
 void wait_counter(Fixture *f, const char *id, const char *name,
                   uint64_t value);
 void expect_source(Fixture *f, const char *id, const char *source);

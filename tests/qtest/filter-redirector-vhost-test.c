@@ -522,6 +522,33 @@ static void test_stopped_only(void)
     fixture_close(&f);
 }
 
+/* QEMU's announcement of the guest is not taken; it waits for the VM to run. */
+static void test_stopped_only_announce(void)
+{
+    const uint16_t rarp = 0x8035;
+    uint8_t frame[BUFFER_LEN];
+    int network;
+    Fixture f;
+
+    fixture_start(&f, CAPTURE "all,enable_when_running=off,"
+                      "enable_when_stopped=on");
+    guest_start(&f);
+    network = open_host_protocol(f.ifname, rarp);
+    vm_stop(&f);
+    expect_source(&f, "cap", "chain");
+    qtest_qmp_assert_success(f.qts, "{'execute': 'announce-self',"
+        " 'arguments': {'initial': 50, 'max': 50, 'rounds': 1, 'step': 0}}");
+    host_send(&f, 0, 10);
+    expect_out(&f, 0, 10);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 10);
+    vm_cont(&f);
+    wait_readable(network);
+    g_assert_cmpint(recv(network, frame, sizeof(frame), 0), >=, 42);
+    g_assert_cmphex(lduw_be_p(frame + 12), ==, rarp);
+    close(network);
+    fixture_close(&f);
+}
+
 /* The same if QEMU reads the TAP: one waits in the queue of the NIC. */
 static void test_stopped_only_no_vhost(void)
 {
@@ -786,7 +813,6 @@ static void test_migration_failed(void)
         expect_guest(&f, n + 40, 10);
     }
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 20);
-    g_assert_cmpuint(counter(&f, "cap", "capture-interface-drops"), ==, 0);
     fixture_close(&f);
 }
 
@@ -816,7 +842,6 @@ static void test_stopped_only_slow_peer(void)
     }
     g_assert_cmpuint(taken, <, sent);
     host_send(&f, sent, 100);
-    g_assert_cmpuint(counter(&f, "cap", "capture-interface-drops"), ==, 0);
     vm_cont(&f);
     guest_post(&f, 50);
     expect_guest(&f, taken, 50);
@@ -893,10 +918,13 @@ static void test_inject_hold(void)
     guest_start(&f);
     guest_post(&f, 20);
     vm_stop(&f);
+    wait_inject_pending(&f, "inj", false);
     in_send(&f, 0, 10);
+    wait_inject_pending(&f, "inj", true);
     g_assert_cmpuint(counter(&f, "inj", "inject-packets"), ==, 0);
     vm_cont(&f);
     expect_guest(&f, 0, 10);
+    wait_inject_pending(&f, "inj", false);
     in_send(&f, 10, 10);
     expect_guest(&f, 10, 10);
     fixture_close(&f);
@@ -1030,6 +1058,21 @@ static void test_lingers(void)
     fixture_close(&f);
 }
 
+static void expect_error_args(Fixture *f, const char *args, const char *text)
+{
+    g_autofree char *cmd = g_strdup_printf(
+        "{'execute': 'object-add', 'arguments': {"
+        "'qom-type': 'filter-redirector', 'id': 'bad', %s}}", args);
+    int before = count_fds(f);
+    QDict *rsp = qtest_qmp_assert_failure_ref(f->qts, "%p",
+                                              qobject_from_json(cmd, NULL));
+
+    g_test_message("%s", qdict_get_str(rsp, "desc"));
+    g_assert_nonnull(strstr(qdict_get_str(rsp, "desc"), text));
+    qobject_unref(rsp);
+    g_assert_cmpint(count_fds(f), ==, before);
+}
+
 /* What an object injects it does not capture; nor does another. */
 static void test_no_loop(void)
 {
@@ -1049,26 +1092,29 @@ static void test_no_loop(void)
     fixture_close(&f);
 }
 
-static void test_no_loop_rx(void)
+/*
+ * To the interface, what is injected toward the network is as from the guest.
+ * So that no peer can make a loop of it, one object cannot do both.
+ */
+static void test_injected_rx_captured(void)
 {
     Fixture f;
 
-    fixture_start(&f, "-object filter-redirector,id=both,netdev=n0,indev=in,"
-                      "outdev=out,vnet_hdr_support=on,queue=rx "
-                      "-chardev ringbuf,id=null,size=1024 "
-                      "-object filter-redirector,id=cap,netdev=n0,outdev=null,"
-                      "queue=all");
+    fixture_start(&f, CAPTURE "all " INJECT "rx");
     guest_start(&f);
     for (int i = 0; i < 5; i++) {
-        in_send(&f, 100 + i, 10);
-        expect_host(&f, 100 + i, 10);
-        guest_send(&f, i, 1);
-        expect_out(&f, i, 1);
-        expect_host(&f, i, 1);
+        in_send(&f, 11 * i, 10);
+        expect_host(&f, 11 * i, 10);
+        guest_send(&f, 11 * i + 10, 1);
+        expect_host(&f, 11 * i + 10, 1);
+        expect_out(&f, 11 * i, 11);
     }
-    g_assert_cmpuint(counter(&f, "both", "capture-packets"), ==, 5);
-    g_assert_cmpuint(counter(&f, "both", "inject-packets"), ==, 50);
-    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 5);
+    g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 55);
+    g_assert_cmpuint(counter(&f, "inj", "inject-packets"), ==, 50);
+    del_object(&f, "cap");
+    del_object(&f, "inj");
+    expect_error_args(&f, "'netdev': 'n0', 'indev': 'in', 'outdev': 'out'",
+                      "only 'queue=tx' is possible");
     fixture_close(&f);
 }
 
@@ -1116,9 +1162,8 @@ static void test_inject_bad_frames(void)
     g_assert_cmpint(write(f.in, bad, 108), ==, 108);
     in_send(&f, 4, 1);
     expect_guest(&f, 0, 5);
-    g_assert_cmpuint(counter(&f, "inj", "inject-skipped-runt"), ==, 2);
-    g_assert_cmpuint(counter(&f, "inj", "inject-skipped-oversize"), ==, 1);
-    g_assert_cmpuint(counter(&f, "inj", "inject-skipped-header"), ==, 1);
+    g_assert_cmpuint(counter(&f, "inj", "inject-skipped"), ==, 4);
+    g_assert_cmpuint(counter(&f, "inj", "inject-stream-errors"), ==, 0);
 
     /* A length that makes no sense ends the connection, and only that. */
     memset(bad, 0xff, 8);
@@ -2009,7 +2054,14 @@ static void mixed_expect_guest(Mixed *m, uint32_t number)
     g_assert_cmpuint(next, ==, number + 1);
 }
 
-/* Each of the filters that copy has this packet next. */
+static void mixed_expect_chain(Mixed *m, uint32_t number)
+{
+    if (mixed_has(m, MIXED_CHAIN)) {
+        mixed_expect_peer(&m->f, m->chain, number);
+    }
+}
+
+/* Each of the filters with a packet socket has this packet next. */
 static void mixed_expect_copies(Mixed *m, uint32_t number)
 {
     uint8_t frame[BUFFER_LEN];
@@ -2017,9 +2069,6 @@ static void mixed_expect_copies(Mixed *m, uint32_t number)
 
     if (mixed_has(m, MIXED_MIRROR)) {
         mixed_expect_peer(&m->f, m->mirror, number);
-    }
-    if (mixed_has(m, MIXED_CHAIN)) {
-        mixed_expect_peer(&m->f, m->chain, number);
     }
     if (mixed_has(m, MIXED_CAP)) {
         expect_out(&m->f, number, 1);
@@ -2031,30 +2080,32 @@ static void mixed_expect_copies(Mixed *m, uint32_t number)
 }
 
 /*
- * A packet each way, and one that is injected both ways, which no filter
- * captures.  On the chain it comes as from the TAP, and as from the filter that
- * injects.  That each comes once shows by the one that comes next.
+ * A packet each way, and one that is injected both ways.  Of that, filters with
+ * a packet socket get the one toward the network; on the chain it comes as from
+ * the TAP, and as from the filter that injects.  That each comes once shows by
+ * the one that comes next.
  */
 static void mixed_pass(Mixed *m)
 {
     mixed_expect_vhost(m);
     host_send(&m->f, m->number, 1);
     mixed_expect_guest(m, m->number);
-    mixed_expect_copies(m, m->number++);
+    mixed_expect_copies(m, m->number);
+    mixed_expect_chain(m, m->number++);
     if (mixed_has(m, MIXED_INJ)) {
         in_send(&m->f, m->number, 1);
         mixed_expect_guest(m, m->number);
-        if (mixed_has(m, MIXED_CHAIN)) {
-            mixed_expect_peer(&m->f, m->chain, m->number);
-            if (mixed_place(m, MIXED_CHAIN) < mixed_place(m, MIXED_INJ)) {
-                mixed_expect_peer(&m->f, m->chain, m->number);
-            }
+        mixed_expect_copies(m, m->number);
+        mixed_expect_chain(m, m->number);
+        if (mixed_place(m, MIXED_CHAIN) < mixed_place(m, MIXED_INJ)) {
+            mixed_expect_chain(m, m->number);
         }
         expect_host(&m->f, m->number++, 1);
     }
     guest_put(&m->f, m->number);
     expect_host(&m->f, m->number, 1);
-    mixed_expect_copies(m, m->number++);
+    mixed_expect_copies(m, m->number);
+    mixed_expect_chain(m, m->number++);
 }
 
 /* The order with this number, of MIXED! ones */
@@ -2166,26 +2217,37 @@ static void test_mixed_order(void)
 
 /* Errors */
 
-static void expect_error_args(Fixture *f, const char *args, const char *text)
+/* @properties are names and values, ended by NULL. */
+static void expect_fixed(Fixture *f, const char *type, const char *args,
+                         const char *const *properties)
 {
     g_autofree char *cmd = g_strdup_printf(
-        "{'execute': 'object-add', 'arguments': {"
-        "'qom-type': 'filter-redirector', 'id': 'bad', %s}}", args);
-    int before = count_fds(f);
-    QDict *rsp = qtest_qmp_assert_failure_ref(f->qts, "%p",
-                                              qobject_from_json(cmd, NULL));
+        "{'execute': 'object-add', 'arguments': {'qom-type': '%s',"
+        " 'id': 'fixed', 'netdev': 'n0', %s}}", type, args);
 
-    g_test_message("%s", qdict_get_str(rsp, "desc"));
-    g_assert_nonnull(strstr(qdict_get_str(rsp, "desc"), text));
-    qobject_unref(rsp);
-    g_assert_cmpint(count_fds(f), ==, before);
+    qtest_qmp_assert_success(f->qts, "%p", qobject_from_json(cmd, NULL));
+    for (; *properties; properties += 2) {
+        g_autofree char *set = g_strdup_printf(
+            "{'execute': 'qom-set', 'arguments': {'path': '/objects/fixed',"
+            " 'property': '%s', 'value': %s}}", properties[0], properties[1]);
+        QDict *rsp = qtest_qmp_assert_failure_ref(f->qts, "%p",
+                                                  qobject_from_json(set, NULL));
+
+        g_assert_nonnull(strstr(qdict_get_str(rsp, "desc"),
+                                "cannot be changed once the filter is set up"));
+        qobject_unref(rsp);
+    }
+    del_object(f, "fixed");
 }
 
 static void test_errors(void)
 {
     Fixture f;
 
-    fixture_start(&f, "-netdev hubport,id=hub,hubid=1 "
+    fixture_start(&f, "-chardev null,id=null1 -chardev null,id=null2 "
+                      "-chardev hub,id=both,chardevs.0=null1,"
+                      "chardevs.1=null2 "
+                      "-netdev hubport,id=hub,hubid=1 "
                       "-netdev tap,id=plain,ifname=tapplain,script=no,"
                       "downscript=no,vhost=off");
     expect_error_args(&f, "'netdev': 'hub', 'outdev': 'out',"
@@ -2194,15 +2256,15 @@ static void test_errors(void)
                       "netdev 'hub' is of type 'hubport'");
     expect_error_args(&f, "'netdev': 'plain', 'outdev': 'out',"
                       " 'enable_when_stopped': true",
-                      "need a packet socket, which is not used on netdev "
-                      "'plain'");
+                      "'enable_when_stopped' needs a packet socket, which is "
+                      "not used on netdev 'plain'");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out',"
                       " 'enable_when_running': false",
-                      "leaves nothing to do");
+                      "needs 'enable_when_stopped=on'");
     expect_error_args(&f, "'netdev': 'plain', 'outdev': 'out',"
                       " 'buffer-size': 4194304",
-                      "'buffer-size' is that of a packet socket, which is not "
-                      "used on netdev 'plain'");
+                      "'buffer-size' needs a packet socket, which is not used "
+                      "on netdev 'plain'");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out',"
                       " 'buffer-size': 1000000", "from 1 MiB to 1 GiB");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'none'",
@@ -2210,13 +2272,22 @@ static void test_errors(void)
     expect_error_args(&f, "'netdev': 'n0'", "at least one property");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out', 'indev': 'out'",
                       "could not be same");
-
-    /* Properties stay as they are once the filter is set up. */
-    add_capture(&f);
-    qobject_unref(qtest_qmp_assert_failure_ref(f.qts,
-        "{'execute': 'qom-set', 'arguments': {'path': '/objects/cap',"
-        " 'property': 'enable_when_stopped', 'value': true}}"));
-    del_object(&f, "cap");
+    expect_error_args(&f, "'netdev': 'n0'", "filter-redirector 'bad': ");
+    expect_error_args(&f, "'netdev': 'n0', 'outdev': 'both'",
+                      "chardev 'both' is a hub");
+    expect_error_args(&f, "'netdev': 'n0', 'queue': 'tx', 'indev': 'both'",
+                      "chardev 'both' is a hub");
+    expect_fixed(&f, "filter-redirector", "'outdev': 'out'", (const char *[]) {
+        "netdev", "'n0'", "queue", "'rx'", "position", "'head'",
+        "insert", "'before'", "indev", "'in'", "outdev", "'out'",
+        "vnet_hdr_support", "true", "packet-socket", "'on'",
+        "enable_when_running", "false", "enable_when_stopped", "true",
+        "buffer-size", "2097152", "packet-fd", "'1'",
+        "inject-packet-fd", "'1'", NULL });
+    expect_fixed(&f, "filter-mirror", "'outdev': 'out'", (const char *[]) {
+        "outdev", "'out'", "vnet_hdr_support", "true", NULL });
+    expect_fixed(&f, "filter-dump", "'file': '/dev/null'", (const char *[]) {
+        "file", "'other'", "maxlen", "100", NULL });
 
     /* And the VM is as it was. */
     guest_start(&f);
@@ -2246,7 +2317,7 @@ static void no_cap_net_raw(void)
     g_assert_cmpint(prctl(PR_CAPBSET_DROP, CAP_NET_RAW), ==, 0);
     fixture_start(&f, "");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out'",
-                      "could not open a packet socket for interface");
+                      "(it needs CAP_NET_RAW; without, pass one with");
     expect_error_args(&f, "'netdev': 'n0', 'indev': 'in', 'queue': 'tx'",
                       "Operation not permitted");
     /* What needs no packet socket needs no capability. */
@@ -2364,6 +2435,7 @@ int main(int argc, char **argv)
     rig_add("stop/both", test_stop_both);
     rig_add("stop/mirror", test_stop_mirror);
     rig_add("stop/stopped-only", test_stopped_only);
+    rig_add("stop/stopped-only-announce", test_stopped_only_announce);
     rig_add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
     rig_add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
     rig_add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
@@ -2382,7 +2454,7 @@ int main(int argc, char **argv)
     rig_add("inject/status", test_inject_status);
     rig_add("inject/receives-nothing", test_inject_receives_nothing);
     rig_add("inject/no-loop", test_no_loop);
-    rig_add("inject/no-loop-rx", test_no_loop_rx);
+    rig_add("inject/rx-captured", test_injected_rx_captured);
     rig_add("inject/relay", test_relay);
     rig_add("inject/bad-frames", test_inject_bad_frames);
     rig_add("inject/bad-gso", test_inject_bad_gso);

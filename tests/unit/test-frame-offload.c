@@ -405,9 +405,8 @@ static void segments_check(const FrameSegments *fs, const Frame *frame)
 
 typedef struct Lab {
     Tap tap;                    /* whose reader gets segments */
-    Tap from;                   /* a TAP that the frame comes from ... */
-    char bridge[IFNAMSIZ];
-    PacketSocket *ps;           /* ... or a packet socket */
+    Tap from;                   /* that the frame comes from, over ... */
+    char bridge[IFNAMSIZ];      /* ... this; or from the sender of @tap */
 } Lab;
 
 static bool lab_new(Lab *lab, unsigned offload)
@@ -421,14 +420,11 @@ static bool lab_new(Lab *lab, unsigned offload)
     tap_set_offload(&lab->tap, offload);
     /* All segments of the longest frame wait there at once. */
     set_queue_len(&lab->tap, 4096);
-    lab->ps = packet_socket_new_inject(lab->tap.name, lab->tap.index, -1,
-                                       &error_abort);
     return true;
 }
 
 static void lab_free(Lab *lab)
 {
-    packet_socket_free(lab->ps);
     tap_delete(&lab->tap);
     tap_delete(&lab->from);
     if (lab->bridge[0]) {
@@ -436,16 +432,13 @@ static void lab_free(Lab *lab)
     }
 }
 
-/* Returns: 0, or a negative errno if the kernel does not take it */
+/*
+ * The sender goes through the queueing discipline, so the kernel segments.
+ * Returns: 0, or a negative errno if the kernel does not take it
+ */
 static int lab_send_host(Lab *lab, const Frame *frame, const Plan *plan)
 {
-    PacketSocketFrame pf = {
-        .hdr = frame->hdr,
-        .data = frame->data,
-        .len = frame->len,
-    };
-
-    return packet_socket_send_plain(lab->ps, &pf);
+    return frame_write(lab->tap.sender, frame) ? 0 : -errno;
 }
 
 /*
@@ -769,7 +762,7 @@ static void test_tunnel_kernel_checksum(void)
 static PacketSocket *capture_new(const Tap *tap, unsigned directions)
 {
     PacketSocket *ps = packet_socket_new_capture(tap->name, tap->index, -1,
-                                                 directions, 4 * MiB,
+                                                 directions, 4 * MiB, false,
                                                  &error_abort);
 
     g_assert_true(packet_socket_hook(ps, &error_abort));

@@ -5,7 +5,7 @@
  */
 
 #include "qemu/osdep.h"
-#include "net/frame-pace.h"
+#include "../../net/frame-pace.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
 

@@ -1,0 +1,630 @@
+/*
+ * Netfilters on a TAP with vhost: capture
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Frames come from a packet socket, as copies, or they are taken: QEMU reads
+ * the TAP, and the guest does not get them.  A capture that takes has no
+ * socket; one that copies is never in TAKE.
+ *
+ *   state    socket    what happens to frames
+ *   OFF      unhooked  nothing
+ *   COPY     hooked    they are copied; the peer gets them
+ *   LINGER   hooked    they are discarded and not counted
+ *   DRAIN    unhooked  those that are in the socket go to the peer
+ *   TAKE     -         they are taken; while the peer is gone or has no room
+ *                      the TAP is held, see filter-tap-link.c
+ *
+ * A capture works while it is active and, if it copies, has a peer.
+ *
+ *   event                    OFF   COPY          LINGER  DRAIN    TAKE
+ *   it works, and copies     COPY                COPY    COPY
+ *   it works, and takes      TAKE
+ *   it ceases to work              LINGER, or                     OFF
+ *                                  DRAIN (1)
+ *   the peer has gone              LINGER (2)            OFF (2)  (3)
+ *   1 s has passed                               OFF
+ *   the socket is empty                                  OFF
+ *   it cannot be read                                    OFF (2)
+ *
+ *   When it is deleted it ceases to work, and the peer gets what it accepts at
+ *   once; the rest is lost, and a warning tells how much.
+ *
+ *   (1) what is in the socket is staged; DRAIN if there is no room for all
+ *   (2) what was not written is discarded, and counted as peer drops
+ *   (3) what was taken is kept for the next peer
+ *
+ * LINGER exists because hooking and unhooking take the kernel up to 20 ms each,
+ * with the BQL held: a VM that stops must not wait for it, and a peer that
+ * connects over and over again must not hold up the main loop.
+ *
+ * Each frame of COPY and DRAIN ends as one of: written to the peer, staged or
+ * in the socket (filter_tap_capture_pending()), or in one counter of drops or
+ * skipped frames.
+ */
+
+#include "qemu/osdep.h"
+#include "filter-tap-int.h"
+#include "net/frame-offload.h"
+#include "net/frame-stream.h"
+#include "net/packet-socket.h"
+#include "qemu/error-report.h"
+#include "qemu/iov.h"
+#include "qemu/main-loop.h"
+#include "qemu/timer.h"
+#include "qapi/error.h"
+#include "trace.h"
+
+#define LINGER_MS 1000
+
+/* How many frames are read at a time from a socket that drains. */
+#define DRAIN_BATCH 1024
+
+/*
+ * The frame writer needs a quarter more memory than it holds; the socket has
+ * the rest.
+ */
+#define MEMORY_WRITER(memory) ((memory) / 8)
+#define MEMORY_SOCKET(memory) ((memory) / 32 * 27)
+
+typedef enum CaptureState {
+    CAPTURE_OFF,
+    CAPTURE_COPY,
+    CAPTURE_LINGER,
+    CAPTURE_DRAIN,
+    CAPTURE_TAKE,
+} CaptureState;
+
+static const char *const capture_state_names[] = {
+    [CAPTURE_OFF] = "off",
+    [CAPTURE_COPY] = "copy",
+    [CAPTURE_LINGER] = "linger",
+    [CAPTURE_DRAIN] = "drain",
+    [CAPTURE_TAKE] = "take",
+};
+
+struct FilterTapCapture {
+    NetFilterState *nf;
+    FilterTapUser *user;
+    FilterTapConfig config;
+    bool takes;
+    bool active;
+    CaptureState state;
+    FilterTapPollEntry poll;
+    PacketSocket *socket;       /* NULL if it takes */
+    FrameWriter *writer;        /* NULL if there is a sink */
+    uint8_t *sink_frame;
+    QEMUBH *bh;                 /* write, and go on draining */
+    QEMUTimer *linger;
+    uint64_t kernel_drops_seen;
+    FilterTapCaptureStats stats;
+};
+
+static void filter_tap_capture_update(FilterTapCapture *fc);
+
+/* Whether somebody is there who gets what is captured. */
+static bool filter_tap_capture_has_peer(const FilterTapCapture *fc)
+{
+    return fc->config.sink || qemu_chr_fe_backend_open(fc->config.chr_out);
+}
+
+static bool filter_tap_capture_full(const FilterTapCapture *fc)
+{
+    return fc->writer && frame_writer_full(fc->writer);
+}
+
+static bool filter_tap_capture_can_stage(const FilterTapCapture *fc)
+{
+    return filter_tap_capture_has_peer(fc) && !filter_tap_capture_full(fc);
+}
+
+/* Kernel drops count while the frames would have been the peer's. */
+static void filter_tap_capture_update_drops(FilterTapCapture *fc)
+{
+    uint64_t drops;
+
+    if (fc->socket) {
+        drops = packet_socket_drops(fc->socket);
+        if (fc->state == CAPTURE_COPY || fc->state == CAPTURE_DRAIN) {
+            fc->stats.kernel_drops += drops - fc->kernel_drops_seen;
+        }
+        fc->kernel_drops_seen = drops;
+    }
+}
+
+/* From the socket */
+
+static void filter_tap_capture_stage(FilterTapCapture *fc, size_t size)
+{
+    size_t hdr_len = fc->nf->netdev->vnet_hdr_len;
+
+    frame_writer_commit(fc->writer, hdr_len, size);
+    fc->stats.packets++;
+    fc->stats.bytes += size - hdr_len;
+}
+
+static void filter_tap_capture_to_sink(FilterTapCapture *fc,
+                                       struct virtio_net_hdr *hdr,
+                                       uint8_t *frame, size_t len)
+{
+    struct timespec time = packet_socket_time(fc->socket);
+
+    hdr->gso_type = VIRTIO_NET_HDR_GSO_NONE;
+    frame_offload_to_guest(hdr, frame, len, NULL, 0, false);
+    if (fc->config.sink(fc->config.opaque, &time, frame, len)) {
+        fc->stats.packets++;
+        fc->stats.bytes += len;
+    } else {
+        fc->stats.peer_drops++;
+    }
+}
+
+static void filter_tap_capture_skip(FilterTapCapture *fc, int err)
+{
+    trace_filter_tap_capture_skip(fc->user->link->ifname, err);
+    fc->stats.skipped++;
+}
+
+static void filter_tap_capture_error(FilterTapCapture *fc, int err)
+{
+    const char *ifname = fc->user->link->ifname;
+    char name[IF_NAMESIZE];
+
+    trace_filter_tap_capture_error(ifname, err);
+    if (err == ENETDOWN && !if_indextoname(fc->user->link->ifindex, name)) {
+        warn_report("netdev '%s': interface '%s' is gone; nothing more can be "
+                    "captured from it", fc->nf->netdev_id, ifname);
+    }
+}
+
+/*
+ * Read a frame and stage it.  Returns 0, -EAGAIN if there is none, or another
+ * negative errno if the socket cannot be read now.
+ */
+static int filter_tap_capture_one(FilterTapCapture *fc, bool swap)
+{
+    size_t hdr_len = fc->writer ? fc->nf->netdev->vnet_hdr_len : 0;
+    size_t room = fc->writer ? frame_writer_max_payload(fc->writer) :
+                               FRAME_STREAM_MAX_PAYLOAD;
+    uint8_t *payload = fc->writer ? frame_writer_reserve(fc->writer, room) :
+                                    fc->sink_frame;
+    uint8_t *frame = payload + hdr_len;
+    struct virtio_net_hdr hdr;
+    ssize_t len;
+
+    len = packet_socket_recv(fc->socket, &hdr, frame, room - hdr_len);
+    if (len == -EAGAIN) {
+        return len;
+    } else if (len == -EMSGSIZE || len == -EINVAL) {
+        filter_tap_capture_skip(fc, -len);
+    } else if (len < 0) {
+        filter_tap_capture_error(fc, -len);
+        /* The kernel tells this one once; there may be frames behind it. */
+        return len == -ENETDOWN ? 0 : len;
+    } else if (!fc->writer) {
+        filter_tap_capture_to_sink(fc, &hdr, frame, len);
+    } else if (frame_offload_to_guest(&hdr, frame, len, payload, hdr_len,
+                                      swap)) {
+        filter_tap_capture_stage(fc, hdr_len + len);
+    } else {
+        filter_tap_capture_skip(fc, EOPNOTSUPP);
+    }
+    return 0;
+}
+
+/*
+ * Read frames as long as there is room for them.  Sets @err as
+ * filter_tap_capture_one() returns, and returns the number of frames.
+ */
+static unsigned filter_tap_capture_read(FilterTapCapture *fc,
+                                        unsigned max_frames, size_t max_bytes,
+                                        int *err)
+{
+    uint64_t end = fc->stats.bytes + MIN(max_bytes, INT64_MAX);
+    bool swap = filter_tap_link_swapped(fc->user->link);
+    unsigned frames = 0;
+
+    *err = 0;
+    while (frames < max_frames && fc->stats.bytes < end &&
+           !filter_tap_capture_full(fc)) {
+        *err = filter_tap_capture_one(fc, swap);
+        if (*err) {
+            break;
+        }
+        frames++;
+    }
+    return frames;
+}
+
+/* To the peer */
+
+/*
+ * An error that leaves the connection open, as of a datagram socket or a full
+ * disk, is about one of the frames that wait.  To keep copies would stop the
+ * capture for good.  What was taken is kept, and the TAP is held.
+ */
+static void filter_tap_capture_written(FilterTapCapture *fc, int ret)
+{
+    if (ret < 0 && !fc->takes) {
+        trace_filter_tap_peer_error(fc->user->link->ifname, -ret);
+        fc->stats.peer_drops += frame_writer_discard(fc->writer);
+    }
+}
+
+/* Some character devices throw away what they get without a peer. */
+static void filter_tap_capture_flush(FilterTapCapture *fc)
+{
+    if (fc->writer && filter_tap_capture_has_peer(fc)) {
+        filter_tap_capture_written(fc, frame_writer_flush(fc->writer));
+    }
+}
+
+/* The peer may have made room before the watch fired, so try now. */
+static void filter_tap_capture_flush_now(FilterTapCapture *fc)
+{
+    if (fc->writer && filter_tap_capture_has_peer(fc)) {
+        filter_tap_capture_written(fc, frame_writer_flush_now(fc->writer));
+    }
+}
+
+/* From the TAP */
+
+static void filter_tap_capture_take(FilterTapCapture *fc,
+                                    const struct iovec *iov, int iovcnt)
+{
+    size_t size = iov_size(iov, iovcnt);
+
+    if (size > frame_writer_max_payload(fc->writer)) {
+        filter_tap_capture_skip(fc, EMSGSIZE);
+        return;
+    }
+    iov_to_buf(iov, iovcnt, 0, frame_writer_reserve(fc->writer, size), size);
+    filter_tap_capture_stage(fc, size);
+    qemu_bh_schedule(fc->bh);
+}
+
+static void filter_tap_capture_take_queued(void *opaque, const uint8_t *data,
+                                           size_t size)
+{
+    struct iovec iov = { .iov_base = (void *)data, .iov_len = size };
+
+    filter_tap_capture_take(opaque, &iov, 1);
+}
+
+bool filter_tap_capture_receive(FilterTapCapture *fc, const struct iovec *iov,
+                                int iovcnt)
+{
+    if (fc->state != CAPTURE_TAKE || !filter_tap_capture_can_stage(fc)) {
+        return false;
+    }
+    filter_tap_capture_take(fc, iov, iovcnt);
+    filter_tap_capture_update(fc);
+    return true;
+}
+
+/* State */
+
+/* Throw away what is in the socket.  Returns the number of frames. */
+static uint64_t filter_tap_capture_discard(FilterTapCapture *fc)
+{
+    return packet_socket_discard(fc->socket,
+                                 packet_socket_max_waiting(fc->socket));
+}
+
+static bool filter_tap_capture_hook(FilterTapCapture *fc)
+{
+    Error *err = NULL;
+
+    if (!packet_socket_hook(fc->socket, &err)) {
+        warn_reportf_err(err, "netdev '%s': nothing is captured: ",
+                         fc->nf->netdev_id);
+        return false;
+    }
+    return true;
+}
+
+/*
+ * Every transition is made here.  Nothing is written to the peer, so that no
+ * event can come in between.
+ */
+static void filter_tap_capture_set_state(FilterTapCapture *fc,
+                                         CaptureState new)
+{
+    CaptureState old = fc->state;
+    uint64_t discarded = 0;
+
+    if (new == CAPTURE_COPY && !filter_tap_capture_hook(fc)) {
+        new = CAPTURE_OFF;
+    }
+    if (new == old) {
+        return;
+    }
+    trace_filter_tap_capture_state(fc->user->link->ifname,
+                                   capture_state_names[old],
+                                   capture_state_names[new]);
+    if (old == CAPTURE_COPY) {
+        filter_tap_poll_set(&fc->poll, false);
+    } else if (old == CAPTURE_LINGER) {
+        timer_del(fc->linger);
+    }
+    if (new == CAPTURE_LINGER) {
+        timer_mod(fc->linger,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);
+    } else if (new == CAPTURE_TAKE) {
+        if (fc->user->wants_tx) {
+            filter_tap_link_take_queued(fc->user,
+                                        filter_tap_capture_take_queued, fc);
+        }
+    } else if (new != CAPTURE_COPY && fc->socket) {
+        packet_socket_unhook(fc->socket);
+    }
+    if (fc->socket && (old == CAPTURE_LINGER || new == CAPTURE_OFF)) {
+        discarded = filter_tap_capture_discard(fc);
+    }
+    if (old != CAPTURE_LINGER) {
+        fc->stats.peer_drops += discarded;
+    }
+    filter_tap_capture_update_drops(fc);
+    fc->state = new;
+}
+
+/* Stage what was captured before; not for ever, however much comes now. */
+static void filter_tap_capture_end_copy(FilterTapCapture *fc)
+{
+    unsigned max = packet_socket_max_waiting(fc->socket);
+    int err;
+
+    if (!filter_tap_capture_has_peer(fc)) {
+        fc->stats.peer_drops += filter_tap_capture_discard(fc);
+        filter_tap_capture_set_state(fc, CAPTURE_LINGER);
+        return;
+    }
+    filter_tap_capture_read(fc, max, SIZE_MAX, &err);
+    filter_tap_capture_set_state(fc, filter_tap_capture_full(fc) ?
+                                     CAPTURE_DRAIN :
+                                     err && err != -EAGAIN ?
+                                     CAPTURE_OFF : CAPTURE_LINGER);
+    filter_tap_capture_flush_now(fc);
+}
+
+static void filter_tap_capture_drain(FilterTapCapture *fc)
+{
+    int err;
+
+    if (!filter_tap_capture_has_peer(fc)) {
+        filter_tap_capture_set_state(fc, CAPTURE_OFF);
+    } else if (!filter_tap_capture_full(fc)) {
+        filter_tap_capture_read(fc, DRAIN_BATCH, SIZE_MAX, &err);
+        if (err) {
+            filter_tap_capture_set_state(fc, CAPTURE_OFF);
+        }
+        qemu_bh_schedule(fc->bh);
+    }
+}
+
+/* Something has changed: make the transition, if any. */
+static void filter_tap_capture_update(FilterTapCapture *fc)
+{
+    bool works = fc->active &&
+                 (fc->takes || filter_tap_capture_has_peer(fc));
+
+    if (works && fc->takes) {
+        filter_tap_capture_set_state(fc, CAPTURE_TAKE);
+    } else if (works) {
+        if (fc->state != CAPTURE_COPY) {
+            filter_tap_capture_set_state(fc, CAPTURE_COPY);
+        }
+    } else if (fc->state == CAPTURE_COPY) {
+        filter_tap_capture_end_copy(fc);
+    } else if (fc->state == CAPTURE_DRAIN) {
+        filter_tap_capture_drain(fc);
+    } else if (fc->state == CAPTURE_TAKE) {
+        filter_tap_capture_set_state(fc, CAPTURE_OFF);
+    }
+
+    filter_tap_link_set_taking(fc->user, fc->state == CAPTURE_TAKE &&
+                                         filter_tap_capture_can_stage(fc));
+    if (fc->socket) {
+        filter_tap_poll_set(&fc->poll, fc->state == CAPTURE_COPY &&
+                                       filter_tap_capture_can_stage(fc));
+    }
+}
+
+static void filter_tap_capture_linger_ends(void *opaque)
+{
+    filter_tap_capture_set_state(opaque, CAPTURE_OFF);
+}
+
+static unsigned filter_tap_capture_poll(FilterTapPollEntry *entry,
+                                        unsigned max_frames, size_t max_bytes,
+                                        size_t *bytes, bool *failing)
+{
+    FilterTapCapture *fc = container_of(entry, FilterTapCapture, poll);
+    uint64_t before = fc->stats.bytes;
+    unsigned frames;
+    int err;
+
+    frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
+    *bytes = fc->stats.bytes - before;
+    *failing |= err && err != -EAGAIN;
+    filter_tap_capture_flush(fc);
+    filter_tap_capture_update(fc);
+    return frames;
+}
+
+/* The peer may accept more, or there is more to write. */
+static void filter_tap_capture_write(void *opaque)
+{
+    filter_tap_capture_flush(opaque);
+    filter_tap_capture_update(opaque);
+}
+
+static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
+{
+    FilterTapCapture *fc = opaque;
+
+    switch (event) {
+    case CHR_EVENT_OPENED:
+        filter_tap_capture_update(fc);
+        filter_tap_capture_flush(fc);
+        break;
+    case CHR_EVENT_CLOSED:
+        frame_writer_rewind(fc->writer);
+        if (!fc->takes) {
+            /* For the next peer they would be stale. */
+            fc->stats.peer_drops += frame_writer_discard(fc->writer);
+        }
+        filter_tap_capture_update(fc);
+        break;
+    default:
+        break;
+    }
+}
+
+/* The peer has nothing to say, but only a read tells that it has gone. */
+static int filter_tap_capture_can_read(void *opaque)
+{
+    return CHR_READ_BUF_LEN;
+}
+
+static void filter_tap_capture_read_none(void *opaque, const uint8_t *buf,
+                                         int size)
+{
+}
+
+/* Setup */
+
+static bool filter_tap_capture_open(FilterTapCapture *fc, size_t memory, int fd,
+                                    Error **errp)
+{
+    unsigned directions =
+        (fc->nf->direction != NET_FILTER_DIRECTION_RX ?
+         PACKET_SOCKET_OUTGOING : 0) |
+        (fc->nf->direction != NET_FILTER_DIRECTION_TX ?
+         PACKET_SOCKET_INCOMING : 0);
+
+    if (!filter_tap_poll_ref(errp)) {
+        return false;
+    }
+    fc->socket = packet_socket_new_capture(fc->user->link->ifname,
+                                           fc->user->link->ifindex, fd,
+                                           directions, MEMORY_SOCKET(memory),
+                                           !!fc->config.sink, errp);
+    if (!fc->socket) {
+        filter_tap_poll_unref();
+        return false;
+    }
+    fc->poll.fd = packet_socket_fd(fc->socket);
+    fc->poll.read = filter_tap_capture_poll;
+    fc->linger = timer_new_ms(QEMU_CLOCK_REALTIME,
+                              filter_tap_capture_linger_ends, fc);
+    return true;
+}
+
+FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
+                                         FilterTapUser *user,
+                                         const FilterTapConfig *config,
+                                         bool takes, size_t memory, int fd,
+                                         Error **errp)
+{
+    FilterTapCapture *fc = g_new0(FilterTapCapture, 1);
+
+    fc->nf = nf;
+    fc->user = user;
+    fc->config = *config;
+    fc->takes = takes;
+    if (!takes && !filter_tap_capture_open(fc, memory, fd, errp)) {
+        g_free(fc);
+        return NULL;
+    }
+    fc->bh = qemu_bh_new(filter_tap_capture_write, fc);
+    if (config->chr_out) {
+        fc->writer = frame_writer_new(config->chr_out, config->vnet_hdr,
+                                      MEMORY_WRITER(memory),
+                                      filter_tap_capture_write, fc);
+    } else {
+        fc->sink_frame = g_malloc(FRAME_STREAM_MAX_PAYLOAD);
+    }
+    return fc;
+}
+
+void filter_tap_capture_start(FilterTapCapture *fc)
+{
+    if (fc->config.chr_out) {
+        qemu_chr_fe_set_handlers(fc->config.chr_out,
+                                 filter_tap_capture_can_read,
+                                 filter_tap_capture_read_none,
+                                 filter_tap_capture_event, NULL, fc, NULL,
+                                 true);
+    }
+}
+
+void filter_tap_capture_free(FilterTapCapture *fc)
+{
+    uint64_t lost = 0, drops;
+
+    if (!fc) {
+        return;
+    }
+    drops = filter_tap_capture_stats(fc).kernel_drops;
+    filter_tap_capture_set_active(fc, false);
+    do {
+        filter_tap_capture_flush_now(fc);
+        filter_tap_capture_update(fc);
+    } while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc));
+    if (fc->config.chr_out) {
+        qemu_chr_fe_set_handlers(fc->config.chr_out, NULL, NULL, NULL, NULL,
+                                 NULL, NULL, true);
+        lost = frame_writer_close(fc->writer);
+    }
+    if (fc->state == CAPTURE_DRAIN) {
+        lost += filter_tap_capture_discard(fc);
+    }
+    /* Some drops show only when the socket is read. */
+    lost += filter_tap_capture_stats(fc).kernel_drops - drops;
+    if (lost) {
+        warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "
+                    "filter", fc->nf->netdev_id, lost,
+                    fc->takes ? " that the guest did not get" : "");
+    }
+    qemu_bh_delete(fc->bh);
+    g_free(fc->sink_frame);
+    if (fc->socket) {
+        timer_free(fc->linger);
+        packet_socket_free(fc->socket);
+        filter_tap_poll_unref();
+    }
+    g_free(fc);
+}
+
+/* Others */
+
+void filter_tap_capture_set_active(FilterTapCapture *fc, bool active)
+{
+    fc->active = active;
+    filter_tap_capture_update(fc);
+}
+
+const char *filter_tap_capture_source(const FilterTapCapture *fc)
+{
+    switch (fc->state) {
+    case CAPTURE_COPY:
+        return "packet-socket";
+    case CAPTURE_TAKE:
+        return "chain";
+    default:
+        return "none";
+    }
+}
+
+bool filter_tap_capture_pending(const FilterTapCapture *fc)
+{
+    return fc->state == CAPTURE_DRAIN ||
+           (fc->writer && !frame_writer_empty(fc->writer));
+}
+
+FilterTapCaptureStats filter_tap_capture_stats(FilterTapCapture *fc)
+{
+    filter_tap_capture_update_drops(fc);
+    return fc->stats;
+}

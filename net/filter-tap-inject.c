@@ -1,0 +1,437 @@
+/*
+ * Netfilters on a TAP with vhost: inject
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Frames go to one or both of two places:
+ *
+ *   queue=tx   to the guest: a packet socket puts them into the TAP's queue,
+ *              from where vhost or QEMU reads them
+ *   queue=rx   to the network: along the chain, which ends in the TAP's fd
+ *
+ * Frames wait while the filter does not work, and those for the network also
+ * while the VM is stopped, since net.c would drop them.  When the TAP's queue
+ * is full they wait, too; nothing tells when there is room, so a timer tries
+ * again.
+ *
+ * The packet socket bypasses the queueing discipline.  So no packet socket
+ * captures what it sends, and the kernel does not segment: a GSO frame that
+ * the TAP cannot take whole is segmented here.  QEMU knows which ones it can,
+ * from the offloads that the guest's driver has negotiated.  If somebody else
+ * has switched one off, the kernel returns the same error as for a full TAP;
+ * so then the segments are tried.
+ */
+
+#include "qemu/osdep.h"
+#include <linux/if_ether.h>
+#include "filter-tap-int.h"
+#include "net/frame-offload.h"
+#include "net/frame-stream.h"
+#include "net/packet-socket.h"
+#include "net/tap.h"
+#include "qapi/error.h"
+#include "qemu/iov.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "trace.h"
+
+/* Room for the segments that are sent at a time, in bytes. */
+#define SEGMENTS_SIZE (128 * KiB)
+
+/*
+ * The least payload of a segment that is in use.  With less a frame costs the
+ * kernel hundreds of ms.
+ */
+#define MIN_GSO_SIZE 48
+
+/* Between two tries on a TAP that was full. */
+#define RETRY_MIN_MS 1
+#define RETRY_MAX_MS 64
+
+/* Longer GSO frames are segmented whatever the TAP can do. */
+#define GSO_MAX_LEN 65536
+
+/* How long a frame is tried that can only go whole. */
+#define WHOLE_MAX_MS 1000
+
+struct FilterTapInject {
+    NetFilterState *nf;
+    FilterTapUser *user;
+    CharFrontend *chr;
+    bool vnet_hdr;
+    bool active;
+    FrameReader *reader;
+    PacketSocket *socket;       /* NULL if nothing goes to the guest */
+    QEMUTimer *retry;
+    unsigned waited_ms;         /* the next frame, for room in the TAP */
+    unsigned segments_sent;     /* of the next frame */
+    uint8_t *segments;          /* allocated when there are some */
+    FilterTapInjectStats stats;
+};
+
+static bool filter_tap_inject_to_network(const FilterTapInject *fi)
+{
+    return fi->nf->direction != NET_FILTER_DIRECTION_TX;
+}
+
+/* The frame is not sent. */
+static void filter_tap_inject_failed(FilterTapInject *fi, int err)
+{
+    trace_filter_tap_inject_error(fi->user->link->ifname, err);
+    if (err == EINVAL || err == EMSGSIZE || err == EOPNOTSUPP) {
+        fi->stats.skipped++;
+    } else {
+        fi->stats.interface_drops++;
+    }
+}
+
+static void filter_tap_inject_sent(FilterTapInject *fi, size_t len)
+{
+    fi->stats.packets++;
+    fi->stats.bytes += len;
+}
+
+/* To the guest */
+
+/*
+ * Send the segments of a GSO frame.  Returns as packet_socket_send() does for
+ * one frame; -EOPNOTSUPP if the frame is of an unknown kind.
+ */
+static int filter_tap_inject_segments(FilterTapInject *fi,
+                                      const PacketSocketFrame *frame)
+{
+    PacketSocketFrame batch[PACKET_SOCKET_BATCH];
+    FrameSegments fs;
+
+    if (!frame_segments_init(&fs, &frame->hdr, frame->data, frame->len)) {
+        return -EOPNOTSUPP;
+    }
+    fi->segments = fi->segments ?: g_malloc(SEGMENTS_SIZE);
+    while (fi->segments_sent < fs.count) {
+        uint8_t *buf = fi->segments;
+        size_t n = MIN(MIN(fs.count - fi->segments_sent, PACKET_SOCKET_BATCH),
+                       SEGMENTS_SIZE / (fs.headers + fs.size));
+        int ret;
+
+        for (size_t i = 0; i < n; i++) {
+            batch[i].data = buf;
+            batch[i].len = frame_segments_get(&fs, fi->segments_sent + i, buf,
+                                              &batch[i].hdr);
+            buf += batch[i].len;
+        }
+        ret = packet_socket_send(fi->socket, batch, n);
+        if (ret < 0) {
+            return ret;
+        }
+        fi->segments_sent += ret;
+    }
+    return 1;
+}
+
+static bool filter_tap_inject_goes_whole(const FilterTapInject *fi,
+                                         const PacketSocketFrame *frame)
+{
+    const NetOffloads *ol = tap_get_offload(fi->nf->netdev);
+    bool whole = false;
+
+    switch (frame->hdr.gso_type & ~VIRTIO_NET_HDR_GSO_ECN) {
+    case VIRTIO_NET_HDR_GSO_NONE:
+        return true;
+    case VIRTIO_NET_HDR_GSO_TCPV4:
+        whole = ol->tso4;
+        break;
+    case VIRTIO_NET_HDR_GSO_TCPV6:
+        whole = ol->tso6;
+        break;
+    case VIRTIO_NET_HDR_GSO_UDP_L4:
+        whole = ol->uso4 && ol->uso6;
+        break;
+    }
+    if (frame->hdr.gso_type & VIRTIO_NET_HDR_GSO_ECN) {
+        whole &= ol->ecn;
+    }
+    return whole && ol->csum && frame->len < GSO_MAX_LEN;
+}
+
+/* Returns as packet_socket_send() does, or -EOPNOTSUPP: it cannot be sent. */
+static int filter_tap_inject_send(FilterTapInject *fi,
+                                  const PacketSocketFrame *frames, size_t n)
+{
+    size_t whole = 0;
+    int ret;
+
+    /* What has begun in segments goes on in segments. */
+    while (!fi->segments_sent && whole < n &&
+           filter_tap_inject_goes_whole(fi, &frames[whole])) {
+        whole++;
+    }
+    if (whole) {
+        ret = packet_socket_send(fi->socket, frames, whole);
+        if (ret != -EAGAIN ||
+            frames->hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE) {
+            return ret;
+        }
+    }
+    ret = filter_tap_inject_segments(fi, frames);
+    return ret == -EOPNOTSUPP && whole && fi->waited_ms < WHOLE_MAX_MS ?
+           -EAGAIN : ret;
+}
+
+/* Returns how many frames are done with; 0: they have to wait. */
+static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
+                                         const PacketSocketFrame *frames,
+                                         size_t n)
+{
+    int ret = filter_tap_inject_send(fi, frames, n);
+
+    if (ret == -EAGAIN) {
+        int wait = MIN(MAX(fi->waited_ms, RETRY_MIN_MS), RETRY_MAX_MS);
+
+        trace_filter_tap_inject_wait(fi->user->link->ifname, wait);
+        timer_mod(fi->retry, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + wait);
+        fi->waited_ms += wait;
+        return 0;
+    }
+    if (ret < 0) {
+        filter_tap_inject_failed(fi, -ret);
+        return 1;
+    }
+    for (int i = 0; i < ret; i++) {
+        filter_tap_inject_sent(fi, frames[i].len);
+    }
+    return ret;
+}
+
+/* To the network */
+
+/*
+ * The chain wants the header in the size that the guest negotiated.  A frame
+ * that goes to the guest as well counts there.
+ */
+static void filter_tap_inject_along_chain(FilterTapInject *fi,
+                                          const StreamFrame *frame,
+                                          size_t hdr_len, bool swap)
+{
+    NetFilterState *nf = fi->nf;
+    uint8_t header[FRAME_OFFLOAD_MAX_HEADER];
+    struct virtio_net_hdr hdr;
+    struct iovec iov[] = {
+        { .iov_base = header, .iov_len = nf->netdev->vnet_hdr_len },
+        { .iov_base = frame->payload + hdr_len,
+          .iov_len = frame->size - hdr_len },
+    };
+    int err = 0;
+
+    if (iov[0].iov_len == hdr_len) {
+        memcpy(header, frame->payload, hdr_len);
+    } else if (!frame_offload_from_guest(&hdr, frame->payload, hdr_len,
+                                         swap) ||
+               !frame_offload_to_guest(&hdr, iov[1].iov_base, iov[1].iov_len,
+                                       header, iov[0].iov_len, swap)) {
+        err = EINVAL;
+    }
+    if (!err && (!nf->netdev->peer || nf->netdev->link_down ||
+                 qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov,
+                                             ARRAY_SIZE(iov), nf) < 0)) {
+        err = ENETDOWN;
+    }
+    if (fi->socket) {
+        return;
+    } else if (err) {
+        filter_tap_inject_failed(fi, err);
+    } else {
+        filter_tap_inject_sent(fi, iov[1].iov_len);
+    }
+}
+
+/* From the stream */
+
+static size_t filter_tap_inject_hdr_len(const FilterTapInject *fi,
+                                        const StreamFrame *frame)
+{
+    return fi->vnet_hdr ? frame->vnet_hdr_len : fi->nf->netdev->vnet_hdr_len;
+}
+
+/* Make a frame of the stream one for the packet socket, or return false. */
+static bool filter_tap_inject_parse(const FilterTapInject *fi,
+                                    const StreamFrame *frame, bool swap,
+                                    PacketSocketFrame *out)
+{
+    size_t hdr_len = filter_tap_inject_hdr_len(fi, frame);
+
+    if (hdr_len > FRAME_OFFLOAD_MAX_HEADER ||
+        frame->size < hdr_len + ETH_HLEN ||
+        !frame_offload_from_guest(&out->hdr, frame->payload, hdr_len, swap) ||
+        (out->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
+         out->hdr.gso_size < MIN_GSO_SIZE)) {
+        return false;
+    }
+    out->data = frame->payload + hdr_len;
+    out->len = frame->size - hdr_len;
+    return true;
+}
+
+/*
+ * Inject the first one of @frames, and those that can go with it in one system
+ * call.  Returns how many are done with; 0: they have to wait.
+ */
+static size_t filter_tap_inject_some(FilterTapInject *fi,
+                                     const StreamFrame *frames, size_t n,
+                                     bool swap)
+{
+    PacketSocketFrame batch[PACKET_SOCKET_BATCH];
+    bool to_network = filter_tap_inject_to_network(fi);
+    size_t done = 1;
+
+    if (!filter_tap_inject_parse(fi, frames, swap, batch)) {
+        filter_tap_inject_failed(fi, EINVAL);
+        return 1;
+    }
+    if (to_network && !runstate_is_running()) {
+        return 0;
+    }
+    if (fi->socket) {
+        n = to_network ? 1 : MIN(n, PACKET_SOCKET_BATCH);
+        while (done < n && filter_tap_inject_parse(fi, &frames[done], swap,
+                                                   &batch[done])) {
+            done++;
+        }
+        done = filter_tap_inject_into_tap(fi, batch, done);
+    }
+    if (done && to_network) {
+        filter_tap_inject_along_chain(fi, frames,
+                                      filter_tap_inject_hdr_len(fi, frames),
+                                      swap);
+    }
+    return done;
+}
+
+static size_t filter_tap_inject_frames(void *opaque, const StreamFrame *frames,
+                                       size_t n)
+{
+    FilterTapInject *fi = opaque;
+    bool swap = filter_tap_link_swapped(fi->user->link);
+    size_t done = 0, some;
+
+    while (done < n && fi->active) {
+        some = filter_tap_inject_some(fi, frames + done, n - done, swap);
+        if (!some) {
+            break;
+        }
+        done += some;
+        fi->waited_ms = 0;
+        fi->segments_sent = 0;
+    }
+    return done;
+}
+
+static void filter_tap_inject_retry(void *opaque)
+{
+    FilterTapInject *fi = opaque;
+
+    frame_reader_resume(fi->reader);
+}
+
+/*
+ * While the filter is on but has to wait, read ahead: when a peer leaves (the
+ * source of a migration that is done), its character device throws away what
+ * was not read.
+ */
+static int filter_tap_inject_can_read(void *opaque)
+{
+    FilterTapInject *fi = opaque;
+
+    return fi->nf->on ? frame_reader_room(fi->reader) : 0;
+}
+
+static void filter_tap_inject_read(void *opaque, const uint8_t *buf, int size)
+{
+    FilterTapInject *fi = opaque;
+
+    frame_reader_push(fi->reader, buf, size);
+}
+
+static void filter_tap_inject_event(void *opaque, QEMUChrEvent event)
+{
+    FilterTapInject *fi = opaque;
+
+    if (event == CHR_EVENT_OPENED || event == CHR_EVENT_CLOSED) {
+        frame_reader_reset(fi->reader);
+    }
+}
+
+/* Setup */
+
+FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
+                                       FilterTapUser *user,
+                                       const FilterTapConfig *config, int fd,
+                                       Error **errp)
+{
+    FilterTapInject *fi = g_new0(FilterTapInject, 1);
+
+    fi->nf = nf;
+    fi->user = user;
+    fi->chr = config->chr_in;
+    fi->vnet_hdr = config->vnet_hdr;
+    if (nf->direction != NET_FILTER_DIRECTION_RX) {
+        fi->socket = packet_socket_new_inject(user->link->ifname,
+                                              user->link->ifindex, fd, errp);
+        if (!fi->socket) {
+            g_free(fi);
+            return NULL;
+        }
+    }
+    fi->reader = frame_reader_new(fi->chr, fi->vnet_hdr,
+                                  filter_tap_inject_frames, fi);
+    fi->retry = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_inject_retry, fi);
+    return fi;
+}
+
+void filter_tap_inject_start(FilterTapInject *fi)
+{
+    qemu_chr_fe_set_handlers(fi->chr, filter_tap_inject_can_read,
+                             filter_tap_inject_read, filter_tap_inject_event,
+                             NULL, fi, NULL, true);
+}
+
+void filter_tap_inject_free(FilterTapInject *fi)
+{
+    if (!fi) {
+        return;
+    }
+    qemu_chr_fe_set_handlers(fi->chr, NULL, NULL, NULL, NULL, NULL, NULL,
+                             true);
+    timer_free(fi->retry);
+    if (frame_reader_mid_frame(fi->reader)) {
+        /* Whoever reads next has to begin with a frame. */
+        qemu_chr_fe_disconnect(fi->chr);
+    }
+    frame_reader_free(fi->reader);
+    packet_socket_free(fi->socket);
+    g_free(fi->segments);
+    g_free(fi);
+}
+
+/* Others */
+
+void filter_tap_inject_set_active(FilterTapInject *fi, bool active)
+{
+    fi->active = active;
+    if (active) {
+        frame_reader_resume(fi->reader);
+    }
+    qemu_chr_fe_accept_input(fi->chr);
+}
+
+bool filter_tap_inject_pending(const FilterTapInject *fi)
+{
+    return !frame_reader_empty(fi->reader);
+}
+
+FilterTapInjectStats filter_tap_inject_stats(const FilterTapInject *fi)
+{
+    FilterTapInjectStats stats = fi->stats;
+
+    stats.stream_errors = frame_reader_errors(fi->reader);
+    return stats;
+}

@@ -1,0 +1,206 @@
+/*
+ * Netfilters on a TAP with vhost: the parts, and what they tell each other
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ *               filter-tap.c             policy and properties
+ *              /      |      \
+ *   -capture.c   -poll.c   -inject.c     frames to a stream, and from one
+ *              \             /
+ *            filter-tap-link.c           one TAP and its filters
+ *
+ * All functions run in the main loop, with the BQL held.
+ */
+
+#ifndef NET_FILTER_TAP_INT_H
+#define NET_FILTER_TAP_INT_H
+
+#include <net/if.h>
+#include "net/filter-tap.h"
+#include "qemu/notify.h"
+#include "system/runstate.h"
+
+/* Link: one TAP, shared by its filters */
+
+typedef struct FilterTapUser FilterTapUser;
+
+typedef struct FilterTapLink {
+    NetClientState *netdev;             /* the first queue */
+    char ifname[IFNAMSIZ];
+    unsigned ifindex;
+    bool running;                       /* the VM */
+    bool can_swap;                      /* headers may be in another order */
+    bool held;                          /* the TAP is not read */
+    QLIST_HEAD(, FilterTapUser) users;
+    VMChangeStateEntry *vm_state;
+    Notifier wakeup;
+    QLIST_ENTRY(FilterTapLink) next;
+} FilterTapLink;
+
+/* A filter on the TAP.  It sets @wants_tx and @changed; the link the rest. */
+struct FilterTapUser {
+    bool wants_tx;                      /* packets toward the guest */
+    void (*changed)(FilterTapUser *user);   /* the VM stopped, or runs again */
+    FilterTapLink *link;
+    bool taking;
+    QLIST_ENTRY(FilterTapUser) next;
+};
+
+/*
+ * Find out which interface the TAP @netdev is, and make sure that it is in
+ * QEMU's network namespace.  Returns false on failure.
+ */
+bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
+                            Error **errp);
+
+/* @user is attached, or not. */
+void filter_tap_link_detach(FilterTapUser *user);
+
+/*
+ * Tell whether @user takes packets from the TAP now.  While the VM is stopped
+ * the TAP is read only if a filter takes the packets.
+ */
+void filter_tap_link_set_taking(FilterTapUser *user, bool taking);
+
+/*
+ * Take the packets that QEMU has read from the TAP and that wait for the guest
+ * in the NIC's queues.  @take gets each, its virtio-net header included.
+ */
+void filter_tap_link_take_queued(FilterTapUser *user,
+                                 void (*take)(void *opaque,
+                                              const uint8_t *data,
+                                              size_t size),
+                                 void *opaque);
+
+/*
+ * Returns whether virtio-net headers in the TAP are not in the host's byte
+ * order, but in that of the guest.
+ */
+bool filter_tap_link_swapped(FilterTapLink *link);
+
+/* Poll: one visit to all captures */
+
+typedef struct FilterTapPollEntry FilterTapPollEntry;
+
+/*
+ * Read up to @max_frames frames, or a little more than @max_bytes bytes, and
+ * hand them on.  Set @failing to true if the fd may stay readable although
+ * nothing can be read.  Returns the number of frames, and in @bytes their size.
+ */
+typedef unsigned FilterTapRead(FilterTapPollEntry *entry, unsigned max_frames,
+                               size_t max_bytes, size_t *bytes,
+                               bool *failing);
+
+/* The user sets @fd and @read; the rest belongs to the poll. */
+struct FilterTapPollEntry {
+    int fd;
+    FilterTapRead *read;
+    bool enabled;
+    QTAILQ_ENTRY(FilterTapPollEntry) next;
+};
+
+/* Get ready to poll, or return false. */
+bool filter_tap_poll_ref(Error **errp);
+void filter_tap_poll_unref(void);
+
+/* Whether to read @entry.  Disable it before its fd is closed. */
+void filter_tap_poll_set(FilterTapPollEntry *entry, bool enable);
+
+/* Capture: from the interface to a stream */
+
+typedef struct FilterTapCapture FilterTapCapture;
+
+typedef struct FilterTapCaptureStats {
+    uint64_t packets;
+    uint64_t bytes;
+    uint64_t kernel_drops;
+    uint64_t peer_drops;
+    uint64_t skipped;
+} FilterTapCaptureStats;
+
+/**
+ * filter_tap_capture_new:
+ * @nf: the filter
+ * @user: its place at the link, attached
+ * @config: as given to filter_tap_setup(), with a stream or a sink
+ * @takes: take packets from the TAP, and open no socket
+ * @memory: bytes that captured frames may use while they wait
+ * @fd: a packet socket to use, or -1 to open one; it stays the caller's if
+ *      this fails
+ * @errp: set on failure
+ *
+ * Returns: a capture that does nothing yet, or NULL.
+ */
+FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
+                                         FilterTapUser *user,
+                                         const FilterTapConfig *config,
+                                         bool takes, size_t memory, int fd,
+                                         Error **errp);
+
+/* Nothing can fail any more: begin. */
+void filter_tap_capture_start(FilterTapCapture *fc);
+
+/* Whether to capture now. */
+void filter_tap_capture_set_active(FilterTapCapture *fc, bool active);
+
+/* Returns whether the capture took a packet that QEMU read from the TAP. */
+bool filter_tap_capture_receive(FilterTapCapture *fc, const struct iovec *iov,
+                                int iovcnt);
+
+/* Returns "none", "packet-socket", or "chain". */
+const char *filter_tap_capture_source(const FilterTapCapture *fc);
+
+/* Returns whether captured frames wait for the peer. */
+bool filter_tap_capture_pending(const FilterTapCapture *fc);
+
+FilterTapCaptureStats filter_tap_capture_stats(FilterTapCapture *fc);
+
+/* Write what the peer accepts at once, and warn if frames are lost. */
+void filter_tap_capture_free(FilterTapCapture *fc);
+
+/* Inject: from a stream to the interface or the network */
+
+typedef struct FilterTapInject FilterTapInject;
+
+typedef struct FilterTapInjectStats {
+    uint64_t packets;
+    uint64_t bytes;
+    uint64_t skipped;
+    uint64_t interface_drops;
+    uint64_t stream_errors;
+} FilterTapInjectStats;
+
+/**
+ * filter_tap_inject_new:
+ * @nf: the filter
+ * @user: its place at the link, attached
+ * @config: as given to filter_tap_setup(), with a stream to read
+ * @fd: a packet socket to use, or -1 to open one if frames go to the guest; it
+ *      stays the caller's if this fails
+ * @errp: set on failure
+ *
+ * Returns: an injector that does nothing yet, or NULL.
+ */
+FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
+                                       FilterTapUser *user,
+                                       const FilterTapConfig *config, int fd,
+                                       Error **errp);
+
+/* Nothing can fail any more: begin. */
+void filter_tap_inject_start(FilterTapInject *fi);
+
+/*
+ * Whether to inject now; otherwise frames wait.  Call it, too, when the VM's
+ * state or the filter's status has changed.
+ */
+void filter_tap_inject_set_active(FilterTapInject *fi, bool active);
+
+/* Returns whether frames have been read that are not injected yet. */
+bool filter_tap_inject_pending(const FilterTapInject *fi);
+
+FilterTapInjectStats filter_tap_inject_stats(const FilterTapInject *fi);
+
+/* Frames that wait are dropped. */
+void filter_tap_inject_free(FilterTapInject *fi);
+
+#endif /* NET_FILTER_TAP_INT_H */

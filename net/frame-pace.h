@@ -1,0 +1,70 @@
+/*
+ * When to look for frames again
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * To wake up for one frame costs as much CPU time as hundreds of frames.  So
+ * whoever gets many of them, and can let them wait, does better to wake up from
+ * time to time than for each.
+ */
+
+#ifndef NET_FRAME_PACE_H
+#define NET_FRAME_PACE_H
+
+#include "qemu/timer.h"
+#include "qemu/units.h"
+
+/* Frames that are further apart on average do not wait for each other. */
+#define FRAME_PACE_NS (200 * SCALE_US)
+
+/* So many frames at a time say it all, while one more or less says little. */
+#define FRAME_PACE_MANY 16
+
+typedef struct FramePace {
+    /* Set by the user */
+    int64_t max_ns;             /* the longest that a frame may wait */
+    unsigned max_frames;        /* how many may wait */
+    size_t max_bytes;           /* how many bytes of them may wait */
+
+    /* Of late */
+    int64_t looked_ns;
+    int64_t ns_per_frame;
+    int64_t ns_per_kib;
+} FramePace;
+
+static inline int64_t frame_pace_average(int64_t average, int64_t ns, size_t n)
+{
+    return n >= FRAME_PACE_MANY ? ns / n :
+                                  (3 * average + ns / MAX(n, 1)) / 4;
+}
+
+/**
+ * frame_pace:
+ * @pace: the user's, zero but for the limits at first
+ * @now: in ns of any clock that goes on
+ * @frames: how many frames there were at this wake-up
+ * @bytes: their length
+ *
+ * Returns: how long to wait in ns, or 0 to be woken by the next frame.  With
+ * fewer than 5,000 frames a second it is 0; above, the more of them come, the
+ * longer it is.
+ */
+static inline int64_t frame_pace(FramePace *pace, int64_t now, unsigned frames,
+                                 size_t bytes)
+{
+    /* A long silence shall not take long to forget. */
+    int64_t ns = MIN(now - pace->looked_ns, 2 * pace->max_ns);
+    int64_t wait;
+
+    pace->looked_ns = now;
+    pace->ns_per_frame = frame_pace_average(pace->ns_per_frame, ns, frames);
+    pace->ns_per_kib = frame_pace_average(pace->ns_per_kib, ns, bytes / KiB);
+    if (!frames || pace->ns_per_frame >= FRAME_PACE_NS) {
+        return 0;
+    }
+    wait = pace->max_ns - pace->max_ns / FRAME_PACE_NS * pace->ns_per_frame;
+    wait = MIN(wait, pace->max_frames * pace->ns_per_frame);
+    return MIN(wait, (int64_t)(pace->max_bytes / KiB) * pace->ns_per_kib);
+}
+
+#endif /* NET_FRAME_PACE_H */

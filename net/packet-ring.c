@@ -1,0 +1,124 @@
+/*
+ * Ring of a packet socket
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * TPACKET_V2 rather than V3, which would hold more small frames in the same
+ * memory, since V3 hands them out by the block: when it is full, or after 1
+ * to 10 ms.
+ *
+ * A ring has one flaw.  A GSO frame of a type that struct virtio_net_hdr does
+ * not know keeps its slot for ever, and the ring is stuck (6.1, 6.18).  A
+ * guest can send such a frame (UFO).  But none goes out of a TAP: the kernel
+ * segments it before.  So only outgoing frames come in a ring.
+ */
+
+#include "qemu/osdep.h"
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include "qapi/error.h"
+#include "packet-ring.h"
+#include "qemu/atomic.h"
+#include "qemu/units.h"
+
+/*
+ * A slot holds a frame of an MTU of 1500 with two VLAN tags: 76 bytes for the
+ * kernel's headers come before it.  A block is what the kernel allocates in
+ * one piece, in whole pages of whatever size.
+ */
+#define SLOT_SIZE 1600
+#define BLOCK_SIZE (64 * KiB)
+#define SLOTS_PER_BLOCK (BLOCK_SIZE / SLOT_SIZE)
+
+/* How many slots ahead the cache is filled; there are at least as many. */
+#define AHEAD 8
+
+/* Longer frames wait in the socket's queue; their slots refer to it. */
+static bool packet_ring_set_up(PacketRing *ring, int fd, Error **errp)
+{
+    struct tpacket_req req = {
+        .tp_block_size = BLOCK_SIZE,
+        .tp_block_nr = ring->size / BLOCK_SIZE,
+        .tp_frame_size = SLOT_SIZE,
+        .tp_frame_nr = ring->size / BLOCK_SIZE * SLOTS_PER_BLOCK,
+    };
+    int version = TPACKET_V2, threshold = 1;
+
+    if (setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version,
+                   sizeof(version)) < 0 ||
+        setsockopt(fd, SOL_PACKET, PACKET_COPY_THRESH, &threshold,
+                   sizeof(threshold)) < 0 ||
+        setsockopt(fd, SOL_PACKET, PACKET_RX_RING, &req, sizeof(req)) < 0) {
+        return false;
+    }
+    ring->slots = req.tp_frame_nr;
+    ring->memory = mmap(NULL, ring->size, PROT_READ | PROT_WRITE, MAP_SHARED,
+                        fd, 0);
+    return ring->memory != MAP_FAILED;
+}
+
+bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
+                     Error **errp)
+{
+    ring->size = MAX(1, size / BLOCK_SIZE) * BLOCK_SIZE;
+    if (!packet_ring_set_up(ring, fd, errp)) {
+        error_setg_errno(errp, errno, "could not get a ring of %zu KiB for "
+                         "the packet socket of interface '%s'",
+                         ring->size / KiB, ifname);
+        packet_ring_unmap(ring, fd);
+        return false;
+    }
+    return true;
+}
+
+void packet_ring_unmap(PacketRing *ring, int fd)
+{
+    struct tpacket_req none = { };
+
+    if (ring->memory && ring->memory != MAP_FAILED) {
+        munmap(ring->memory, ring->size);
+    }
+    if (ring->slots) {
+        setsockopt(fd, SOL_PACKET, PACKET_RX_RING, &none, sizeof(none));
+    }
+    *ring = (PacketRing) { };
+}
+
+static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring,
+                                             unsigned ahead)
+{
+    unsigned n = ring->next + ahead;
+
+    n = n < ring->slots ? n : n - ring->slots;
+    return (struct tpacket2_hdr *)
+           (ring->memory + n / SLOTS_PER_BLOCK * BLOCK_SIZE +
+            n % SLOTS_PER_BLOCK * SLOT_SIZE);
+}
+
+const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
+{
+    const struct tpacket2_hdr *slot = packet_ring_slot(ring, 0);
+    const uint8_t *ahead = (const uint8_t *)packet_ring_slot(ring, AHEAD);
+
+    if (!(qatomic_load_acquire(&slot->tp_status) & TP_STATUS_USER)) {
+        return NULL;
+    }
+    /*
+     * Another CPU wrote the slots, so that each of their cache lines is a
+     * miss: begin early to get those of a small frame.
+     */
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + 64);
+    __builtin_prefetch(ahead + 128);
+    return slot;
+}
+
+void packet_ring_release(PacketRing *ring)
+{
+    /* All reads of the slot come before. */
+    qatomic_store_release(&packet_ring_slot(ring, 0)->tp_status,
+                          TP_STATUS_KERNEL);
+    if (++ring->next == ring->slots) {
+        ring->next = 0;
+    }
+}
