@@ -48,6 +48,7 @@
 #include "net/frame-offload.h"
 #include "net/frame-stream.h"
 #include "net/packet-socket.h"
+#include "packet-int.h"
 #include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/main-loop.h"
@@ -90,7 +91,7 @@ struct FilterTapCapture {
     bool takes;
     bool active;
     CaptureState state;
-    FilterTapPollEntry poll;
+    PacketPollEntry poll;
     PacketSocket *socket;       /* NULL if it takes */
     FrameWriter *writer;        /* NULL if there is a sink */
     uint8_t *sink_frame;
@@ -343,7 +344,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
                                    capture_state_names[old],
                                    capture_state_names[new]);
     if (old == CAPTURE_COPY) {
-        filter_tap_poll_set(&fc->poll, false);
+        packet_poll_set(&fc->poll, false);
     } else if (old == CAPTURE_LINGER) {
         timer_del(fc->linger);
     }
@@ -425,7 +426,7 @@ static void filter_tap_capture_update(FilterTapCapture *fc)
     filter_tap_link_set_taking(fc->user, fc->state == CAPTURE_TAKE &&
                                          filter_tap_capture_can_stage(fc));
     if (fc->socket) {
-        filter_tap_poll_set(&fc->poll, fc->state == CAPTURE_COPY &&
+        packet_poll_set(&fc->poll, fc->state == CAPTURE_COPY &&
                                        filter_tap_capture_can_stage(fc));
     }
 }
@@ -435,7 +436,7 @@ static void filter_tap_capture_linger_ends(void *opaque)
     filter_tap_capture_set_state(opaque, CAPTURE_OFF);
 }
 
-static unsigned filter_tap_capture_poll(FilterTapPollEntry *entry,
+static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
                                         unsigned max_frames, size_t max_bytes,
                                         size_t *bytes, bool *failing)
 {
@@ -503,7 +504,7 @@ static bool filter_tap_capture_open(FilterTapCapture *fc, size_t memory, int fd,
         (fc->nf->direction != NET_FILTER_DIRECTION_TX ?
          PACKET_SOCKET_INCOMING : 0);
 
-    if (!filter_tap_poll_ref(errp)) {
+    if (!packet_poll_ref(errp)) {
         return false;
     }
     fc->socket = packet_socket_new_capture(fc->user->link->ifname,
@@ -511,7 +512,7 @@ static bool filter_tap_capture_open(FilterTapCapture *fc, size_t memory, int fd,
                                            directions, MEMORY_SOCKET(memory),
                                            !!fc->config.sink, errp);
     if (!fc->socket) {
-        filter_tap_poll_unref();
+        packet_poll_unref();
         return false;
     }
     fc->poll.fd = packet_socket_fd(fc->socket);
@@ -592,7 +593,7 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     if (fc->socket) {
         timer_free(fc->linger);
         packet_socket_free(fc->socket);
-        filter_tap_poll_unref();
+        packet_poll_unref();
     }
     g_free(fc);
 }

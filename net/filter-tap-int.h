@@ -3,11 +3,11 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- *               filter-tap.c             policy and properties
- *              /      |      \
- *   -capture.c   -poll.c   -inject.c     frames to a stream, and from one
- *              \             /
- *            filter-tap-link.c           one TAP and its filters
+ *             filter-tap.c               policy and properties
+ *              /        \
+ *       -capture.c    -inject.c          frames to a stream, and from one
+ *              \        /
+ *           filter-tap-link.c            one TAP and its filters
  *
  * All functions run in the main loop, with the BQL held.
  */
@@ -77,34 +77,6 @@ void filter_tap_link_take_queued(FilterTapUser *user,
  * order, but in that of the guest.
  */
 bool filter_tap_link_swapped(FilterTapLink *link);
-
-/* Poll: one visit to all captures */
-
-typedef struct FilterTapPollEntry FilterTapPollEntry;
-
-/*
- * Read up to @max_frames frames, or a little more than @max_bytes bytes, and
- * hand them on.  Set @failing to true if the fd may stay readable although
- * nothing can be read.  Returns the number of frames, and in @bytes their size.
- */
-typedef unsigned FilterTapRead(FilterTapPollEntry *entry, unsigned max_frames,
-                               size_t max_bytes, size_t *bytes,
-                               bool *failing);
-
-/* The user sets @fd and @read; the rest belongs to the poll. */
-struct FilterTapPollEntry {
-    int fd;
-    FilterTapRead *read;
-    bool enabled;
-    QTAILQ_ENTRY(FilterTapPollEntry) next;
-};
-
-/* Get ready to poll, or return false. */
-bool filter_tap_poll_ref(Error **errp);
-void filter_tap_poll_unref(void);
-
-/* Whether to read @entry.  Disable it before its fd is closed. */
-void filter_tap_poll_set(FilterTapPollEntry *entry, bool enable);
 
 /* Capture: from the interface to a stream */
 

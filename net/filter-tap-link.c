@@ -97,34 +97,37 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 {
     int fd = tap_get_fd(link->netdev);
     struct ifreq ifr = { };
+    unsigned ifindex = 0;
     int socket_fd;
 
     if (ioctl(fd, TUNGETIFF, &ifr) < 0) {
         error_setg_errno(errp, errno, "could not get the TAP's interface");
         return false;
     }
-    pstrcpy(link->ifname, sizeof(link->ifname), ifr.ifr_name);
-
     socket_fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (socket_fd < 0) {
         error_setg_errno(errp, errno, "could not look up interface '%s'",
-                         link->ifname);
+                         ifr.ifr_name);
         return false;
     }
-    if (!if_nametoindex(link->ifname)) {
+    if (!if_nametoindex(ifr.ifr_name)) {
         error_setg_errno(errp, errno, "could not find interface '%s' in "
-                         "QEMU's network namespace", link->ifname);
-    } else if (!filter_tap_same_interface(fd, link->ifname, socket_fd)) {
+                         "QEMU's network namespace", ifr.ifr_name);
+    } else if (!filter_tap_same_interface(fd, ifr.ifr_name, socket_fd)) {
         error_setg(errp, "interface '%s' in QEMU's network namespace is not "
-                   "the TAP; run QEMU in the TAP's namespace", link->ifname);
-    } else if (!filter_tap_is_tun_driver(socket_fd, link->ifname)) {
+                   "the TAP; run QEMU in the TAP's namespace", ifr.ifr_name);
+    } else if (!filter_tap_is_tun_driver(socket_fd, ifr.ifr_name)) {
         error_setg(errp, "interface '%s' is not a TAP (a macvtap cannot be "
-                   "used)", link->ifname);
+                   "used)", ifr.ifr_name);
     } else {
-        link->ifindex = if_nametoindex(link->ifname);
+        ifindex = if_nametoindex(ifr.ifr_name);
     }
     close(socket_fd);
-    return link->ifindex;
+    if (ifindex) {
+        link->ifindex = ifindex;
+        pstrcpy(link->ifname, sizeof(link->ifname), ifr.ifr_name);
+    }
+    return ifindex;
 }
 
 /* Returns false if the kernel never lets a guest have the other byte order. */
@@ -224,15 +227,11 @@ static void filter_tap_link_wakeup(Notifier *notifier, void *opaque)
     filter_tap_link_changed(container_of(notifier, FilterTapLink, wakeup));
 }
 
-static FilterTapLink *filter_tap_link_new(NetClientState *netdev, Error **errp)
+static FilterTapLink *filter_tap_link_new(NetClientState *netdev)
 {
     FilterTapLink *link = g_new0(FilterTapLink, 1);
 
     link->netdev = netdev;
-    if (!filter_tap_link_resolve(link, errp)) {
-        g_free(link);
-        return NULL;
-    }
     link->running = runstate_is_live(runstate_get());
     link->can_swap = filter_tap_get_other_order(netdev, &(int){ 0 });
     link->vm_state =
@@ -262,13 +261,14 @@ bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
             break;
         }
     }
-    link = link ?: filter_tap_link_new(netdev, errp);
-    if (!link) {
+    user->link = link ?: filter_tap_link_new(netdev);
+    QLIST_INSERT_HEAD(&user->link->users, user, next);
+    /* The interface may have been renamed or moved since the last time. */
+    if (!filter_tap_link_resolve(user->link, errp)) {
+        filter_tap_link_detach(user);
         return false;
     }
-    user->link = link;
-    QLIST_INSERT_HEAD(&link->users, user, next);
-    filter_tap_link_update_hold(link);
+    filter_tap_link_update_hold(user->link);
     return true;
 }
 

@@ -88,7 +88,38 @@ static bool filter_tap_reaches(NetFilterState *nf, NetClientState *netdev)
             (ft->packet_socket == ON_OFF_AUTO_AUTO && get_vhost_net(netdev)));
 }
 
-/* The rules for a filter that works on the chain. */
+/* Which of the endpoints that a filter can have it has, and their sockets */
+typedef struct FilterTapPlan {
+    bool copies;                /* captures with a packet socket */
+    bool takes;                 /* captures from the TAP */
+    bool injects;               /* with a packet socket */
+    const char *capture_fd;     /* the property's value, or NULL */
+    const char *inject_property;
+    const char *inject_fd;
+} FilterTapPlan;
+
+static FilterTapPlan filter_tap_plan(FilterTap *ft,
+                                     const FilterTapConfig *config)
+{
+    bool captures = config->chr_out || config->sink;
+    FilterTapPlan plan = {
+        .takes = captures && config->takes &&
+                 ft->when_running == ON_OFF_AUTO_OFF,
+        .injects = config->chr_in &&
+                   NETFILTER(ft)->direction != NET_FILTER_DIRECTION_RX,
+        .inject_property = ft->inject_packet_fd ? "inject-packet-fd" :
+                                                  "packet-fd",
+    };
+
+    plan.copies = captures && !plan.takes;
+    /* 'packet-fd' is the first socket that the filter needs. */
+    plan.capture_fd = plan.copies ? ft->packet_fd : NULL;
+    plan.inject_fd = ft->inject_packet_fd ?: plan.copies ? NULL :
+                                                           ft->packet_fd;
+    return plan;
+}
+
+/* The rules between the options, if the filter works on the chain */
 static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
 {
     const NetFilterState *nf = NETFILTER(ft);
@@ -103,15 +134,39 @@ static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
         error_setg(errp, "'packet-socket=on' needs a netdev of type 'tap', "
                    "and netdev '%s' is of type '%s'", nf->netdev_id,
                    NetClientDriver_str(nf->netdev->info->type));
-        return false;
-    }
-    if (property) {
+    } else if (property) {
         error_setg(errp, "'%s' needs a packet socket, which is not used on "
                    "netdev '%s'; on a TAP, add 'packet-socket=on'", property,
                    nf->netdev_id);
-        return false;
+    } else {
+        return true;
     }
-    return true;
+    return false;
+}
+
+/* ... and if it does not */
+static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
+                                  const FilterTapConfig *config, Error **errp)
+{
+    if (ft->when_running == ON_OFF_AUTO_OFF &&
+        ft->when_stopped != ON_OFF_AUTO_ON) {
+        error_setg(errp, "'enable_when_running=off' needs "
+                   "'enable_when_stopped=on'");
+    } else if (plan->copies && config->chr_in &&
+               NETFILTER(ft)->direction != NET_FILTER_DIRECTION_TX) {
+        error_setg(errp, "with both 'indev' and 'outdev' only 'queue=tx' is "
+                   "possible: what goes to the network would be captured "
+                   "again; use two filters");
+    } else if (plan->inject_fd && !plan->injects) {
+        error_setg(errp, "'%s': the filter needs no packet socket%s",
+                   plan->inject_property, plan->copies ? " to inject" : "");
+    } else if (ft->packet_fd && ft->inject_packet_fd && !plan->copies) {
+        error_setg(errp, "'packet-fd': the filter needs no packet socket to "
+                   "capture");
+    } else {
+        return true;
+    }
+    return false;
 }
 
 /* A hub mixes the streams of its peers, and loses track of their frames. */
@@ -126,36 +181,33 @@ static bool filter_tap_check_chardev(CharFrontend *chr, Error **errp)
 }
 
 /*
- * Get the packet socket that @property names.  A name of the monitor's or a
- * set's socket becomes the caller's.  A number may be that of anything that
- * QEMU needs: it is not closed unless an endpoint has accepted it.
- *
- * Returns: the file descriptor, -1 if @value is NULL, or -2 on failure.
+ * Set @fd to the packet socket that @property names, or to -1.  A number may be
+ * that of anything that QEMU needs: it is not closed unless an endpoint has
+ * accepted it.
  */
-static int filter_tap_get_fd(const char *property, const char *value,
-                             Error **errp)
+static bool filter_tap_get_fd(const char *property, const char *value, int *fd,
+                              Error **errp)
 {
-    int fd;
+    ERRP_GUARD();
 
     if (!value) {
-        return -1;
+        *fd = -1;
+        return true;
     }
-    if (strstart(value, "/dev/fdset/", NULL)) {
-        fd = qemu_open(value, O_RDWR, errp);
-    } else {
-        fd = monitor_fd_param(monitor_cur(), value, errp);
-    }
-    if (fd < 0) {
+    *fd = strstart(value, "/dev/fdset/", NULL) ?
+          qemu_open(value, O_RDWR, errp) :
+          monitor_fd_param(monitor_cur(), value, errp);
+    if (*fd < 0) {
         error_prepend(errp, "'%s': ", property);
-        return -2;
     }
-    return fd;
+    return *fd >= 0;
 }
 
+/* No endpoint has accepted the socket. */
 static void filter_tap_put_fd(const char *property, const char *value, int fd,
                               Error **errp)
 {
-    if (fd >= 0) {
+    if (value) {
         error_prepend(errp, "'%s': ", property);
         if (!qemu_isdigit(*value)) {
             qemu_close(fd);
@@ -163,87 +215,45 @@ static void filter_tap_put_fd(const char *property, const char *value, int fd,
     }
 }
 
-static bool filter_tap_new_capture(FilterTap *ft, FilterTapEndpoints *ep,
-                                   const FilterTapConfig *config, bool takes,
-                                   const char *packet_fd, Error **errp)
-{
-    ERRP_GUARD();
-    int fd = filter_tap_get_fd("packet-fd", packet_fd, errp);
-
-    if (fd < -1) {
-        return false;
-    }
-    ep->capture = filter_tap_capture_new(ep->nf, &ep->user, config, takes,
-                                         ft->buffer_size ?:
-                                         BUFFER_SIZE_DEFAULT, fd, errp);
-    if (!ep->capture) {
-        filter_tap_put_fd("packet-fd", packet_fd, fd, errp);
-    }
-    return ep->capture;
-}
-
-static bool filter_tap_new_inject(FilterTap *ft, FilterTapEndpoints *ep,
-                                  const FilterTapConfig *config,
-                                  const char *packet_fd, Error **errp)
-{
-    ERRP_GUARD();
-    const char *property = ft->inject_packet_fd ? "inject-packet-fd" :
-                                                  "packet-fd";
-    int fd = filter_tap_get_fd(property, packet_fd, errp);
-
-    if (fd < -1) {
-        return false;
-    }
-    ep->inject = filter_tap_inject_new(ep->nf, &ep->user, config, fd, errp);
-    if (!ep->inject) {
-        filter_tap_put_fd(property, packet_fd, fd, errp);
-    }
-    return ep->inject;
-}
-
 /* Create what can fail. */
 static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
                             const FilterTapConfig *config, Error **errp)
 {
-    NetFilterState *nf = ep->nf;
-    bool captures = config->chr_out || config->sink;
-    bool takes = captures && config->takes && !ep->when_running;
-    /* 'packet-fd' is for the first socket that the filter needs. */
-    bool copies = captures && !takes;
-    bool injects = config->chr_in && nf->direction != NET_FILTER_DIRECTION_RX;
-    const char *capture_fd = copies ? ft->packet_fd : NULL;
-    const char *inject_fd = ft->inject_packet_fd ?:
-                            copies ? NULL : ft->packet_fd;
+    ERRP_GUARD();
+    FilterTapPlan plan = filter_tap_plan(ft, config);
+    int fd;
 
-    if (!ep->when_running && !ep->when_stopped) {
-        error_setg(errp, "'enable_when_running=off' needs "
-                   "'enable_when_stopped=on'");
+    if (!filter_tap_check_plan(ft, &plan, config, errp) ||
+        !filter_tap_check_chardev(config->chr_in, errp) ||
+        !filter_tap_check_chardev(config->chr_out, errp) ||
+        !filter_tap_link_attach(&ep->user, ep->nf->netdev, errp)) {
         return false;
     }
-    if (copies && config->chr_in && nf->direction != NET_FILTER_DIRECTION_TX) {
-        error_setg(errp, "with both 'indev' and 'outdev' only 'queue=tx' is "
-                   "possible: what goes to the network would be captured "
-                   "again; use two filters");
-        return false;
+    if (plan.copies || plan.takes) {
+        if (!filter_tap_get_fd("packet-fd", plan.capture_fd, &fd, errp)) {
+            return false;
+        }
+        ep->capture = filter_tap_capture_new(ep->nf, &ep->user, config,
+                                             plan.takes, ft->buffer_size ?:
+                                             BUFFER_SIZE_DEFAULT, fd, errp);
+        if (!ep->capture) {
+            filter_tap_put_fd("packet-fd", plan.capture_fd, fd, errp);
+            return false;
+        }
     }
-    if (inject_fd && !injects) {
-        error_setg(errp, "'%s': the filter needs no packet socket%s",
-                   ft->inject_packet_fd ? "inject-packet-fd" : "packet-fd",
-                   copies ? " to inject" : "");
-        return false;
+    if (config->chr_in) {
+        if (!filter_tap_get_fd(plan.inject_property, plan.inject_fd, &fd,
+                               errp)) {
+            return false;
+        }
+        ep->inject = filter_tap_inject_new(ep->nf, &ep->user, config, fd,
+                                           errp);
+        if (!ep->inject) {
+            filter_tap_put_fd(plan.inject_property, plan.inject_fd, fd, errp);
+            return false;
+        }
     }
-    if (ft->packet_fd && ft->inject_packet_fd && !copies) {
-        error_setg(errp, "'packet-fd': the filter needs no packet socket to "
-                   "capture");
-        return false;
-    }
-    return filter_tap_check_chardev(config->chr_in, errp) &&
-           filter_tap_check_chardev(config->chr_out, errp) &&
-           filter_tap_link_attach(&ep->user, nf->netdev, errp) &&
-           (!captures || filter_tap_new_capture(ft, ep, config, takes,
-                                                capture_fd, errp)) &&
-           (!config->chr_in || filter_tap_new_inject(ft, ep, config, inject_fd,
-                                                     errp));
+    return true;
 }
 
 static void filter_tap_free(FilterTapEndpoints *ep)
@@ -487,29 +497,17 @@ static void filter_tap_class_init(ObjectClass *oc, const void *data)
                                    &OnOffAuto_lookup,
                                    filter_tap_get_packet_socket,
                                    filter_tap_set_packet_socket);
-    object_class_property_set_description(oc, "packet-socket",
-        "Use a packet socket on the TAP's interface (auto: on a TAP with "
-        "vhost)");
     object_class_property_add_bool(oc, "enable_when_running",
                                    filter_tap_get_when_running,
                                    filter_tap_set_when_running);
-    object_class_property_set_description(oc, "enable_when_running",
-        "Work while the VM runs");
     object_class_property_add_bool(oc, "enable_when_stopped",
                                    filter_tap_get_when_stopped,
                                    filter_tap_set_when_stopped);
-    object_class_property_set_description(oc, "enable_when_stopped",
-        "Work while the VM is stopped");
     object_class_property_add(oc, "buffer-size", "size",
                               filter_tap_get_buffer_size,
                               filter_tap_set_buffer_size, NULL, NULL);
-    object_class_property_set_description(oc, "buffer-size",
-        "Memory in bytes for captured packets that wait");
     object_class_property_add_str(oc, "packet-fd", filter_tap_get_packet_fd,
                                   filter_tap_set_packet_fd);
-    object_class_property_set_description(oc, "packet-fd",
-        "Packet socket to capture with, or to inject with if the filter does "
-        "not capture with one");
 
     object_class_property_add_str(oc, "interface", filter_tap_get_interface,
                                   NULL);
@@ -542,8 +540,6 @@ void filter_tap_add_inject_properties(ObjectClass *oc)
     object_class_property_add_str(oc, "inject-packet-fd",
                                   filter_tap_get_inject_packet_fd,
                                   filter_tap_set_inject_packet_fd);
-    object_class_property_set_description(oc, "inject-packet-fd",
-        "Packet socket to inject with");
     object_class_property_add_bool(oc, "inject-pending",
                                    filter_tap_get_inject_pending, NULL);
     object_class_property_set_description(oc, "inject-pending",

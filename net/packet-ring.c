@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include "qapi/error.h"
-#include "packet-ring.h"
+#include "packet-int.h"
 #include "qemu/atomic.h"
 #include "qemu/units.h"
 

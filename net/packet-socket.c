@@ -48,7 +48,7 @@
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qemu/sockets.h"
-#include "packet-ring.h"
+#include "packet-int.h"
 
 /* What a frame in the queue counts as at least; 768 bytes on x86-64. */
 #define QUEUE_MIN_MEMORY 512
@@ -116,92 +116,6 @@ static bool packet_socket_open(PacketSocket *ps, Error **errp)
     return true;
 }
 
-/* Since Linux 5.14; before that, 0. */
-static uint64_t packet_socket_netns(int fd)
-{
-    uint64_t cookie = 0;
-#ifdef SO_NETNS_COOKIE
-    socklen_t size = sizeof(cookie);
-
-    if (getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &size) < 0) {
-        return 0;
-    }
-#endif
-    return cookie;
-}
-
-/*
- * An interface's number counts in its network namespace.  These are the ways
- * to tell a socket's that need no privilege (SIOCGSKNS does).
- */
-static bool packet_socket_same_netns(const PacketSocket *ps)
-{
-    struct ifreq ifr = { .ifr_ifindex = ps->ifindex };
-    int own;
-    bool same;
-
-    if (ioctl(ps->fd, SIOCGIFNAME, &ifr) < 0 ||
-        strcmp(ifr.ifr_name, ps->ifname)) {
-        return false;
-    }
-    own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (own < 0) {
-        return false;
-    }
-    same = packet_socket_netns(own) == packet_socket_netns(ps->fd);
-    close(own);
-    return same;
-}
-
-/* Whether the socket is bound to this interface, or to none. */
-static bool packet_socket_check_binding(const PacketSocket *ps)
-{
-    struct sockaddr_ll addr = { };
-    socklen_t size = sizeof(addr);
-
-    return getsockname(ps->fd, (struct sockaddr *)&addr, &size) == 0 &&
-           (!addr.sll_ifindex || addr.sll_ifindex == ps->ifindex);
-}
-
-/* The kernel changes neither a ring nor the version while there is one. */
-static bool packet_socket_has_ring(const PacketSocket *ps)
-{
-    int version = packet_socket_get_option(ps, SOL_PACKET, PACKET_VERSION);
-
-    return setsockopt(ps->fd, SOL_PACKET, PACKET_VERSION,
-                      &version, sizeof(version)) < 0 && errno == EBUSY;
-}
-
-/*
- * Whether a socket that somebody else opened can be used.  This changes
- * nothing about it.
- */
-static bool packet_socket_check(const PacketSocket *ps, Error **errp)
-{
-    const char *flaw = NULL;
-
-    if (packet_socket_get_option(ps, SOL_SOCKET, SO_DOMAIN) != AF_PACKET) {
-        flaw = "is not a packet socket";
-    } else if (packet_socket_get_option(ps, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
-        flaw = "is not of type SOCK_RAW";
-    } else if (!packet_socket_same_netns(ps)) {
-        flaw = "is in another network namespace than QEMU";
-    } else if (!packet_socket_check_binding(ps)) {
-        flaw = "is bound to another interface";
-    } else if (packet_socket_get_option(ps, SOL_PACKET, PACKET_FANOUT)) {
-        flaw = "is in a fanout group";
-    } else if (packet_socket_get_option(ps, SOL_SOCKET, SO_LOCK_FILTER)) {
-        flaw = "has a locked filter; maybe another filter uses it";
-    } else if (packet_socket_has_ring(ps)) {
-        flaw = "has a ring";
-    }
-    if (flaw) {
-        error_setg(errp, "cannot use file descriptor %d for interface '%s': "
-                   "it %s", ps->fd, ps->ifname, flaw);
-    }
-    return !flaw;
-}
-
 /* Undo packet_socket_new().  The fd stays open if it was passed. */
 static void packet_socket_abandon(PacketSocket *ps)
 {
@@ -221,7 +135,7 @@ static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
     ps->ifindex = ifindex;
     ps->fd = fd;
     ps->passed = fd >= 0;
-    if ((ps->passed ? packet_socket_check(ps, errp) :
+    if ((ps->passed ? packet_passed_check(fd, ifname, ifindex, errp) :
                       packet_socket_open(ps, errp)) &&
         packet_socket_option(ps, SOL_PACKET, PACKET_VNET_HDR, 1,
                              "PACKET_VNET_HDR", errp)) {
@@ -592,7 +506,8 @@ unsigned packet_socket_max_waiting(const PacketSocket *ps)
             packet_socket_get_option(ps, SOL_SOCKET, SO_RCVBUF);
     }
     /* And one read for an error, which comes before the frames. */
-    return ps->ring.slots + memory[SK_MEMINFO_RMEM_ALLOC] / QUEUE_MIN_MEMORY + 1;
+    return ps->ring.slots +
+           memory[SK_MEMINFO_RMEM_ALLOC] / QUEUE_MIN_MEMORY + 1;
 }
 
 uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)

@@ -30,32 +30,23 @@
  *
  * Express the kernel's header as the guest's.
  *
- * Returns: false if it cannot be: a frame yet to be segmented without a
- * header, or, with a header that is too short for it, in a tunnel; or a
- * checksum outside of the frame.
+ * Returns: false if it cannot be: a GSO frame without a header, or, with one
+ * that is too short for it, in a tunnel; or a checksum outside of the frame.
  */
 bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
                             size_t len, uint8_t *guest, size_t guest_len,
                             bool swap);
 
-/**
- * frame_offload_from_guest:
- * @hdr: filled with the kernel's header
- * @guest: the guest's header
- * @guest_len: its length in bytes
- * @swap: whether the guest's byte order is not the host's
- *
+/*
  * Express the guest's header as the kernel's.  What it says is not checked
- * against the frame: the kernel does that.  It refuses a frame in a tunnel
- * that is yet to be segmented (VIRTIO_NET_HDR_GSO_UDP_TUNNEL).
- *
- * Returns: false if no header has @guest_len bytes.
+ * against the frame: the kernel does that.  Returns false if no header has
+ * @guest_len bytes.
  */
 bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
                               const uint8_t *guest, size_t guest_len,
                               bool swap);
 
-/* A frame that is being segmented */
+/* A GSO frame that is being segmented */
 typedef struct FrameSegments {
     const uint8_t *frame;
     size_t l3;                  /* offsets in the frame, in bytes */
@@ -74,30 +65,19 @@ typedef struct FrameSegments {
 /* More bytes of headers are not copied for each segment. */
 #define FRAME_SEGMENTS_MAX_HEADERS 256
 
-/**
- * frame_segments_init:
- * @fs: filled with what frame_segments_get() needs
- * @hdr: the frame's header, as the kernel has it
- * @frame: the frame, which must stay as long as @fs is used
- * @len: its length in bytes
- *
- * Prepare to cut a frame into what its header says.  TCP and UDP
- * (VIRTIO_NET_HDR_GSO_UDP_L4) are known, over IPv4 and IPv6, with VLAN tags,
- * options and extension headers, also in a UDP tunnel.
- *
- * Returns: false if the frame is of another kind, or malformed.
+/*
+ * Prepare to cut a frame into what its header says.  @frame must stay as long
+ * as @fs is used.  TCP and UDP (VIRTIO_NET_HDR_GSO_UDP_L4) are known, over IPv4
+ * and IPv6, with VLAN tags, options and extension headers, also in a UDP
+ * tunnel.  Returns false if the frame is of another kind, or malformed.
  */
 bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
                          const uint8_t *frame, size_t len);
 
-/**
- * frame_segments_get:
- * @fs: of frame_segments_init()
- * @index: of the segment, less than @fs->count
- * @buf: filled with the segment; has room for @fs->headers + @fs->size bytes
- * @hdr: filled with its header, which leaves the checksum to the kernel
- *
- * Returns: the segment's length in bytes.
+/*
+ * Put the segment @index, less than @fs->count, to @buf, which has room for
+ * @fs->headers + @fs->size bytes, and its header to @hdr; it leaves the checksum
+ * to the kernel.  Returns the segment's length in bytes.
  */
 size_t frame_segments_get(const FrameSegments *fs, unsigned index,
                           uint8_t *buf, struct virtio_net_hdr *hdr);

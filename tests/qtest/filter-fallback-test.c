@@ -452,14 +452,25 @@ static void load_init(Load *l, uint64_t features, unsigned pairs)
     l->pairs = pairs;
 }
 
+/* QEMU waits for the peer of a mirror on the chain, so have one that reads. */
+#define SINK "-chardev null,id=sink "
+
+static void load_start_with(Load *l, uint64_t features, unsigned pairs,
+                            const char *nic_opts, const char *args)
+{
+    g_autofree char *all = g_strconcat(GUEST_MAP_ARGS SINK, args, NULL);
+
+    load_init(l, features, pairs);
+    fixture_init(&l->f, pairs > 1 ? "vhost=on,queues=2" : "vhost=on",
+                 nic_opts, all);
+    l->host = host_open(l->f.ifname);
+    load_driver_start(l);
+}
+
 static void load_start(Load *l, uint64_t features, unsigned pairs,
                        const char *nic_opts)
 {
-    load_init(l, features, pairs);
-    fixture_init(&l->f, pairs > 1 ? "vhost=on,queues=2" : "vhost=on",
-                 nic_opts, GUEST_MAP_ARGS);
-    l->host = host_open(l->f.ifname);
-    load_driver_start(l);
+    load_start_with(l, features, pairs, nic_opts, "");
 }
 
 static void load_close(Load *l)
@@ -519,7 +530,7 @@ static const struct {
 } passing[] = {
     { "filter-rewriter", ", 'vnet_hdr_support': true" },
     { "filter-replay", "" },
-    { "filter-mirror", ", 'outdev': 'out', 'packet-socket': 'off',"
+    { "filter-mirror", ", 'outdev': 'sink', 'packet-socket': 'off',"
                        " 'queue': 'tx'" },
     { "filter-dump", ", 'file': '/dev/null', 'packet-socket': 'off'" },
 };
@@ -871,18 +882,32 @@ static void test_delayed_stop(void)
 }
 
 /* What QEMU has taken before there is a driver does not come, but all else. */
-static void test_before_driver(void)
+static void check_before_driver(const char *netdev_opts, const char *args)
 {
     Fixture f;
 
-    fixture_start(&f, "");
+    fixture_init(&f, netdev_opts, "", args);
     host_send_taken(&f, 0, 10);
     guest_start(&f);
     guest_post(&f, 20);
-    wait_vhost(&f);
     host_send(&f, 10, 10);
     expect_guest(&f, 1, 19);
     fixture_close(&f);
+}
+
+static void test_before_driver(void)
+{
+    check_before_driver("vhost=on", "");
+}
+
+static void test_before_driver_filter(void)
+{
+    check_before_driver("vhost=on", "-object filter-rewriter,id=rew,netdev=n0");
+}
+
+static void test_before_driver_no_vhost(void)
+{
+    check_before_driver("vhost=off", "");
 }
 
 static void swap_qemus(Fixture *a, Fixture *b)
@@ -969,46 +994,6 @@ static void test_injected_before_migration(void)
 static void test_injected_before_migration_no_vhost(void)
 {
     run_injected_before_migration("vhost=off");
-}
-
-/*
- * A redirector that takes all has QEMU read the TAP only from time to time.
- * That it does so ends with the filter: vhost alone reads it then.
- */
-static void test_paced(void)
-{
-    Fixture f;
-    uint32_t n = 0;
-
-    fixture_start(&f, "");
-    guest_start(&f);
-    /* The rig's driver uses each descriptor once. */
-    for (int i = 0; i < 6; i++) {
-        guest_post(&f, 40);
-        add_object(&f, "filter-redirector", "red",
-                   ", 'queue': 'tx', 'outdev': 'out', 'packet-socket': 'off',"
-                   " 'vnet_hdr_support': true");
-        expect_datapath(&f, "userspace", "filter 'red' is on");
-        host_send(&f, n, 100);
-        expect_out(&f, n, 100);
-        if (i % 3 < 2) {
-            set_status(&f, "red", "off");
-            wait_vhost(&f);
-            host_send(&f, n + 100, 20);
-            expect_guest(&f, n + 100, 20);
-            del_object(&f, "red");
-        } else {
-            del_object(&f, "red");
-            wait_vhost(&f);
-            host_send(&f, n + 100, 20);
-            expect_guest(&f, n + 100, 20);
-        }
-        expect_datapath(&f, "vhost", "");
-        host_send(&f, n + 120, 20);
-        expect_guest(&f, n + 120, 20);
-        n += 140;
-    }
-    fixture_close(&f);
 }
 
 /* The same at a continuation: without a filter, too, nothing is lost. */
@@ -1144,7 +1129,7 @@ static void memory_start(Fixture *f, const char *path, const char *args)
 {
     g_autofree char *all = g_strdup_printf(
         "-object memory-backend-file,id=ram0,size=128M,share=on,mem-path=%s "
-        "-machine memory-backend=ram0 %s", path, args);
+        "-machine memory-backend=ram0 " SINK "%s", path, args);
 
     fixture_start(f, all);
     qtest_qmp_assert_success(f->qts,
@@ -1398,22 +1383,18 @@ static void test_trace(void)
 /* A guest that resets one queue while vhost is not in use */
 static void test_queue_reset(void)
 {
-    QVirtioPCIDevice *dev;
-    QVirtioDevice *vdev;
     Fixture f;
 
     fixture_start(&f, "");
-    dev = f.dev;
-    vdev = &dev->vdev;
     guest_start_queues(&f, 1ull << VIRTIO_F_VERSION_1 |
                            1ull << VIRTIO_NET_F_MRG_RXBUF |
                            1ull << VIRTIO_F_RING_RESET);
-    if (!(vdev->features & 1ull << VIRTIO_F_RING_RESET)) {
+    if (!(f.dev->vdev.features & 1ull << VIRTIO_F_RING_RESET)) {
         g_test_skip("vhost cannot reset one queue");
         fixture_close(&f);
         return;
     }
-    qvirtio_set_driver_ok(vdev);
+    qvirtio_set_driver_ok(&f.dev->vdev);
     for (int i = 0; i < 20; i++) {
         guest_post(&f, 10);
         host_send(&f, 0, 5);
@@ -1422,12 +1403,7 @@ static void test_queue_reset(void)
         host_send(&f, 5, 5);
         expect_guest(&f, 5, 5);
 
-        vdev->bus->queue_select(vdev, 0);
-        qpci_io_writew(dev->pdev, dev->bar, dev->common_cfg_offset +
-                       offsetof(struct virtio_pci_modern_common_cfg,
-                                queue_reset), 1);
-        qvirtqueue_cleanup(vdev->bus, f.guest.rx, &f.alloc);
-        f.guest.rx = qvirtqueue_setup(vdev, &f.alloc, 0);
+        f.guest.rx = guest_move_queue(&f, f.guest.rx);
         guest_post(&f, 10);
         host_send(&f, 10, 5);
         expect_guest(&f, 10, 5);
@@ -1437,6 +1413,486 @@ static void test_queue_reset(void)
         expect_guest(&f, 15, 5);
     }
     fixture_close(&f);
+}
+
+/* All queues, when all that was sent has arrived */
+static void load_move_queues(Load *l)
+{
+    for (int i = 0; i < l->pairs; i++) {
+        rx_init(l, &l->rx[i], guest_move_queue(&l->f, l->rx[i].vq));
+        tx_init(l, &l->tx[i], guest_move_queue(&l->f, l->tx[i].vq));
+    }
+    l->f.guest.rx = l->rx[0].vq;
+    l->f.guest.tx = l->tx[0].vq;
+}
+
+static void load_traffic(Load *l)
+{
+    load_traffic_start(l);
+    way_wait(&l->to_guest, BETWEEN);
+    way_wait(&l->to_host, BETWEEN);
+    load_traffic_stop(l);
+}
+
+/* The same when vhost has never been started, for each queue there is */
+static void check_queue_reset_first(unsigned pairs, const char *nic_opts)
+{
+    Load l;
+
+    load_start_with(&l, 0, pairs, nic_opts,
+                    "-object filter-rewriter,id=flt,netdev=n0,"
+                    "vnet_hdr_support=on");
+    expect_datapath(&l.f, "userspace", "filter 'flt' is on");
+    load_move_queues(&l);
+    load_traffic(&l);
+    for (int i = 0; i < 3; i++) {
+        load_move_queues(&l);
+        load_traffic(&l);
+        set_status(&l.f, "flt", "off");
+        wait_vhost(&l.f);
+        load_move_queues(&l);
+        load_traffic(&l);
+        expect_datapath(&l.f, "vhost", "");
+        set_status(&l.f, "flt", "on");
+        expect_datapath(&l.f, "userspace", "filter 'flt' is on");
+    }
+    load_close(&l);
+}
+
+static void test_queue_reset_first(void)
+{
+    check_queue_reset_first(1, "");
+}
+
+static void test_queue_reset_first_multiqueue(void)
+{
+    check_queue_reset_first(MAX_PAIRS, ",mq=on");
+}
+
+static void set_link(Fixture *f, const char *up)
+{
+    g_autofree char *json = g_strdup_printf("{'execute': 'set_link',"
+        " 'arguments': {'name': 'n0', 'up': %s}}", up);
+
+    qtest_qmp_assert_success(f->qts, "%p", qobject_from_json(json, NULL));
+}
+
+/* A link that is down keeps vhost from being started as well. */
+static void test_queue_reset_link_down(void)
+{
+    Load l;
+
+    load_init(&l, 0, MAX_PAIRS);
+    fixture_init(&l.f, "vhost=on,queues=2", ",mq=on", GUEST_MAP_ARGS);
+    l.host = host_open(l.f.ifname);
+    set_link(&l.f, "false");
+    load_driver_start(&l);
+    expect_datapath(&l.f, "userspace", "the link is down");
+    load_move_queues(&l);
+    set_link(&l.f, "true");
+    expect_datapath(&l.f, "vhost", "");
+    load_traffic(&l);
+    load_close(&l);
+}
+
+/* Without VIRTIO_NET_F_MQ the third queue is not vhost's, but the control's. */
+static void test_queue_reset_control(void)
+{
+    QVirtQueue control = { .index = 2 };
+    Load l;
+
+    load_init(&l, 0, 1);
+    fixture_init(&l.f, "vhost=on,queues=2", ",mq=on", GUEST_MAP_ARGS);
+    l.host = host_open(l.f.ifname);
+    load_driver_start(&l);
+    expect_datapath(&l.f, "vhost", "");
+    guest_disable_queue(&l.f, &control);
+    load_traffic(&l);
+    load_close(&l);
+}
+
+static void load_kick(Load *l)
+{
+    for (int i = 0; i < l->pairs; i++) {
+        l->f.dev->vdev.bus->virtqueue_kick(&l->f.dev->vdev, l->rx[i].vq);
+        l->f.dev->vdev.bus->virtqueue_kick(&l->f.dev->vdev, l->tx[i].vq);
+    }
+    /* QEMU has handled what came before that. */
+    qobject_unref(qtest_qmp(l->f.qts, "{'execute': 'query-status'}"));
+}
+
+/* A queue that is disabled is kicked, and vhost comes and goes meanwhile. */
+static void check_queue_disabled(const char *nic_opts)
+{
+    Load l;
+
+    load_start_with(&l, 0, MAX_PAIRS, nic_opts,
+                    "-object filter-rewriter,id=flt,netdev=n0,"
+                    "vnet_hdr_support=on");
+    load_traffic(&l);
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < l.pairs; j++) {
+            guest_disable_queue(&l.f, l.rx[j].vq);
+            guest_disable_queue(&l.f, l.tx[j].vq);
+        }
+        load_kick(&l);
+        for (int j = 0; j < 2 + i % 2; j++) {
+            set_status(&l.f, "flt", j % 2 ? "on" : "off");
+            g_assert_cmpint(vhost_started(&l.f), ==, !(j % 2));
+            load_kick(&l);
+        }
+        load_move_queues(&l);
+        load_kick(&l);
+        load_traffic(&l);
+        set_status(&l.f, "flt", "on");
+        expect_datapath(&l.f, "userspace", "filter 'flt' is on");
+    }
+    load_close(&l);
+}
+
+static void test_queue_disabled(void)
+{
+    check_queue_disabled(",mq=on");
+}
+
+static void test_queue_disabled_no_ioeventfd(void)
+{
+    check_queue_disabled(",mq=on,ioeventfd=off");
+}
+
+/* vhost waits until there is room for a packet: in another ring, then. */
+static void test_queue_reset_delayed(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "-object filter-rewriter,id=flt,netdev=n0");
+    guest_start(&f);
+    host_send_taken(&f, 0, 10);
+    set_status(&f, "flt", "off");
+    expect_datapath(&f, "userspace", "packets wait in QEMU");
+    f.guest.rx = guest_move_queue(&f, f.guest.rx);
+    f.guest.tx = guest_move_queue(&f, f.guest.tx);
+    expect_datapath(&f, "userspace", "packets wait in QEMU");
+    guest_send(&f, 1000, 5);
+    expect_host(&f, 1000, 5);
+    guest_post(&f, 20);
+    wait_vhost(&f);
+    host_send(&f, 10, 10);
+    expect_guest(&f, 0, 20);
+    guest_send(&f, 1005, 5);
+    expect_host(&f, 1005, 5);
+    fixture_close(&f);
+}
+
+/*
+ * A driver that gives up VIRTIO_NET_F_MQ while it runs, which is possible
+ * without FEATURES_OK: the second pair of queues is deleted.
+ */
+static void test_queues_deleted(void)
+{
+    QVirtioDevice *vdev;
+    Load l;
+
+    load_start_with(&l, 0, MAX_PAIRS, ",mq=on",
+                    "-object filter-rewriter,id=flt,netdev=n0,"
+                    "vnet_hdr_support=on");
+    vdev = &l.f.dev->vdev;
+    load_traffic(&l);
+    vdev->bus->set_status(vdev, VIRTIO_CONFIG_S_ACKNOWLEDGE |
+                                VIRTIO_CONFIG_S_DRIVER |
+                                VIRTIO_CONFIG_S_DRIVER_OK);
+    vdev->bus->set_features(vdev, vdev->features &
+                                  ~(1ull << VIRTIO_NET_F_MQ));
+    /*
+     * The third queue is the control queue now, and has no ring yet.  That is
+     * an error, after which QEMU uses no queue until the driver is reset.
+     */
+    for (int i = 0; i < 3; i++) {
+        load_kick(&l);
+        set_status(&l.f, "flt", "off");
+        expect_datapath(&l.f, "vhost", "");
+        load_kick(&l);
+        set_status(&l.f, "flt", "on");
+        expect_datapath(&l.f, "userspace", "filter 'flt' is on");
+    }
+    guest_stop(&l.f);
+    l.pairs = MAX_PAIRS;
+    load_driver_start(&l);
+    load_traffic(&l);
+    load_close(&l);
+}
+
+/* The reset of a machine, whose filters go on as they are */
+
+/* QEMU, or vhost, has taken all that was sent to the TAP. */
+static void wait_taken(Fixture *f, uint32_t sent)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+
+    while (statistic(f->ifname, "tx_packets") < sent) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+}
+
+/*
+ * What a filter holds when the machine is reset is not in the way.  If it is
+ * released before there is another driver, it ends, as it has the header that
+ * the old one used; what the new one uses is the same here.
+ */
+static void test_machine_reset_held(void)
+{
+    Load l;
+
+    load_start(&l, 0, 1, "");
+    for (int i = 0; i < 4; i++) {
+        bool before = i & 1, deleted = i & 2;
+        uint64_t written;
+
+        load_traffic_start(&l);
+        wait_vhost(&l.f);
+        add_object(&l.f, "filter-buffer", "buf", ", 'interval': 1000");
+        way_wait_held(&l.to_guest);
+        way_wait_held(&l.to_host);
+        load_guest_stop(&l);
+        load_host_stop(&l);
+        wait_taken(&l.f, way_total(l.to_guest.sent));
+        vm_reset(&l.f);
+        expect_datapath(&l.f, "userspace", "filter 'buf' is on");
+        if (!before) {
+            load_driver_start(&l);
+            rx_post(&l, &l.rx[0]);
+            expect_datapath(&l.f, "userspace", "filter 'buf' is on");
+        }
+        written = statistic(l.f.ifname, "rx_packets");
+        if (deleted) {
+            del_object(&l.f, "buf");
+        } else {
+            set_status(&l.f, "buf", "off");
+        }
+        if (before) {
+            g_assert_cmpuint(statistic(l.f.ifname, "rx_packets"), ==, written);
+            expect_datapath(&l.f, "userspace", "the driver is not ready");
+            way_forget(&l.to_guest);
+            way_forget(&l.to_host);
+            load_driver_start(&l);
+            rx_post(&l, &l.rx[0]);
+        }
+        wait_vhost(&l.f);
+        load_threads_start(&l);
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+        load_traffic_stop(&l);
+        if (!deleted) {
+            del_object(&l.f, "buf");
+        }
+        guest_stop(&l.f);
+        load_driver_start(&l);
+    }
+    load_close(&l);
+}
+
+/* What the filter has taken without a driver has another header. */
+static void test_held_before_driver(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "-object filter-buffer,id=buf,netdev=n0,interval=1000");
+    host_send(&f, 0, 10);
+    wait_taken(&f, 10);
+    guest_start(&f);
+    guest_post(&f, 20);
+    host_send(&f, 10, 10);
+    wait_taken(&f, 20);
+    set_status(&f, "buf", "off");
+    wait_vhost(&f);
+    expect_guest(&f, 10, 10);
+    fixture_close(&f);
+}
+
+/* A mirror that has been added while the machine ran mirrors on. */
+static void test_machine_reset_mirror(void)
+{
+    Fixture f;
+
+    fixture_start(&f, "");
+    guest_start(&f);
+    add_object(&f, "filter-mirror", "mir", ", 'outdev': 'out', 'queue': 'all',"
+               " 'vnet_hdr_support': true");
+    for (int i = 0; i < 3; i++) {
+        uint32_t n = 100 * i;
+
+        expect_datapath(&f, "vhost", "");
+        expect_source(&f, "mir", "packet-socket");
+        guest_post(&f, 10);
+        host_send(&f, n, 10);
+        expect_guest(&f, n, 10);
+        expect_out(&f, n, 10);
+        guest_send(&f, n + 10, 10);
+        expect_host(&f, n + 10, 10);
+        expect_out(&f, n + 10, 10);
+        vm_reset(&f);
+        expect_datapath(&f, "userspace", "the driver is not ready");
+        guest_start(&f);
+    }
+    g_assert_cmpuint(counter(&f, "mir", "capture-packets"), ==, 60);
+    fixture_close(&f);
+}
+
+/*
+ * Snapshots, which save the device's state: vhost must not run then, whatever
+ * becomes of filters before, meanwhile and behind.
+ */
+
+#define SNAPSHOT_DISK_SIZE (256 * MiB)
+
+static void wait_job(Fixture *f, const char *id)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    bool concluded = false;
+
+    while (!concluded) {
+        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'query-jobs'}");
+        QListEntry *entry;
+
+        QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
+            QDict *job = qobject_to(QDict, qlist_entry_obj(entry));
+
+            if (g_str_equal(qdict_get_str(job, "id"), id) &&
+                g_str_equal(qdict_get_str(job, "status"), "concluded")) {
+                g_assert_cmpstr(qdict_get_try_str(job, "error"), ==, NULL);
+                concluded = true;
+            }
+        }
+        qobject_unref(rsp);
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    qtest_qmp_assert_success(f->qts, "{'execute': 'job-dismiss', 'arguments':"
+                             " {'id': %s}}", id);
+}
+
+/* The node "disk" */
+static char *snapshot_disk_add(Fixture *f)
+{
+    g_autofree char *path = g_build_filename(f->dir, "disk", NULL);
+
+    g_assert_true(g_file_set_contents(path, "", 0, NULL));
+    qtest_qmp_assert_success(f->qts, "{'execute': 'blockdev-add', 'arguments':"
+                             " {'driver': 'file', 'node-name': 'file',"
+                             "  'filename': %s}}", path);
+    qtest_qmp_assert_success(f->qts, "{'execute': 'blockdev-create',"
+                             " 'arguments': {'job-id': 'create', 'options':"
+                             " {'driver': 'qcow2', 'file': 'file',"
+                             "  'size': %d}}}", (int)SNAPSHOT_DISK_SIZE);
+    wait_job(f, "create");
+    qtest_qmp_assert_success(f->qts, "{'execute': 'blockdev-add', 'arguments':"
+                             " {'driver': 'qcow2', 'node-name': 'disk',"
+                             "  'file': 'file'}}");
+    return g_steal_pointer(&path);
+}
+
+/* "snapshot-save" and so on: begun, but not more */
+static void snapshot_begin(Fixture *f, const char *command)
+{
+    g_autofree char *more = g_strdup(g_str_equal(command, "snapshot-delete") ?
+                                     "" : ", 'vmstate': 'disk'");
+    g_autofree char *json = g_strdup_printf("{'execute': '%s', 'arguments':"
+        " {'job-id': 'snapshot', 'tag': 'one', 'devices': ['disk']%s}}",
+        command, more);
+
+    qtest_qmp_assert_success(f->qts, "%p", qobject_from_json(json, NULL));
+}
+
+static void snapshot(Fixture *f, const char *command)
+{
+    snapshot_begin(f, command);
+    wait_job(f, "snapshot");
+}
+
+static void test_snapshot(void)
+{
+    g_autofree char *disk = NULL;
+    Load l;
+
+    load_start(&l, 1ull << VIRTIO_RING_F_EVENT_IDX, 1, "");
+    disk = snapshot_disk_add(&l.f);
+    load_traffic_start(&l);
+    wait_vhost(&l.f);
+    for (int i = 0; i < rounds(8, 160); i++) {
+        bool before = i & 1, stopped = i & 2, within = i & 4;
+
+        if (before) {
+            add_object(&l.f, "filter-rewriter", "rew", "");
+        }
+        if (stopped) {
+            vm_stop(&l.f);
+        }
+        snapshot_begin(&l.f, "snapshot-save");
+        if (before) {
+            set_status(&l.f, "rew", "off");
+        } else {
+            add_object(&l.f, "filter-rewriter", "rew", "");
+        }
+        wait_job(&l.f, "snapshot");
+        if (within) {
+            set_status(&l.f, "rew", before ? "on" : "off");
+            snapshot(&l.f, "snapshot-delete");
+            snapshot(&l.f, "snapshot-save");
+        }
+        if (stopped) {
+            g_assert_false(vhost_started(&l.f));
+            vm_cont(&l.f);
+        }
+        del_object(&l.f, "rew");
+        wait_vhost(&l.f);
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+        snapshot(&l.f, "snapshot-delete");
+    }
+    load_traffic_stop(&l);
+    unlink(disk);
+    load_close(&l);
+}
+
+/* What was saved with a filter comes back without, and the reverse. */
+static void test_snapshot_load(void)
+{
+    g_autofree char *disk = NULL;
+    Load l;
+
+    load_start(&l, 1ull << VIRTIO_RING_F_EVENT_IDX, 1, "");
+    disk = snapshot_disk_add(&l.f);
+    for (int i = 0; i < 8; i++) {
+        bool saved = i & 1, loaded = i & 2, stopped = i & 4;
+
+        load_traffic(&l);
+        add_object(&l.f, "filter-rewriter", "rew", "");
+        set_status(&l.f, "rew", saved ? "on" : "off");
+        snapshot(&l.f, "snapshot-save");
+        set_status(&l.f, "rew", loaded ? "on" : "off");
+        if (stopped) {
+            vm_stop(&l.f);
+        }
+        snapshot(&l.f, "snapshot-load");
+        snapshot(&l.f, "snapshot-delete");
+        if (stopped) {
+            g_assert_false(vhost_started(&l.f));
+            vm_cont(&l.f);
+        }
+        g_assert_cmpint(vhost_started(&l.f), ==, !loaded);
+        /* The driver's memory is that of the snapshot, with the same rings. */
+        load_threads_start(&l);
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+        del_object(&l.f, "rew");
+        wait_vhost(&l.f);
+        way_wait(&l.to_guest, BETWEEN);
+        way_wait(&l.to_host, BETWEEN);
+        load_traffic_stop(&l);
+        guest_stop(&l.f);
+        load_driver_start(&l);
+    }
+    unlink(disk);
+    load_close(&l);
 }
 
 /* A NIC that does not use vhost is all right with any filter. */
@@ -1529,12 +1985,13 @@ int main(int argc, char **argv)
     rig_add("left-over", test_left_over);
     rig_add("delayed", test_delayed);
     rig_add("delayed-stop", test_delayed_stop);
-    rig_add("before-driver", test_before_driver);
+    rig_add("before-driver/vhost", test_before_driver);
+    rig_add("before-driver/filter", test_before_driver_filter);
+    rig_add("before-driver/no-vhost", test_before_driver_no_vhost);
     rig_add("before-migration", test_before_migration);
     rig_add("injected-before-migration", test_injected_before_migration);
     rig_add("injected-before-migration-no-vhost",
             test_injected_before_migration_no_vhost);
-    rig_add("paced", test_paced);
     rig_add("continued", test_continued);
     rig_add("switch/plain", test_switch);
     rig_add("switch/event-idx", test_switch_event_idx);
@@ -1551,6 +2008,19 @@ int main(int argc, char **argv)
     rig_add("trace", test_trace);
 #endif
     rig_add("queue-reset", test_queue_reset);
+    rig_add("queue-reset-first/plain", test_queue_reset_first);
+    rig_add("queue-reset-first/multiqueue", test_queue_reset_first_multiqueue);
+    rig_add("queue-reset-link-down", test_queue_reset_link_down);
+    rig_add("queue-reset-control", test_queue_reset_control);
+    rig_add("queue-reset-delayed", test_queue_reset_delayed);
+    rig_add("queue-disabled/ioeventfd", test_queue_disabled);
+    rig_add("queue-disabled/no-ioeventfd", test_queue_disabled_no_ioeventfd);
+    rig_add("queues-deleted", test_queues_deleted);
+    rig_add("machine-reset/held", test_machine_reset_held);
+    rig_add("machine-reset/held-before-driver", test_held_before_driver);
+    rig_add("machine-reset/mirror", test_machine_reset_mirror);
+    rig_add("snapshot/save", test_snapshot);
+    rig_add("snapshot/load", test_snapshot_load);
     rig_add("other-nic", test_other_nic);
     rig_add("refused", test_refused);
     rig_add("unplug", test_unplug);

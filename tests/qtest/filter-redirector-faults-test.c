@@ -1868,6 +1868,94 @@ static void test_guest_vhost_fails(void)
     vm_quit(&vm);
 }
 
+/*
+ * A guest that resets a queue while the TAP takes no packets, and maybe vhost
+ * waits for that.  The packet that waits ends there, and those behind it with
+ * their queue.
+ */
+static void check_queue_reset_blocked(bool delayed)
+{
+    uint32_t n = 0;
+    Vm vm;
+
+    vm_start(&vm, "-object filter-rewriter,id=flt,netdev=n0");
+    guest_start(&vm.f);
+    for (int i = 0; i < 6; i++) {
+        bool tx = i & 1;
+        /* Once it may start, vhost may send more before its reset. */
+        uint32_t count = delayed && tx ? 1 : 5;
+
+        fail(FAULT_WRITE_TAP, EAGAIN, FOREVER);
+        for (int j = 0; j < count; j++) {
+            guest_send_begin(&vm.f, n + j);
+        }
+        expect_failed(FAULT_WRITE_TAP, 1);
+        if (delayed) {
+            set_status(&vm.f, "flt", "off");
+            g_assert_false(check_datapath(&vm, "packets wait in QEMU"));
+        }
+        if (tx) {
+            vm.f.guest.tx = guest_move_queue(&vm.f, vm.f.guest.tx);
+        } else {
+            vm.f.guest.rx = guest_move_queue(&vm.f, vm.f.guest.rx);
+        }
+        g_assert_cmpint(vhost_started(&vm.f), ==, delayed);
+        fail_no_more(FAULT_WRITE_TAP);
+        if (tx) {
+            guest_send(&vm.f, n + count, 5);
+            expect_host(&vm.f, n + count, 5);
+            n += 5;
+        } else {
+            expect_host(&vm.f, n + 1, count - 1);
+            vm.f.guest.tx = guest_move_queue(&vm.f, vm.f.guest.tx);
+        }
+        n += count;
+        guest_post(&vm.f, 5);
+        host_send(&vm.f, 1000 + n, 5);
+        expect_guest(&vm.f, 1000 + n, 5);
+        set_status(&vm.f, "flt", "on");
+    }
+    vm_quit(&vm);
+}
+
+static void test_queue_reset_blocked(void)
+{
+    check_queue_reset_blocked(false);
+    check_queue_reset_blocked(true);
+}
+
+/* The same when the VM stops: the others come when it goes on. */
+static void test_guest_stop_blocked(void)
+{
+    Vm vm;
+
+    vm_start(&vm, "-object filter-rewriter,id=flt,netdev=n0");
+    guest_start(&vm.f);
+    for (int i = 0; i < 6; i++) {
+        uint32_t n = 20 * i;
+        bool off = i & 1;
+
+        fail(FAULT_WRITE_TAP, EAGAIN, FOREVER);
+        for (int j = 0; j < 10; j++) {
+            guest_send_begin(&vm.f, n + j);
+        }
+        expect_failed(FAULT_WRITE_TAP, 1);
+        vm_stop(&vm.f);
+        fail_no_more(FAULT_WRITE_TAP);
+        if (off) {
+            set_status(&vm.f, "flt", "off");
+        }
+        vm_cont(&vm.f);
+        expect_host(&vm.f, n + 1, 9);
+        g_assert_cmpint(vhost_started(&vm.f), ==, off);
+        vm.f.guest.tx = guest_move_queue(&vm.f, vm.f.guest.tx);
+        guest_send(&vm.f, n + 10, 10);
+        expect_host(&vm.f, n + 10, 10);
+        set_status(&vm.f, "flt", "on");
+    }
+    vm_quit(&vm);
+}
+
 static void test_guest_no_vhost(void)
 {
     Vm vm;
@@ -2051,6 +2139,8 @@ int main(int argc, char **argv)
     rig_add("guest/suspend", test_guest_suspend);
     rig_add("guest/set-link", test_guest_set_link);
     rig_add("guest/vhost-fails", test_guest_vhost_fails);
+    rig_add("guest/queue-reset-blocked", test_queue_reset_blocked);
+    rig_add("guest/stop-blocked", test_guest_stop_blocked);
     rig_add("guest/no-vhost", test_guest_no_vhost);
     rig_add("guest/ring-errors", test_guest_ring_errors);
     rig_add("memory/allocations", test_allocations);

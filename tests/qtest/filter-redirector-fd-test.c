@@ -75,8 +75,7 @@ static void install_qemu(void)
     g_assert_cmpint(chmod(install.dir, 0755), ==, 0);
     install.qemu_dir = g_build_filename(install.dir, "build", NULL);
     install.qemu = g_build_filename(install.qemu_dir, name, NULL);
-    install.helper = g_build_filename(install.qemu_dir, "contrib",
-                                      "packet-socket-helper",
+    install.helper = g_build_filename(install.qemu_dir, "tests", "qtest",
                                       "packet-socket-helper", NULL);
     install.bios = g_build_filename(install.dir, "bios", NULL);
     install.script = g_build_filename(install.dir, name, NULL);
@@ -352,6 +351,65 @@ static void test_helper(void)
 
         g_assert_cmpint(system(command), ==, 0);
     }
+    close(tap);
+}
+
+/*
+ * Run the helper with @options, and with a command that must not run.
+ * Returns: what it says
+ */
+static char *helper_refuses(const char *starter, const char *options)
+{
+    g_autofree char *command = g_strdup_printf(
+        "%s %s --ifname=taphelper %s echo COMMAND RUNS 2>&1",
+        starter, install.helper, options);
+    GString *said = g_string_new(NULL);
+    FILE *pipe = popen(command, "r");
+    char buf[256];
+    size_t len;
+    int status;
+
+    g_assert_nonnull(pipe);
+    while ((len = fread(buf, 1, sizeof(buf), pipe)) > 0) {
+        g_string_append_len(said, buf, len);
+    }
+    status = pclose(pipe);
+    g_assert_true(WIFEXITED(status));
+    g_assert_cmpint(WEXITSTATUS(status), ==, EXIT_FAILURE);
+    g_assert_null(strstr(said->str, "COMMAND RUNS"));
+    return g_string_free(said, false);
+}
+
+/* A socket replaces nothing that is open, not even another socket. */
+static void test_helper_open(void)
+{
+    static const char *const options[] = {
+        "--as=0", "--as=2", "--as=" FIRST_FD " --as=" FIRST_FD,
+    };
+    int tap;
+
+    install_qemu();
+    tap = open_tap("taphelper");
+    for (int i = 0; i < ARRAY_SIZE(options); i++) {
+        g_autofree char *said = helper_refuses(NET_RAW, options[i]);
+
+        g_assert_nonnull(strstr(said, "is open already"));
+    }
+    close(tap);
+}
+
+/* What is missing, and how it is given */
+static void test_helper_capability(void)
+{
+    g_autofree char *said = NULL;
+    int tap;
+
+    install_qemu();
+    tap = open_tap("taphelper");
+    said = helper_refuses(NO_CAPABILITY, "--as=" FIRST_FD);
+    g_assert_nonnull(strstr(said, "CAP_NET_RAW is missing"));
+    g_assert_nonnull(strstr(said, "--ambient-caps=+net_raw"));
+    g_assert_nonnull(strstr(said, "AmbientCapabilities="));
     close(tap);
 }
 
@@ -1238,6 +1296,8 @@ int main(int argc, char **argv)
     rig_add("args/both", test_args_both);
     rig_add("args/fdset", test_args_fdset);
     rig_add("helper", test_helper);
+    rig_add("helper-open", test_helper_open);
+    rig_add("helper-capability", test_helper_capability);
     rig_add("getfd/two", test_getfd);
     rig_add("getfd/both", test_getfd_both);
     rig_add("getfd/stopped-only", test_getfd_stopped_only);

@@ -367,6 +367,29 @@ void guest_start(Fixture *f)
     qvirtio_set_driver_ok(&f->dev->vdev);
 }
 
+void guest_disable_queue(Fixture *f, QVirtQueue *vq)
+{
+    QVirtioPCIDevice *dev = f->dev;
+    uint64_t reset = dev->common_cfg_offset +
+                     offsetof(struct virtio_pci_modern_common_cfg,
+                              queue_reset);
+
+    dev->vdev.bus->queue_select(&dev->vdev, vq->index);
+    qpci_io_writew(dev->pdev, dev->bar, reset, 1);
+    g_assert_cmpuint(qpci_io_readw(dev->pdev, dev->bar, reset), ==, 0);
+}
+
+QVirtQueue *guest_move_queue(Fixture *f, QVirtQueue *vq)
+{
+    QVirtQueue *moved;
+
+    guest_disable_queue(f, vq);
+    moved = guest_setup_queue(f, vq->index);
+    g_assert_cmphex(moved->desc, !=, vq->desc);
+    qvirtqueue_cleanup(vq->vdev->bus, vq, &f->alloc);
+    return moved;
+}
+
 /* Turn on both queue pairs; the control queue is the fifth. */
 void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
 {
@@ -478,6 +501,19 @@ void guest_send(Fixture *f, uint32_t first, uint32_t count)
         make_frame(frame, first + i);
         guest_send_frame(f, frame, sizeof(frame));
     }
+}
+
+void guest_send_begin(Fixture *f, uint32_t number)
+{
+    uint64_t addr = guest_alloc(&f->alloc, 12 + FRAME_LEN);
+    uint8_t packet[12 + FRAME_LEN] = { };
+    uint32_t head;
+
+    make_frame(packet + 12, number);
+    qtest_memwrite(f->qts, addr, packet, sizeof(packet));
+    head = qvirtqueue_add(f->qts, f->guest.tx, addr, sizeof(packet), false,
+                          false);
+    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
 }
 
 static int open_guest_memory(pid_t pid)
@@ -794,15 +830,40 @@ static void fixture_connect(Fixture *f)
     f->in = connect_to(f, "in");
 }
 
-static void fixture_attach_nic(Fixture *f)
+static void fixture_find_nic(Fixture *f)
 {
     QPCIAddress addr = { .devfn = QPCI_DEVFN(NIC_SLOT, 0) };
 
-    pc_alloc_init(&f->alloc, f->qts, 0);
-    f->bus = qpci_new_pc(f->qts, &f->alloc);
     f->dev = virtio_pci_new(f->bus, &addr);
     g_assert_nonnull(f->dev);
     qvirtio_pci_device_enable(f->dev);
+}
+
+static void fixture_forget_nic(Fixture *f)
+{
+    g_free(f->dev->pdev);
+    g_free(f->dev);
+}
+
+static void fixture_attach_nic(Fixture *f)
+{
+    pc_alloc_init(&f->alloc, f->qts, 0);
+    f->bus = qpci_new_pc(f->qts, &f->alloc);
+    fixture_find_nic(f);
+}
+
+void vm_reset(Fixture *f)
+{
+    qtest_qmp_assert_success(f->qts, "{'execute': 'system_reset'}");
+    qtest_qmp_eventwait(f->qts, "RESET");
+    if (f->guest.rx) {
+        qvirtqueue_cleanup(f->dev->vdev.bus, f->guest.rx, &f->alloc);
+        qvirtqueue_cleanup(f->dev->vdev.bus, f->guest.tx, &f->alloc);
+        f->guest.rx = f->guest.tx = NULL;
+    }
+    /* Its base addresses are gone. */
+    fixture_forget_nic(f);
+    fixture_find_nic(f);
 }
 
 void fixture_name(Fixture *f)
@@ -858,8 +919,7 @@ void fixture_close(Fixture *f)
         guest_stop(f);
     }
     if (f->dev) {
-        g_free(f->dev->pdev);
-        g_free(f->dev);
+        fixture_forget_nic(f);
         qpci_free_pc(f->bus);
         alloc_destroy(&f->alloc);
     }

@@ -145,10 +145,20 @@ void guest_start(Fixture *f);
 void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5]);
 void guest_stop(Fixture *f);
 
+/*
+ * Reset one queue, which QEMU does for a driver without VIRTIO_F_RING_RESET
+ * too, and leave it at that, or set it up elsewhere.  That is what is
+ * returned; @vq is freed.
+ */
+void guest_disable_queue(Fixture *f, QVirtQueue *vq);
+QVirtQueue *guest_move_queue(Fixture *f, QVirtQueue *vq);
+
 /* Give the device @count buffers of BUFFER_LEN. */
 void guest_post(Fixture *f, int count);
 void expect_guest(Fixture *f, uint32_t first, uint32_t count);
 void guest_send(Fixture *f, uint32_t first, uint32_t count);
+/* One that the device has to take later; the memory is not freed. */
+void guest_send_begin(Fixture *f, uint32_t number);
 
 /* The same for one frame of any kind, with a header that says nothing */
 size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size);
@@ -186,6 +196,8 @@ void add_inject(Fixture *f);    /* "inj", queue=tx */
 void del_object(Fixture *f, const char *id);
 void vm_stop(Fixture *f);
 void vm_cont(Fixture *f);
+/* Reset the machine.  The driver has to be started again. */
+void vm_reset(Fixture *f);
 void expect_status(Fixture *f, const char *command, const char *status);
 void expect_connected(Fixture *f, const char *label, bool connected);
 int count_fds(Fixture *f);

@@ -1710,10 +1710,7 @@ static void test_reconnect(void)
     fixture_close(&f);
 }
 
-/* Without a packet socket: what the chain brings is written together */
-
-#define CHAIN "-object filter-redirector,id=cap,netdev=n0,outdev=out," \
-              "vnet_hdr_support=on,queue=tx"
+/* Without a packet socket */
 
 static void test_chain_mirror(void)
 {
@@ -1782,12 +1779,12 @@ static void expect_datagrams(int fd, uint32_t first, uint32_t count)
     }
 }
 
-static void run_datagrams(const char *netdev_opts)
+static void test_capture_datagrams(void)
 {
     Fixture f;
     int fd;
 
-    fixture_init(&f, netdev_opts, "", "");
+    fixture_start(&f, "");
     guest_start(&f);
     guest_post(&f, 200);
     fd = add_datagrams(&f);
@@ -1800,68 +1797,6 @@ static void run_datagrams(const char *netdev_opts)
     }
     expect_guest(&f, 0, 200);
     close(fd);
-    fixture_close(&f);
-}
-
-static void test_capture_datagrams(void)
-{
-    run_datagrams("vhost=on");
-}
-
-static void test_chain_datagrams(void)
-{
-    run_datagrams("vhost=off");
-}
-
-/* A slow peer holds up QEMU, and gets everything. */
-static void test_chain_slow_peer(void)
-{
-    const uint32_t frames = 30000;
-    g_autofree char *command = NULL;
-    Fixture f;
-
-    fixture_init(&f, "vhost=off", "", CHAIN);
-    command = g_strdup_printf("ip link set %s txqueuelen %u", f.ifname,
-                              frames);
-    g_assert_cmpint(system(command), ==, 0);
-    guest_start(&f);
-    guest_post(&f, 1);
-    host_send(&f, 0, frames);
-    expect_out(&f, 0, frames);
-    fixture_close(&f);
-}
-
-/* The peer leaves in the middle of a frame; the next one gets whole ones. */
-static void test_chain_reconnect(void)
-{
-    uint8_t frame[BUFFER_LEN], header[24], byte;
-    uint32_t header_len, n = 0;
-    Fixture f;
-
-    fixture_init(&f, "vhost=off", "", CHAIN);
-    guest_start(&f);
-    guest_post(&f, 1);
-    for (int round = 0; round < 5; round++) {
-        /* More than the connection takes, less than makes QEMU wait. */
-        for (int i = 0; i < 10; i++) {
-            host_send(&f, n, 600);
-            n += 600;
-            counter(&f, "cap", "capture-packets");
-        }
-        read_full(f.out, &byte, 1);
-        close(f.out);
-        expect_connected(&f, "out", false);
-        f.out = connect_to(&f, "out");
-        expect_connected(&f, "out", true);
-        /* Before it may come some that waited in the TAP. */
-        host_send(&f, n, 1);
-        do {
-            g_assert_cmpuint(read_stream(f.out, frame, sizeof(frame), header,
-                                         &header_len), ==, FRAME_LEN);
-            g_assert_cmpuint(frame_number(frame), <=, n);
-        } while (frame_number(frame) < n);
-        n++;
-    }
     fixture_close(&f);
 }
 
@@ -2477,9 +2412,6 @@ int main(int argc, char **argv)
     rig_add("peer/reconnect", test_reconnect);
     rig_add("chain/mirror", test_chain_mirror);
     rig_add("chain/mirror-no-peer", test_chain_mirror_no_peer);
-    rig_add("chain/datagrams", test_chain_datagrams);
-    rig_add("chain/slow-peer", test_chain_slow_peer);
-    rig_add("chain/reconnect", test_chain_reconnect);
     rig_add("interface/down-up", test_interface_down_up);
     rig_add("error/options", test_errors);
     rig_add("error/interface-gone", test_error_interface_gone);

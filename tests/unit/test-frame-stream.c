@@ -652,30 +652,6 @@ static void test_writer_slow_peer(void)
     link_free(link);
 }
 
-/* The character device's log has what was written, and that once. */
-static void test_writer_log(void)
-{
-    Link *link = link_new_writer(true);
-    g_autoptr(GByteArray) got = g_byte_array_new();
-    g_autofree char *path = NULL;
-    g_autofree char *log = NULL;
-    gsize len;
-
-    link->chr->logfd = g_file_open_tmp("frame-stream-XXXXXX", &path, NULL);
-    g_assert_cmpint(link->chr->logfd, >=, 0);
-    link->on_progress = pump;
-    link_connect(link);
-    pump(link);
-    g_assert_true(frame_writer_full(link->fw));
-    AWAIT((peer_take(link, got, 10000), link->next_seq == 2000));
-    peer_expect(link, got, link->expected);
-
-    g_assert_true(g_file_get_contents(path, &log, &len, NULL));
-    unlink(path);
-    g_assert_cmpmem(log, len, got->data, got->len);
-    link_free(link);
-}
-
 /* A peer that keeps up: no progress calls are needed, and none come late. */
 static void test_writer_fast_peer(void)
 {
@@ -2211,7 +2187,6 @@ int main(int argc, char **argv)
                          GINT_TO_POINTER(true), test_writer_batch);
     g_test_add_func("/frame-stream/writer/full", test_writer_full);
     g_test_add_func("/frame-stream/writer/slow-peer", test_writer_slow_peer);
-    g_test_add_func("/frame-stream/writer/log", test_writer_log);
     g_test_add_func("/frame-stream/writer/fast-peer", test_writer_fast_peer);
     g_test_add_data_func("/frame-stream/writer/rewind/plain",
                          GINT_TO_POINTER(false), test_writer_rewind);

@@ -1,0 +1,75 @@
+/*
+ * Packet sockets: parts that are not for everybody
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * All functions run in the main loop, with the BQL held.
+ */
+
+#ifndef NET_PACKET_INT_H
+#define NET_PACKET_INT_H
+
+#include <linux/if_packet.h>
+#include "qemu/queue.h"
+
+/* Passed sockets */
+
+/*
+ * Returns whether @fd, which somebody else opened, can be used as a packet
+ * socket on the interface.
+ */
+bool packet_passed_check(int fd, const char *ifname, unsigned ifindex,
+                         Error **errp);
+
+/* Ring: frames that the kernel writes to mapped memory (PACKET_RX_RING) */
+
+typedef struct PacketRing {
+    uint8_t *memory;
+    size_t size;                /* bytes */
+    unsigned slots;             /* 0: there is no ring */
+    unsigned next;
+} PacketRing;
+
+/*
+ * Give the packet socket @fd a ring of @size bytes, or somewhat less.  @ring is
+ * all 0 before.  Returns false on failure.
+ */
+bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
+                     Error **errp);
+
+/* Give the ring back to the kernel, if there is one. */
+void packet_ring_unmap(PacketRing *ring, int fd);
+
+/* Returns the next frame's slot, or NULL.  packet_ring_release() frees it. */
+const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring);
+void packet_ring_release(PacketRing *ring);
+
+/* Poll: one wake-up for all sockets */
+
+typedef struct PacketPollEntry PacketPollEntry;
+
+/*
+ * Read up to @max_frames frames, or a little more than @max_bytes bytes, and
+ * hand them on.  Set @failing to true if the fd may stay readable although
+ * nothing can be read.  Returns the number of frames, and in @bytes their size.
+ */
+typedef unsigned PacketPollRead(PacketPollEntry *entry, unsigned max_frames,
+                               size_t max_bytes, size_t *bytes,
+                               bool *failing);
+
+/* The user sets @fd and @read; the rest belongs to the poll. */
+struct PacketPollEntry {
+    int fd;
+    PacketPollRead *read;
+    bool enabled;
+    QTAILQ_ENTRY(PacketPollEntry) next;
+};
+
+/* Get ready to poll, or return false. */
+bool packet_poll_ref(Error **errp);
+void packet_poll_unref(void);
+
+/* Whether to read @entry.  Disable it before its fd is closed. */
+void packet_poll_set(PacketPollEntry *entry, bool enable);
+
+#endif /* NET_PACKET_INT_H */
