@@ -200,8 +200,7 @@ static int filter_tap_capture_one(FilterTapCapture *fc, bool swap)
         filter_tap_capture_skip(fc, -len);
     } else if (len < 0) {
         filter_tap_capture_error(fc, -len);
-        /* The kernel tells this one once; there may be frames behind it. */
-        return len == -ENETDOWN ? 0 : len;
+        return len;
     } else if (!fc->writer) {
         filter_tap_capture_to_sink(fc, &hdr, frame, len);
     } else if (frame_offload_to_guest(&hdr, frame, len, payload, hdr_len,
@@ -224,15 +223,20 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
     uint64_t end = fc->stats.bytes + MIN(max_bytes, INT64_MAX);
     bool swap = filter_tap_link_swapped(fc->user->link);
     unsigned frames = 0;
+    bool down = false;
 
     *err = 0;
     while (frames < max_frames && fc->stats.bytes < end &&
            !filter_tap_capture_full(fc)) {
         *err = filter_tap_capture_one(fc, swap);
-        if (*err) {
+        if (*err == -ENETDOWN && !down) {
+            /* The kernel tells this once, before the frames that wait. */
+            down = true;
+        } else if (*err) {
             break;
+        } else {
+            frames++;
         }
-        frames++;
     }
     return frames;
 }

@@ -205,8 +205,7 @@ class QemuContestant:
             drops = delta['tx_dropped']
         else:
             drops = sum(delta.get(f'capture-{name}', 0) for name in
-                        ('kernel-drops', 'peer-drops', 'skipped-gso',
-                         'skipped-oversize'))
+                        ('kernel-drops', 'peer-drops', 'skipped'))
         outcome = Outcome(sender['sent'], tally['frames'], drops, cpu,
                           sender['ns'] / 1e9, sender, tally)
         check(self.name, load, outcome)
@@ -289,7 +288,7 @@ class Dump(QemuContestant):
             after = self.counters('cap')
             return sum(after[f'capture-{name}'] - before[f'capture-{name}']
                        for name in names)
-        drops = 'kernel-drops', 'peer-drops', 'skipped-gso', 'skipped-oversize'
+        drops = 'kernel-drops', 'peer-drops', 'skipped'
         wait_for(f'{sender["sent"]} frames of {self.name}',
                  lambda: delta('packets', *drops) >= sender['sent'])
         self.qemu.settle()

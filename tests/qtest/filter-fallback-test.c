@@ -1951,8 +1951,9 @@ static void test_refused(void)
         " 'arguments': {'qom-type': 'filter-rewriter', 'id': 'rew',"
         " 'netdev': 'n0'}}");
     g_assert_cmpstr(qdict_get_str(rsp, "desc"), ==,
-                    "Vhost is not supported: the packets of netdev 'n0' of "
-                    "type 'vhost-user' cannot pass through QEMU");
+                    "filter-rewriter 'rew': Vhost is not supported: the "
+                    "packets of netdev 'n0' of type 'vhost-user' cannot pass "
+                    "through QEMU; use a netdev of type 'tap'");
     qobject_unref(rsp);
     qtest_quit(f.qts);
     g_thread_join(backend);

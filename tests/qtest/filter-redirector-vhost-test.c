@@ -2177,6 +2177,20 @@ static void expect_fixed(Fixture *f, const char *type, const char *args,
 
 static void test_errors(void)
 {
+    static const char *const redirector[] = {
+        "netdev", "'n0'", "queue", "'rx'", "position", "'head'",
+        "insert", "'before'", "indev", "'in'", "outdev", "'out'",
+        "vnet_hdr_support", "true", "packet-socket", "'on'",
+        "enable_when_running", "false", "enable_when_stopped", "true",
+        "buffer-size", "2097152", "packet-fd", "'1'",
+        "inject-packet-fd", "'1'", NULL
+    };
+    static const char *const mirror[] = {
+        "outdev", "'out'", "vnet_hdr_support", "true", NULL
+    };
+    static const char *const dump[] = {
+        "file", "'other'", "maxlen", "100", NULL
+    };
     Fixture f;
 
     fixture_start(&f, "-chardev null,id=null1 -chardev null,id=null2 "
@@ -2212,17 +2226,9 @@ static void test_errors(void)
                       "chardev 'both' is a hub");
     expect_error_args(&f, "'netdev': 'n0', 'queue': 'tx', 'indev': 'both'",
                       "chardev 'both' is a hub");
-    expect_fixed(&f, "filter-redirector", "'outdev': 'out'", (const char *[]) {
-        "netdev", "'n0'", "queue", "'rx'", "position", "'head'",
-        "insert", "'before'", "indev", "'in'", "outdev", "'out'",
-        "vnet_hdr_support", "true", "packet-socket", "'on'",
-        "enable_when_running", "false", "enable_when_stopped", "true",
-        "buffer-size", "2097152", "packet-fd", "'1'",
-        "inject-packet-fd", "'1'", NULL });
-    expect_fixed(&f, "filter-mirror", "'outdev': 'out'", (const char *[]) {
-        "outdev", "'out'", "vnet_hdr_support", "true", NULL });
-    expect_fixed(&f, "filter-dump", "'file': '/dev/null'", (const char *[]) {
-        "file", "'other'", "maxlen", "100", NULL });
+    expect_fixed(&f, "filter-redirector", "'outdev': 'out'", redirector);
+    expect_fixed(&f, "filter-mirror", "'outdev': 'out'", mirror);
+    expect_fixed(&f, "filter-dump", "'file': '/dev/null'", dump);
 
     /* And the VM is as it was. */
     guest_start(&f);
