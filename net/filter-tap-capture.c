@@ -363,7 +363,8 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     } else if (new != CAPTURE_COPY && fc->socket) {
         packet_socket_unhook(fc->socket);
     }
-    if (fc->socket && (old == CAPTURE_LINGER || new == CAPTURE_OFF)) {
+    if (fc->socket && (new == CAPTURE_OFF ||
+                       (new == CAPTURE_COPY && old != CAPTURE_DRAIN))) {
         discarded = filter_tap_capture_discard(fc);
     }
     if (old != CAPTURE_LINGER) {

@@ -14,14 +14,8 @@
  *        v        |
  *     capture   inject
  *
- * A capturing socket is in one of two states:
- *
- *   unhooked --- packet_socket_hook() ---> hooked
- *      ^                                     |
- *      +------- packet_socket_unhook() ------+
- *
- * Only a hooked socket is on the interface's list of taps, so an unhooked one
- * costs the traffic nothing.
+ * Only a hooked socket is on the interface's list of taps: an unhooked one, and
+ * one that injects, cost the traffic nothing.
  *
  * Frames wait in one of two places, in order; the kernel drops and counts what
  * does not fit:
@@ -31,8 +25,6 @@
  *   queue  the socket's receive queue, one system call per frame: frames that
  *          are longer than a slot (the slot then refers to the queue), or all
  *          of them.
- *
- * An injecting socket is on no list at all.
  */
 
 #include "qemu/osdep.h"
@@ -54,10 +46,8 @@
 #define QUEUE_MIN_MEMORY 512
 
 /*
- * A protocol that no frame of an Ethernet device has: eth_type_trans() in the
- * kernel makes numbers below 0x600 only of a few, and AX.25 is none of them.
- * A socket that is bound to it is not among those that each frame is offered
- * to.  (Protocol 0 would not do: to bind() it means to keep the present one.)
+ * A protocol that no frame of an Ethernet device has, so that a socket bound to
+ * it gets none.  (To bind() protocol 0 means to keep the present one.)
  */
 #define NO_PROTOCOL ETH_P_AX25
 
@@ -87,7 +77,6 @@ static bool packet_socket_option(PacketSocket *ps, int level, int option,
     return true;
 }
 
-/* Returns 0 where the kernel does not have the option. */
 static int packet_socket_get_option(const PacketSocket *ps, int level,
                                     int option)
 {
@@ -116,7 +105,7 @@ static bool packet_socket_open(PacketSocket *ps, Error **errp)
     return true;
 }
 
-/* Undo packet_socket_new().  The fd stays open if it was passed. */
+/* The fd stays open if it was passed. */
 static void packet_socket_abandon(PacketSocket *ps)
 {
     packet_ring_unmap(&ps->ring, ps->fd);
@@ -295,17 +284,13 @@ PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
 {
     PacketSocket *ps = packet_socket_new(ifname, ifindex, fd, errp);
 
-    if (!ps) {
-        return NULL;
-    }
-    if (!packet_socket_option(ps, SOL_PACKET, PACKET_QDISC_BYPASS, 1,
-                              "PACKET_QDISC_BYPASS", errp) ||
-        !packet_socket_set_filter(ps, 0, errp) ||
-        (ps->passed && !packet_socket_take_over(ps, errp)) ||
-        /* The protocol stays 0, so no frame is queued. */
-        !packet_socket_bind(ps, 0, errp)) {
-        packet_socket_abandon(ps);
-        return NULL;
+    if (ps && (!packet_socket_option(ps, SOL_PACKET, PACKET_QDISC_BYPASS, 1,
+                                     "PACKET_QDISC_BYPASS", errp) ||
+               !packet_socket_set_filter(ps, 0, errp) ||
+               (ps->passed && !packet_socket_take_over(ps, errp)) ||
+               /* The protocol stays 0, so no frame is queued. */
+               !packet_socket_bind(ps, 0, errp))) {
+        packet_socket_abandon(g_steal_pointer(&ps));
     }
     return ps;
 }
@@ -358,14 +343,6 @@ typedef union PacketSocketControl {
                 CMSG_SPACE(sizeof(struct timespec)) + 256];
 } PacketSocketControl;
 
-/* Returns the data of a message, or NULL if it is another one. */
-static const void *packet_socket_control_data(struct cmsghdr *cmsg, int level,
-                                              int type, size_t size)
-{
-    return cmsg->cmsg_level == level && cmsg->cmsg_type == type &&
-           cmsg->cmsg_len >= CMSG_LEN(size) ? CMSG_DATA(cmsg) : NULL;
-}
-
 static void packet_socket_parse_control(struct msghdr *msg,
                                         struct tpacket_auxdata *aux,
                                         struct timespec *time)
@@ -373,17 +350,12 @@ static void packet_socket_parse_control(struct msghdr *msg,
     struct cmsghdr *cmsg;
 
     for (cmsg = CMSG_FIRSTHDR(msg); cmsg; cmsg = CMSG_NXTHDR(msg, cmsg)) {
-        const void *data;
-
-        data = packet_socket_control_data(cmsg, SOL_PACKET, PACKET_AUXDATA,
-                                          sizeof(*aux));
-        if (data) {
-            memcpy(aux, data, sizeof(*aux));
-        }
-        data = packet_socket_control_data(cmsg, SOL_SOCKET, SO_TIMESTAMPNS,
-                                          sizeof(*time));
-        if (data) {
-            memcpy(time, data, sizeof(*time));
+        if (cmsg->cmsg_level == SOL_PACKET &&
+            cmsg->cmsg_type == PACKET_AUXDATA) {
+            memcpy(aux, CMSG_DATA(cmsg), sizeof(*aux));
+        } else if (cmsg->cmsg_level == SOL_SOCKET &&
+                   cmsg->cmsg_type == SO_TIMESTAMPNS) {
+            memcpy(time, CMSG_DATA(cmsg), sizeof(*time));
         }
     }
 }

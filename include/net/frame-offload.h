@@ -76,7 +76,7 @@ bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
 
 /*
  * Put the segment @index, less than @fs->count, to @buf, which has room for
- * @fs->headers + @fs->size bytes, and its header to @hdr.  The header leaves the
+ * @fs->headers + @fs->size bytes, and its header to @hdr.  That leaves the
  * checksum to the kernel.  Returns the segment's length in bytes.
  */
 size_t frame_segments_get(const FrameSegments *fs, unsigned index,

@@ -26,10 +26,7 @@ typedef struct PacketSocket PacketSocket;
 #define PACKET_SOCKET_OUTGOING (1 << 0)
 #define PACKET_SOCKET_INCOMING (1 << 1)
 
-/*
- * Bytes that packet_socket_recv() needs in its buffer besides the frame, to
- * put a VLAN tag back.
- */
+/* What packet_socket_recv() needs besides the frame, to put a VLAN tag back. */
 #define PACKET_SOCKET_TAG_ROOM 4
 
 /* How many frames are sent at a time. */
@@ -42,21 +39,17 @@ typedef struct PacketSocket PacketSocket;
  * @fd: a packet socket that somebody else opened, or -1 to open one
  * @directions: PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, or both
  * @memory: bytes that frames that wait to be read may use
- * @stamp: whether packet_socket_time() is needed.  (The kernel begins with it
- *         some ms later.  As long as there is such a socket, each packet of
- *         the host costs the kernel a look at the clock.)
- * @errp: set on failure
+ * @stamp: whether packet_socket_time() is needed; then each packet of the host
+ *         costs the kernel a look at the clock
  *
  * Create a socket that can capture the frames of @ifindex.  It gets none
  * until packet_socket_hook(), and never one of another interface, nor one
  * that packet_socket_send() sent.
  *
- * Without @fd this needs CAP_NET_RAW, now and not later.  @fd must be a packet
- * socket of type SOCK_RAW in the network namespace of the interface, bound to
- * it or to none, without a ring, a locked filter or a fanout group.  It gets a
- * filter and a binding anew, what is queued is discarded, and the filter is
- * locked so that nothing can widen it any more.  On failure @fd stays the
- * caller's.
+ * Without @fd this needs CAP_NET_RAW, now and not later.  @fd gets a filter and
+ * a binding anew, what is queued is discarded, and the filter is locked so that
+ * nothing can widen it any more.  On failure @fd stays the caller's, but its
+ * options may have changed.
  *
  * Without CAP_NET_ADMIN the third of @memory that is for frames of more than
  * 1522 bytes, or all of it unless @directions is PACKET_SOCKET_OUTGOING, is no
@@ -69,16 +62,9 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                                         size_t memory, bool stamp,
                                         Error **errp);
 
-/**
- * packet_socket_new_inject:
- * @ifname: the interface's name, for messages
- * @ifindex: the interface, not 0
- * @fd: a packet socket, as for packet_socket_new_capture(), or -1
- * @errp: set on failure
- *
- * Create a socket that sends frames out of @ifindex and receives nothing.
- *
- * Returns: the socket, which packet_socket_free() destroys, or NULL.
+/*
+ * Create a socket that sends frames out of @ifindex and receives nothing.  The
+ * rest is as for packet_socket_new_capture().
  */
 PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
                                        int fd, Error **errp);
@@ -103,16 +89,11 @@ bool packet_socket_hook(PacketSocket *ps, Error **errp);
  */
 void packet_socket_unhook(PacketSocket *ps);
 
-/**
- * packet_socket_recv:
- * @ps: a capturing socket
- * @hdr: filled with the frame's header
- * @frame: filled with the frame, any VLAN tag in its place
- * @size: bytes at @frame, PACKET_SOCKET_TAG_ROOM among them
+/*
+ * Read the next frame to @frame, with any VLAN tag in its place, and its header
+ * to @hdr.  @size is what there is at @frame, PACKET_SOCKET_TAG_ROOM included.
  *
- * Read the next frame.
- *
- * Returns: the frame's length in bytes, or a negative errno: -EAGAIN when there
+ * Returns the frame's length in bytes, or a negative errno: -EAGAIN when there
  * is none; -EMSGSIZE when the frame was longer than @size allows and is gone;
  * -EINVAL when the kernel has no header for the frame's offload (UFO) and has
  * dropped it; -ENETDOWN once when the interface went down or away.
@@ -148,15 +129,9 @@ typedef struct PacketSocketFrame {
     size_t len;                 /* in bytes */
 } PacketSocketFrame;
 
-/**
- * packet_socket_send:
- * @ps: an injecting socket
- * @frames: the frames
- * @n: their number, not 0; no more than PACKET_SOCKET_BATCH are sent
- *
- * Send frames out of the interface, past its queueing discipline.
- *
- * Returns: how many of the frames were sent, or a negative errno that is about
+/*
+ * Send up to @n frames, not 0, out of the interface, past its queueing
+ * discipline.  Returns how many were sent, or a negative errno that is about
  * the first of them, with nothing sent: -EAGAIN when the interface cannot take
  * it, because a TAP's queue is full, or because it is a GSO frame that the
  * interface cannot take whole; -EINVAL for a bad header; -EMSGSIZE for a frame

@@ -1269,7 +1269,7 @@ static void test_ufo(void)
     packet_make(plain, &shape, 3);
     inject_packet(&b, plain);
     expect_guest_packet(&b, plain);
-    g_assert_cmpuint(counter(&b.f, "inj", "inject-skipped"), ==, 1);
+    g_assert_cmpuint(counter(&b.f, "injtx", "inject-skipped"), ==, 1);
     pair_close(&a, &b);
 }
 
@@ -1440,8 +1440,8 @@ static void test_gso_peer_leaves(void)
 }
 
 /*
- * The TAP has no room.  Once there is some, the packets go whole or in segments,
- * as it happens.
+ * The TAP has no room.  Once there is some, the packets go whole or in
+ * segments, as it happens.
  */
 static void test_gso_waits(void)
 {
