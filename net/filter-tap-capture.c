@@ -25,7 +25,8 @@
  *   the peer has gone              LINGER (2)            OFF (2)  (3)
  *   1 s has passed                               OFF
  *   the socket is empty                                  OFF
- *   it cannot be read                                    OFF (2)
+ *   it cannot be read              OFF (2)               OFF (2)
+ *   it cannot be hooked      OFF                 OFF     OFF (2)
  *
  *   When it is deleted it ceases to work, and the peer gets what it accepts at
  *   once; the rest is lost, and a warning tells how much.
@@ -38,9 +39,10 @@
  * with the BQL held: a VM that stops must not wait for it, and a peer that
  * connects over and over again must not hold up the main loop.
  *
- * Each frame of COPY and DRAIN ends as one of: written to the peer, staged or
- * in the socket (filter_tap_capture_pending()), or in one counter of drops or
- * skipped frames.
+ * Each frame of COPY and DRAIN is in the socket, then staged, and ends as one
+ * of: written to the peer, or in one counter of drops or skipped frames.
+ * filter_tap_capture_pending() tells of what is staged, or in a socket that
+ * drains.
  */
 
 #include "qemu/osdep.h"
@@ -62,10 +64,11 @@
 #define DRAIN_BATCH 1024
 
 /*
- * The frame writer needs a quarter more memory than it holds; the socket has
- * the rest.
+ * What the frame writer may hold, beside a socket or alone, and what the socket
+ * may.  The writer needs a quarter more memory than it holds.
  */
 #define MEMORY_WRITER(memory) ((memory) / 8)
+#define MEMORY_WRITER_ALONE(memory) ((memory) / 5 * 4)
 #define MEMORY_SOCKET(memory) ((memory) / 32 * 27)
 
 typedef enum CaptureState {
@@ -256,7 +259,7 @@ static void filter_tap_capture_written(FilterTapCapture *fc, int ret)
     }
 }
 
-/* Some character devices throw away what they get without a peer. */
+/* Without a peer some character devices accept and lose what is written. */
 static void filter_tap_capture_flush(FilterTapCapture *fc)
 {
     if (fc->writer && filter_tap_capture_has_peer(fc)) {
@@ -546,7 +549,8 @@ FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
     fc->bh = qemu_bh_new(filter_tap_capture_write, fc);
     if (config->chr_out) {
         fc->writer = frame_writer_new(config->chr_out, config->vnet_hdr,
-                                      MEMORY_WRITER(memory),
+                                      takes ? MEMORY_WRITER_ALONE(memory) :
+                                              MEMORY_WRITER(memory),
                                       filter_tap_capture_write, fc);
     } else {
         fc->sink_frame = g_malloc(FRAME_STREAM_MAX_PAYLOAD);
@@ -603,7 +607,7 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     g_free(fc);
 }
 
-/* Others */
+/* For net/filter-tap.c */
 
 void filter_tap_capture_set_active(FilterTapCapture *fc, bool active)
 {

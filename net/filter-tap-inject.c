@@ -30,6 +30,7 @@
 #include "net/packet-socket.h"
 #include "net/tap.h"
 #include "qapi/error.h"
+#include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
@@ -402,6 +403,10 @@ void filter_tap_inject_free(FilterTapInject *fi)
     qemu_chr_fe_set_handlers(fi->chr, NULL, NULL, NULL, NULL, NULL, NULL,
                              true);
     timer_free(fi->retry);
+    if (filter_tap_inject_pending(fi)) {
+        warn_report("netdev '%s': frames that were not injected yet are lost "
+                    "with the filter", fi->nf->netdev_id);
+    }
     if (frame_reader_mid_frame(fi->reader)) {
         /* Whoever reads next has to begin with a frame. */
         qemu_chr_fe_disconnect(fi->chr);
@@ -412,7 +417,7 @@ void filter_tap_inject_free(FilterTapInject *fi)
     g_free(fi);
 }
 
-/* Others */
+/* For net/filter-tap.c */
 
 void filter_tap_inject_set_active(FilterTapInject *fi, bool active)
 {

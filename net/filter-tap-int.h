@@ -9,7 +9,8 @@
  *              \        /
  *           filter-tap-link.c            one TAP and its filters
  *
- * All functions run in the main loop, with the BQL held.
+ * All functions are called with the BQL held, in the main loop but for changes
+ * of the VM's state.
  */
 
 #ifndef NET_FILTER_TAP_INT_H

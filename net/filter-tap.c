@@ -144,19 +144,29 @@ static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
     return false;
 }
 
-/* ... and if it does not */
+/* The rules between the options, if the filter reaches the TAP by itself */
 static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
                                   const FilterTapConfig *config, Error **errp)
 {
+    bool to_network = config->chr_in &&
+                      NETFILTER(ft)->direction != NET_FILTER_DIRECTION_TX;
+
     if (ft->when_running == ON_OFF_AUTO_OFF &&
         ft->when_stopped != ON_OFF_AUTO_ON) {
         error_setg(errp, "'enable_when_running=off' needs "
                    "'enable_when_stopped=on'");
-    } else if (plan->copies && config->chr_in &&
-               NETFILTER(ft)->direction != NET_FILTER_DIRECTION_TX) {
+    } else if (plan->copies && to_network) {
         error_setg(errp, "with both 'indev' and 'outdev' only 'queue=tx' is "
                    "possible: what goes to the network would be captured "
-                   "again; use two filters");
+                   "again");
+    } else if (plan->takes && config->chr_in) {
+        error_setg(errp, "with both 'indev' and 'outdev' "
+                   "'enable_when_running=off' is not possible: what is "
+                   "injected would be taken again");
+    } else if (to_network && ft->when_running == ON_OFF_AUTO_OFF) {
+        error_setg(errp, "'indev' with 'enable_when_running=off' needs "
+                   "'queue=tx': nothing goes to the network while the VM is "
+                   "stopped");
     } else if (plan->inject_fd && !plan->injects) {
         error_setg(errp, "'%s': the filter needs no packet socket%s",
                    plan->inject_property, plan->copies ? " to inject" : "");

@@ -65,6 +65,7 @@ struct FrameWriter {
 struct FrameReader {
     CharFrontend *chr;
     bool vnet_hdr;
+    bool datagrams;             /* what chr receives */
     /* A bad length: what follows in this connection makes no sense. */
     bool broken;
     uint64_t errors;
@@ -79,6 +80,11 @@ struct FrameReader {
 static size_t frame_prefix_len(bool vnet_hdr)
 {
     return vnet_hdr ? 8 : 4;
+}
+
+static bool frame_chr_sends_datagrams(CharFrontend *chr)
+{
+    return object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
 }
 
 static void frame_writer_retry(void *opaque)
@@ -96,7 +102,7 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr, size_t limit,
 
     fw->chr = chr;
     fw->vnet_hdr = vnet_hdr;
-    fw->datagrams = object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
+    fw->datagrams = frame_chr_sends_datagrams(chr);
     fw->limit = limit;
     fw->progress = progress;
     fw->opaque = opaque;
@@ -306,6 +312,7 @@ FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
     FrameReader *fr = g_new0(FrameReader, 1);
 
     fr->chr = chr;
+    fr->datagrams = frame_chr_sends_datagrams(chr);
     fr->vnet_hdr = vnet_hdr;
     fr->handler = handler;
     fr->opaque = opaque;
@@ -360,17 +367,25 @@ static ssize_t frame_reader_peek(const FrameReader *fr, size_t at)
     return have < prefix + size ? 0 : prefix + size;
 }
 
+/* A peer can do this over and over again, so tell it once. */
 static void frame_reader_break(FrameReader *fr)
 {
-    error_report("chardev '%s': invalid frame length %" PRIu32 " (maximum %d); "
-                 "closing the connection", fr->chr->chr->label,
-                 ldl_be_p(fr->buf.data + fr->buf.head),
-                 FRAME_STREAM_MAX_PAYLOAD);
-    fr->broken = true;
-    fr->errors++;
+    if (!fr->errors++) {
+        error_report("chardev '%s': invalid frame length %" PRIu32
+                     " (maximum %d); closing the connection",
+                     fr->chr->chr->label,
+                     ldl_be_p(fr->buf.data + fr->buf.head),
+                     FRAME_STREAM_MAX_PAYLOAD);
+    }
     fr->buf.head = fr->buf.tail = 0;
+    fr->broken = true;
     qemu_chr_fe_disconnect(fr->chr);
+    if (fr->datagrams) {
+        /* There is nothing to close, and the next one begins with a frame. */
+        fr->broken = false;
+    }
 }
+
 
 /* Hand out a batch.  Returns false when no more can be handed out now. */
 static bool frame_reader_hand_out(FrameReader *fr)

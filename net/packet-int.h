@@ -3,7 +3,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * All functions run in the main loop, with the BQL held.
+ * All functions are called with the BQL held.
  */
 
 #ifndef NET_PACKET_INT_H
@@ -11,6 +11,9 @@
 
 #include <linux/if_packet.h>
 #include "qemu/queue.h"
+
+/* Returns the value of an option of the socket @fd; 0 if it has none. */
+int packet_get_option(int fd, int level, int option);
 
 /* Passed sockets */
 

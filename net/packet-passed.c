@@ -16,8 +16,7 @@
 #include "qapi/error.h"
 #include "packet-int.h"
 
-/* Returns 0 where the kernel does not have the option. */
-static int packet_passed_option(int fd, int level, int option)
+int packet_get_option(int fd, int level, int option)
 {
     int value = 0;
     socklen_t size = sizeof(value);
@@ -75,7 +74,7 @@ static bool packet_passed_fits_binding(int fd, unsigned ifindex)
 /* The kernel changes neither a ring nor the version while there is one. */
 static bool packet_passed_has_ring(int fd)
 {
-    int version = packet_passed_option(fd, SOL_PACKET, PACKET_VERSION);
+    int version = packet_get_option(fd, SOL_PACKET, PACKET_VERSION);
 
     return setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version,
                       sizeof(version)) < 0 && errno == EBUSY;
@@ -86,17 +85,17 @@ bool packet_passed_check(int fd, const char *ifname, unsigned ifindex,
 {
     const char *flaw = NULL;
 
-    if (packet_passed_option(fd, SOL_SOCKET, SO_DOMAIN) != AF_PACKET) {
+    if (packet_get_option(fd, SOL_SOCKET, SO_DOMAIN) != AF_PACKET) {
         flaw = "is not a packet socket";
-    } else if (packet_passed_option(fd, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
+    } else if (packet_get_option(fd, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
         flaw = "is not of type SOCK_RAW";
     } else if (!packet_passed_same_netns(fd, ifname, ifindex)) {
         flaw = "is in another network namespace than QEMU";
     } else if (!packet_passed_fits_binding(fd, ifindex)) {
         flaw = "is bound to another interface";
-    } else if (packet_passed_option(fd, SOL_PACKET, PACKET_FANOUT)) {
+    } else if (packet_get_option(fd, SOL_PACKET, PACKET_FANOUT)) {
         flaw = "is in a fanout group";
-    } else if (packet_passed_option(fd, SOL_SOCKET, SO_LOCK_FILTER)) {
+    } else if (packet_get_option(fd, SOL_SOCKET, SO_LOCK_FILTER)) {
         flaw = "has a locked filter; maybe another filter uses it";
     } else if (packet_passed_has_ring(fd)) {
         flaw = "has a ring";

@@ -77,15 +77,6 @@ static bool packet_socket_option(PacketSocket *ps, int level, int option,
     return true;
 }
 
-static int packet_socket_get_option(const PacketSocket *ps, int level,
-                                    int option)
-{
-    int value = 0;
-    socklen_t size = sizeof(value);
-
-    return getsockopt(ps->fd, level, option, &value, &size) < 0 ? 0 : value;
-}
-
 /*
  * Until it is bound, a packet socket made for ETH_P_ALL gets the frames of
  * every interface.  Made with protocol 0 it gets none, so nothing foreign is
@@ -216,7 +207,7 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
      */
     if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
                    &size, sizeof(size)) < 0 &&
-        packet_socket_get_option(ps, SOL_SOCKET, SO_RCVBUF) / 2 < size) {
+        packet_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF) / 2 < size) {
         setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
     }
 }
@@ -475,7 +466,7 @@ unsigned packet_socket_max_waiting(const PacketSocket *ps)
     /* Since Linux 4.12; before that, as much as may wait. */
     if (getsockopt(ps->fd, SOL_SOCKET, SO_MEMINFO, memory, &size) < 0) {
         memory[SK_MEMINFO_RMEM_ALLOC] =
-            packet_socket_get_option(ps, SOL_SOCKET, SO_RCVBUF);
+            packet_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF);
     }
     /* And one read for an error, which comes before the frames. */
     return ps->ring.slots +

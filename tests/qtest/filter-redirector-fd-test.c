@@ -667,9 +667,14 @@ static void expect_all_works(Later *l)
     }
     in_send(f, n + 20, 10);
     expect_guest(f, n + 20, 10);
-    expect_host(f, n + 20, 10);
+    if (!l->captures_rx) {
+        expect_host(f, n + 20, 10);
+    }
     rx_send(l, n + 30, 10);
     expect_host(f, n + 30, 10);
+    if (l->captures_rx) {
+        expect_out(f, n + 30, 10);
+    }
     l->number = n + 40;
 }
 
@@ -773,17 +778,14 @@ static size_t make_gso(uint8_t *record, uint8_t type, uint8_t protocol,
     return l4_at + len;
 }
 
-/*
- * Of one kind of them QEMU makes the segments by itself, the other one the
- * kernel cuts, behind its queueing discipline.
- */
+/* QEMU makes the segments of one kind of them; the other one is skipped. */
 static void inject_gso(Later *l)
 {
     uint64_t before = counter(&l->f, "inj", "inject-packets");
     uint8_t record[4096], frame[BUFFER_LEN];
     size_t size;
 
-    guest_post(&l->f, 7);
+    guest_post(&l->f, 3);
     size = make_gso(record, VIRTIO_NET_HDR_GSO_TCPV4, IPPROTO_TCP, 20, 16,
                     20 + 3000);
     g_assert_cmpint(write(l->f.in, record, size), ==, size);
@@ -791,15 +793,11 @@ static void inject_gso(Later *l)
         g_assert_cmpuint(guest_read_frame(&l->f, frame, sizeof(frame)), ==,
                          ETH_HLEN + 20 + 20 + 1000);
     }
-    /* 1000 bytes, in fragments of IP that are as long as their unit allows */
     size = make_gso(record, VIRTIO_NET_HDR_GSO_UDP, IPPROTO_UDP, 8, 6,
                     8 + 3000);
     g_assert_cmpint(write(l->f.in, record, size), ==, size);
-    for (int i = 0; i < 4; i++) {
-        g_assert_cmpuint(guest_read_frame(&l->f, frame, sizeof(frame)), ==,
-                         ETH_HLEN + 20 + (i < 3 ? 1000 : 8));
-    }
-    wait_counter(&l->f, "inj", "inject-packets", before + 2);
+    wait_counter(&l->f, "inj", "inject-packets", before + 1);
+    wait_counter(&l->f, "inj", "inject-skipped", 1);
     expect_all_works(l);
 }
 
@@ -890,7 +888,10 @@ static void send_garbage(Later *l)
         guest_post(f, 1);
         guest_read_frame(f, frame, sizeof(frame));
     } while (!is_frame(frame, l->number));
-    expect_host(f, l->number++, 1);
+    if (!l->captures_rx) {
+        expect_host(f, l->number, 1);
+    }
+    l->number++;
 
     /* No frame at all */
     memset(header, 0xff, sizeof(header));
@@ -935,7 +936,8 @@ static void run_later(const char *queue, bool stopped)
     cap = getfd_shared(f, "c");
     add(f, capture);
     inj = getfd_shared(f, "i");
-    add(f, QMP_INJECT "'queue': 'all', 'packet-fd': 'i'");
+    add(f, l.captures_rx ? QMP_INJECT "'queue': 'tx', 'packet-fd': 'i'" :
+                           QMP_INJECT "'queue': 'all', 'packet-fd': 'i'");
     l.rx = add_server(f, "rx");
     add(f, "'qom-type': 'filter-redirector', 'id': 'injrx', 'netdev': 'n0',"
         " 'indev': 'rx', 'vnet_hdr_support': true, 'queue': 'rx'");

@@ -1963,103 +1963,6 @@ static void test_dump(void)
     run_dump(BASE, false);
 }
 
-/*
- * A file that takes nothing for a while.  As a disk that is slow it is a pipe
- * that nobody reads, which stops QEMU's main loop: what the kernel has no room
- * for meanwhile is counted, and the guest gets all.
- */
-typedef struct Drain {
-    int pipe;
-    int file;
-} Drain;
-
-static void *drain_thread(void *opaque)
-{
-    Drain *drain = opaque;
-    uint8_t buf[4096];
-    ssize_t n;
-
-    while ((n = read(drain->pipe, buf, sizeof(buf))) > 0) {
-        g_assert_cmpint(write(drain->file, buf, n), ==, n);
-    }
-    return NULL;
-}
-
-static void test_dump_slow(void)
-{
-    static const Shape shape = PLAIN("small", 60);
-    const uint32_t sent = 1000; /* some 400 find room */
-    char dir[] = "/tmp/filter-dump-XXXXXX";
-    g_autofree char *pipe = NULL, *path = NULL, *args = NULL;
-    g_autofree Packet *p = g_new(Packet, 1);
-    uint64_t packets, drops;
-    PcapPacket packet;
-    GThread *thread;
-    Drain drain;
-    FILE *file;
-    gint64 end;
-    Side a;
-
-    g_assert_nonnull(mkdtemp(dir));
-    pipe = g_build_filename(dir, "pipe", NULL);
-    path = g_build_filename(dir, "drained", NULL);
-    g_assert_cmpint(mkfifo(pipe, 0600), ==, 0);
-    drain.pipe = open(pipe, O_RDONLY | O_NONBLOCK);
-    g_assert_cmpint(drain.pipe, >=, 0);
-    g_assert_cmpint(fcntl(drain.pipe, F_SETPIPE_SZ, 4096), ==, 4096);
-    drain.file = open(path, O_CREAT | O_WRONLY, 0600);
-    g_assert_cmpint(drain.file, >=, 0);
-    args = g_strdup_printf("-object filter-dump,id=dump,netdev=n0,queue=tx,"
-                           "buffer-size=1M,file=%s", pipe);
-    side_open(&a, "vhost=on", "", args);
-    side_start(&a, BASE, 0);
-    g_assert_true(vhost_started(&a.f));
-
-    for (uint32_t n = 0; n < sent; n++) {
-        packet_make(p, &shape, n);
-        host_write(a.host, p);
-    }
-    /* From now on it is a file like any other. */
-    g_assert_cmpint(fcntl(drain.pipe, F_SETFL, 0), ==, 0);
-    thread = g_thread_new("drain", drain_thread, &drain);
-    for (uint32_t n = 0; n < sent; n++) {
-        packet_make(p, &shape, n);
-        expect_guest_packet(&a, p);
-    }
-    end = g_get_monotonic_time() + TIMEOUT_US;
-    do {
-        packets = counter(&a.f, "dump", "capture-packets");
-        drops = counter(&a.f, "dump", "capture-kernel-drops");
-    } while (packets + drops < sent && g_get_monotonic_time() < end);
-    g_test_message("%" PRIu64 " packets, %" PRIu64 " drops", packets, drops);
-    g_assert_cmpuint(packets + drops, ==, sent);
-    g_assert_cmpuint(packets, >, 0);
-    g_assert_cmpuint(drops, >, 0);
-    g_assert_cmpuint(counter(&a.f, "dump", "capture-peer-drops"), ==, 0);
-
-    /* The end of the pipe */
-    del_object(&a.f, "dump");
-    g_thread_join(thread);
-    file = open_pcap(path);
-    for (uint64_t i = 0, least = 0; i < packets; i++) {
-        uint32_t number;
-
-        read_pcap(file, &packet, p->data, sizeof(p->data));
-        number = ldl_be_p(p->data + ETH_HLEN);
-        g_assert_cmpuint(packet.len, ==, shape.len);
-        g_assert_cmpuint(number, >=, least);
-        least = number + 1;
-    }
-    g_assert_cmpint(fgetc(file), ==, EOF);
-    fclose(file);
-    side_close(&a);
-    close(drain.pipe);
-    close(drain.file);
-    unlink(pipe);
-    unlink(path);
-    rmdir(dir);
-}
-
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-redirector-fidelity");
@@ -2083,6 +1986,5 @@ int main(int argc, char **argv)
     rig_add("streams/each-with-each", test_streams);
     rig_add("streams/colo-compare", test_colo_compare);
     rig_add("dump/tcpdump", test_dump);
-    rig_add("dump/slow", test_dump_slow);
     return g_test_run();
 }

@@ -1115,6 +1115,14 @@ static void test_injected_rx_captured(void)
     del_object(&f, "inj");
     expect_error_args(&f, "'netdev': 'n0', 'indev': 'in', 'outdev': 'out'",
                       "only 'queue=tx' is possible");
+    expect_error_args(&f, "'netdev': 'n0', 'indev': 'in', 'outdev': 'out',"
+                      " 'queue': 'tx', 'enable_when_running': false,"
+                      " 'enable_when_stopped': true",
+                      "would be taken again");
+    expect_error_args(&f, "'netdev': 'n0', 'indev': 'in',"
+                      " 'enable_when_running': false,"
+                      " 'enable_when_stopped': true",
+                      "needs 'queue=tx'");
     fixture_close(&f);
 }
 
