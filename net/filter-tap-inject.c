@@ -30,6 +30,7 @@
 #include "net/packet-socket.h"
 #include "net/tap.h"
 #include "qapi/error.h"
+#include "qemu/bswap.h"
 #include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/timer.h"
@@ -253,6 +254,28 @@ static size_t filter_tap_inject_hdr_len(const FilterTapInject *fi,
     return fi->vnet_hdr ? frame->vnet_hdr_len : fi->nf->netdev->vnet_hdr_len;
 }
 
+static bool filter_tap_inject_known_type(const uint8_t *at)
+{
+    uint16_t type = lduw_be_p(at);
+
+    return type == ETH_P_IP || type == ETH_P_IPV6 || type == ETH_P_ARP ||
+           type == ETH_P_8021Q || type == ETH_P_8021AD;
+}
+
+/*
+ * Whether the stream's header was two bytes shorter or longer (10 or 12) than
+ * the netdev's, so that the EtherType is not where it should be.
+ */
+static bool filter_tap_inject_shifted(const PacketSocketFrame *frame)
+{
+    const uint8_t *type = frame->data + 2 * ETH_ALEN;
+
+    return !filter_tap_inject_known_type(type) &&
+           (filter_tap_inject_known_type(type - 2) ||
+            (frame->len >= ETH_HLEN + 2 &&
+             filter_tap_inject_known_type(type + 2)));
+}
+
 /* Make a frame of the stream one for the packet socket, or return false. */
 static bool filter_tap_inject_parse(const FilterTapInject *fi,
                                     const StreamFrame *frame, bool swap,
@@ -269,7 +292,7 @@ static bool filter_tap_inject_parse(const FilterTapInject *fi,
     }
     out->data = frame->payload + hdr_len;
     out->len = frame->size - hdr_len;
-    return true;
+    return fi->vnet_hdr || !filter_tap_inject_shifted(out);
 }
 
 /*

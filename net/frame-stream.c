@@ -152,6 +152,7 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
 {
     FrameBuffer *buf = &fw->buf;
 
+    /* Captures read, and take, no longer ones. */
     assert(size <= frame_writer_max_payload(fw));
     stl_be_p(buf->data + buf->tail, size);
     if (fw->vnet_hdr) {

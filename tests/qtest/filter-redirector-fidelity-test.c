@@ -1471,6 +1471,27 @@ static void test_gso_waits(void)
     side_close(&s);
 }
 
+/* Senders say what they like in hdr_len: the segments are the same. */
+static void test_gso_hdr_len(void)
+{
+    static const char *const shapes[] = { "TSO", "TSO over IPv6" };
+    static const uint16_t lengths[] = { 0, 20, 54, 100, 1000, UINT16_MAX };
+    g_autofree Packet *p = g_new(Packet, 1);
+    Side s;
+
+    injecting_open(&s, BASE, "mtu 1500");
+    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
+        for (int j = 0; j < ARRAY_SIZE(lengths); j++) {
+            packet_make(p, shape_named(shapes[i]), j);
+            p->hdr.hdr_len = lengths[j];
+            inject_packet(&s, p);
+            expect_guest_segments(&s, p);
+        }
+    }
+    g_assert_cmpuint(counter(&s.f, "inj", "inject-skipped"), ==, 0);
+    side_close(&s);
+}
+
 /* The kernel says the same of a packet that it never takes. */
 static void test_gso_refused(void)
 {
@@ -1981,6 +2002,7 @@ int main(int argc, char **argv)
     rig_add("gso/peer-leaves", test_gso_peer_leaves);
     rig_add("gso/waits", test_gso_waits);
     rig_add("gso/refused", test_gso_refused);
+    rig_add("gso/hdr-len", test_gso_hdr_len);
     rig_add("order/whole", test_order);
     rig_add("order/segments", test_order_segments);
     rig_add("streams/each-with-each", test_streams);

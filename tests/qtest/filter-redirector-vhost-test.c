@@ -1185,6 +1185,42 @@ static void test_inject_bad_frames(void)
     fixture_close(&f);
 }
 
+/* A packet of IPv4 behind a header, without vnet_hdr_support */
+static void in_send_plain(Fixture *f, size_t hdr_len)
+{
+    uint8_t record[4 + 24 + FRAME_LEN] = { };
+
+    stl_be_p(record, hdr_len + FRAME_LEN);
+    make_frame(record + 4 + hdr_len, 0);
+    stw_be_p(record + 4 + hdr_len + 12, 0x0800);
+    g_assert_cmpint(write(f->in, record, 4 + hdr_len + FRAME_LEN), ==,
+                    4 + hdr_len + FRAME_LEN);
+}
+
+/* The ends do not agree on the header: no frame comes shifted. */
+static void test_inject_shifted(void)
+{
+    uint8_t frame[BUFFER_LEN], want[FRAME_LEN];
+    Fixture f;
+
+    fixture_start(&f, "-object filter-redirector,id=inj,netdev=n0,indev=in,"
+                      "queue=tx");
+    /* Until the driver starts it is 10 bytes. */
+    in_send_plain(&f, 12);
+    wait_counter(&f, "inj", "inject-skipped", 1);
+    guest_start(&f);
+    guest_post(&f, 4);
+    in_send_plain(&f, 10);
+    in_send_plain(&f, 12);
+    g_assert_cmpuint(guest_read_frame(&f, frame, sizeof(frame)), ==,
+                     FRAME_LEN);
+    make_frame(want, 0);
+    g_assert_cmpmem(frame, 12, want, 12);
+    g_assert_cmpuint(counter(&f, "inj", "inject-skipped"), ==, 2);
+    g_assert_cmpuint(counter(&f, "inj", "inject-packets"), ==, 1);
+    fixture_close(&f);
+}
+
 /* A GSO frame that the kernel cannot segment holds nothing up for ever. */
 static void test_inject_bad_gso(void)
 {
@@ -2407,6 +2443,7 @@ int main(int argc, char **argv)
     rig_add("inject/relay", test_relay);
     rig_add("inject/bad-frames", test_inject_bad_frames);
     rig_add("inject/bad-gso", test_inject_bad_gso);
+    rig_add("inject/shifted", test_inject_shifted);
     rig_add("inject/rx-waits", test_inject_rx_waits);
     rig_add("stop/nothing-lost", test_stop_nothing_lost);
     rig_add("stop/nothing-read", test_stop_nothing_read);

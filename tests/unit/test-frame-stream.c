@@ -1823,7 +1823,8 @@ static void test_reader_too_long_once(void)
         for (int i = 0; i < stream->len; i++) {
             frame_reader_push(link->fr, stream->data + i, 1);
         }
-        g_assert_cmpuint(errors_end(), ==, 1);
+        /* Told the first time, counted each time */
+        g_assert_cmpuint(errors_end(), ==, round == 1);
         g_assert_cmpuint(frame_reader_errors(link->fr), ==, round);
         g_assert_cmpuint(link->frames->len, ==, round);
         frame_reader_reset(link->fr);
