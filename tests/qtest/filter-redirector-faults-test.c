@@ -1754,7 +1754,7 @@ static void test_guest_suspend(void)
     uint32_t n = 0;
     Vm vm;
 
-    vm_start(&vm, CAPTURE "all " INJECT "all");
+    vm_start(&vm, CAPTURE "tx " INJECT "all");
     pm = qpci_device_find(vm.f.bus, QPCI_DEVFN(1, 3));
     g_assert_nonnull(pm);
     for (int i = 0; i < 3; i++) {

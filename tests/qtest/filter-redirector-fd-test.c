@@ -460,15 +460,14 @@ static void test_getfd_both(void)
     fixture_close(&f);
 }
 
-/* To capture with enable_when_running=off takes no socket: one is enough. */
+/* To capture with enable_when_running=off takes no socket. */
 static void test_getfd_stopped_only(void)
 {
     Fixture f;
 
     start(&f, "");
     guest_start(&f);
-    getfd(&f, "i", helper_socket(&f));
-    add(&f, QMP_CAPTURE "'queue': 'tx', 'indev': 'in', 'packet-fd': 'i',"
+    add(&f, QMP_CAPTURE "'queue': 'tx',"
         " 'enable_when_running': false, 'enable_when_stopped': true");
     vm_stop(&f);
     expect_source(&f, "cap", "chain");
@@ -1189,16 +1188,21 @@ static void test_bad_second(void)
     before = count_fds(&f);
     getfd(&f, "c", helper_socket(&f));
     getfd(&f, "i", open("/dev/null", O_RDWR));
-    expect_refused(&f, QMP_CAPTURE "'indev': 'in', 'packet-fd': 'c',"
+    expect_refused(&f, QMP_CAPTURE "'queue': 'tx', 'indev': 'in',"
+                   " 'packet-fd': 'c',"
                    " 'inject-packet-fd': 'i'",
                    "netdev 'n0': 'inject-packet-fd': cannot use file descriptor");
     g_assert_cmpint(count_fds(&f), ==, before);
 
     getfd(&f, "c", open("/dev/null", O_RDWR));
     getfd(&f, "i", helper_socket(&f));
-    expect_refused(&f, QMP_CAPTURE "'indev': 'in', 'packet-fd': 'c',"
+    expect_refused(&f, QMP_CAPTURE "'queue': 'tx', 'indev': 'in',"
+                   " 'packet-fd': 'c',"
                    " 'inject-packet-fd': 'i'",
                    "netdev 'n0': 'packet-fd': cannot use file descriptor");
+    /* The other one is the monitor's still. */
+    qtest_qmp_assert_success(f.qts, "{'execute': 'closefd', 'arguments':"
+                             " {'fdname': 'i'}}");
     g_assert_cmpint(count_fds(&f), ==, before);
     fixture_close(&f);
 }
@@ -1250,6 +1254,7 @@ static void test_bad_in_use(void)
     expect_captures(&f, "cap", 0);
     expect_refused(&f, "'qom-type': 'filter-redirector', 'id': 'two',"
                    " 'netdev': 'n0', 'indev': 'in', 'outdev': 'null',"
+                   " 'queue': 'tx',"
                    " 'packet-fd': '" SECOND_FD "',"
                    " 'inject-packet-fd': '" SECOND_FD "'",
                    "'inject-packet-fd': cannot use file descriptor "
