@@ -232,10 +232,12 @@ static void filter_tap_inject_along_chain(FilterTapInject *fi,
                                        header, iov[0].iov_len, swap)) {
         err = EINVAL;
     }
-    if (!err && (!nf->netdev->peer || nf->netdev->link_down ||
-                 qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov,
-                                             ARRAY_SIZE(iov), nf) < 0)) {
+    if (!err && (!nf->netdev->peer || nf->netdev->link_down)) {
         err = ENETDOWN;
+    } else if (!err && qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov,
+                                                   ARRAY_SIZE(iov), nf) < 0) {
+        /* The TAP refuses a bad header with EINVAL. */
+        err = errno == EINVAL ? EINVAL : ENETDOWN;
     }
     if (fi->socket) {
         return;

@@ -179,12 +179,28 @@ static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
     return false;
 }
 
-/* A hub mixes the streams of its peers, and loses track of their frames. */
-static bool filter_tap_check_chardev(CharFrontend *chr, Error **errp)
+/* Whether the character device can carry a stream of frames. */
+static bool filter_tap_check_chardevs(const FilterTapConfig *config,
+                                      Error **errp)
 {
-    if (chr && object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB)) {
-        error_setg(errp, "chardev '%s' is a hub, which cannot carry frames; "
-                   "use one of its chardevs", chr->chr->label);
+    CharFrontend *ends[] = { config->chr_in, config->chr_out };
+
+    for (int i = 0; i < ARRAY_SIZE(ends); i++) {
+        Object *chr = ends[i] ? OBJECT(ends[i]->chr) : NULL;
+
+        if (chr && object_dynamic_cast(chr, TYPE_CHARDEV_HUB)) {
+            /* It mixes its peers' streams, and loses track of their frames. */
+            error_setg(errp, "chardev '%s' is a hub, which cannot carry "
+                       "frames; use one of its chardevs",
+                       ends[i]->chr->label);
+            return false;
+        }
+    }
+    if (config->chr_in &&
+        object_dynamic_cast(OBJECT(config->chr_in->chr), TYPE_CHARDEV_UDP)) {
+        /* It reads only the first 4096 bytes of a datagram. */
+        error_setg(errp, "chardev '%s' is a udp one, which cannot read "
+                   "frames; use a socket", config->chr_in->chr->label);
         return false;
     }
     return true;
@@ -234,8 +250,7 @@ static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
     int fd;
 
     if (!filter_tap_check_plan(ft, &plan, config, errp) ||
-        !filter_tap_check_chardev(config->chr_in, errp) ||
-        !filter_tap_check_chardev(config->chr_out, errp) ||
+        !filter_tap_check_chardevs(config, errp) ||
         !filter_tap_link_attach(&ep->user, ep->nf->netdev, errp)) {
         return false;
     }

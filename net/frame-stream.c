@@ -65,7 +65,6 @@ struct FrameWriter {
 struct FrameReader {
     CharFrontend *chr;
     bool vnet_hdr;
-    bool datagrams;             /* what chr receives */
     /* A bad length: what follows in this connection makes no sense. */
     bool broken;
     uint64_t errors;
@@ -80,11 +79,6 @@ struct FrameReader {
 static size_t frame_prefix_len(bool vnet_hdr)
 {
     return vnet_hdr ? 8 : 4;
-}
-
-static bool frame_chr_sends_datagrams(CharFrontend *chr)
-{
-    return object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
 }
 
 static void frame_writer_retry(void *opaque)
@@ -102,7 +96,7 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr, size_t limit,
 
     fw->chr = chr;
     fw->vnet_hdr = vnet_hdr;
-    fw->datagrams = frame_chr_sends_datagrams(chr);
+    fw->datagrams = object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
     fw->limit = limit;
     fw->progress = progress;
     fw->opaque = opaque;
@@ -313,7 +307,6 @@ FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
     FrameReader *fr = g_new0(FrameReader, 1);
 
     fr->chr = chr;
-    fr->datagrams = frame_chr_sends_datagrams(chr);
     fr->vnet_hdr = vnet_hdr;
     fr->handler = handler;
     fr->opaque = opaque;
@@ -381,10 +374,6 @@ static void frame_reader_break(FrameReader *fr)
     fr->buf.head = fr->buf.tail = 0;
     fr->broken = true;
     qemu_chr_fe_disconnect(fr->chr);
-    if (fr->datagrams) {
-        /* There is nothing to close, and the next one begins with a frame. */
-        fr->broken = false;
-    }
 }
 
 

@@ -89,8 +89,8 @@ static bool packet_socket_open(PacketSocket *ps, Error **errp)
         error_setg_errno(errp, errno, "could not open a packet socket for "
                          "interface '%s'%s", ps->ifname,
                          errno == EPERM || errno == EACCES ?
-                         " (it needs CAP_NET_RAW; without, pass one with "
-                         "'packet-fd')" : "");
+                         " (it needs CAP_NET_RAW; without, pass a packet "
+                         "socket)" : "");
         return false;
     }
     return true;
@@ -219,14 +219,21 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
  */
 static bool packet_socket_take_over(PacketSocket *ps, Error **errp)
 {
+    uint8_t byte;
+
     qemu_set_cloexec(ps->fd);
     if (!qemu_set_blocking(ps->fd, false, errp) ||
         !packet_socket_option(ps, SOL_PACKET, PACKET_RESERVE, 0,
                               "PACKET_RESERVE", errp) ||
+        !packet_socket_option(ps, SOL_SOCKET, SO_TIMESTAMPING, 0,
+                              "SO_TIMESTAMPING", errp) ||
         !packet_socket_bind(ps, NO_PROTOCOL, errp)) {
         return false;
     }
     packet_socket_discard(ps, UINT64_MAX);
+    while (recv(ps->fd, &byte, sizeof(byte), MSG_ERRQUEUE) >= 0) {
+        /* As long as there is an error, the socket polls as readable. */
+    }
     packet_socket_drops(ps);
     ps->drops = 0;
     return true;

@@ -1284,10 +1284,9 @@ static void test_no_socket(void)
                                NULL, &text, NULL, NULL));
     g_test_message("%s", text);
     g_assert_nonnull(strstr(text, "netdev 'n0': could not open a packet "
-                            "socket for interface 'tapno': Operation not "
-                            "permitted"));
-    g_assert_nonnull(strstr(text, "CAP_NET_RAW"));
-    g_assert_nonnull(strstr(text, "'packet-fd'"));
+                            "socket for interface 'tapno' (it needs "
+                            "CAP_NET_RAW; without, pass a packet socket): "
+                            "Operation not permitted"));
     close(tap);
     close(vhost);
 }

@@ -2237,7 +2237,9 @@ static void test_errors(void)
     };
     Fixture f;
 
-    fixture_start(&f, "-chardev null,id=null1 -chardev null,id=null2 "
+    fixture_start(&f, "-object iothread,id=io "
+                      "-chardev udp,id=udp,host=127.0.0.1,port=9 "
+                      "-chardev null,id=null1 -chardev null,id=null2 "
                       "-chardev hub,id=both,chardevs.0=null1,"
                       "chardevs.1=null2 "
                       "-netdev hubport,id=hub,hubid=1 "
@@ -2270,6 +2272,10 @@ static void test_errors(void)
                       "chardev 'both' is a hub");
     expect_error_args(&f, "'netdev': 'n0', 'queue': 'tx', 'indev': 'both'",
                       "chardev 'both' is a hub");
+    expect_error_args(&f, "'netdev': 'n0', 'queue': 'tx', 'indev': 'udp'",
+                      "chardev 'udp' is a udp one");
+    expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out',"
+                      " 'position': 'id=io'", "'io' is not a filter");
     expect_fixed(&f, "filter-redirector", "'outdev': 'out'", redirector);
     expect_fixed(&f, "filter-mirror", "'outdev': 'out'", mirror);
     expect_fixed(&f, "filter-dump", "'file': '/dev/null'", dump);
@@ -2302,7 +2308,7 @@ static void no_cap_net_raw(void)
     g_assert_cmpint(prctl(PR_CAPBSET_DROP, CAP_NET_RAW), ==, 0);
     fixture_start(&f, "");
     expect_error_args(&f, "'netdev': 'n0', 'outdev': 'out'",
-                      "(it needs CAP_NET_RAW; without, pass one with");
+                      "(it needs CAP_NET_RAW; without, pass a packet ");
     expect_error_args(&f, "'netdev': 'n0', 'indev': 'in', 'queue': 'tx'",
                       "Operation not permitted");
     /* What needs no packet socket needs no capability. */
