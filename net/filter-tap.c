@@ -8,9 +8,9 @@
  */
 
 #include "qemu/osdep.h"
-#include "chardev/char.h"
 #include "filter-tap-int.h"
 #include "monitor/monitor.h"
+#include "net/frame-stream.h"
 #include "net/vhost_net.h"
 #include "qapi/error.h"
 #include "qapi/qapi-visit-common.h"
@@ -179,33 +179,6 @@ static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
     return false;
 }
 
-/* Whether the character device can carry a stream of frames. */
-static bool filter_tap_check_chardevs(const FilterTapConfig *config,
-                                      Error **errp)
-{
-    CharFrontend *ends[] = { config->chr_in, config->chr_out };
-
-    for (int i = 0; i < ARRAY_SIZE(ends); i++) {
-        Object *chr = ends[i] ? OBJECT(ends[i]->chr) : NULL;
-
-        if (chr && object_dynamic_cast(chr, TYPE_CHARDEV_HUB)) {
-            /* It mixes its peers' streams, and loses track of their frames. */
-            error_setg(errp, "chardev '%s' is a hub, which cannot carry "
-                       "frames; use one of its chardevs",
-                       ends[i]->chr->label);
-            return false;
-        }
-    }
-    if (config->chr_in &&
-        object_dynamic_cast(OBJECT(config->chr_in->chr), TYPE_CHARDEV_UDP)) {
-        /* It reads only the first 4096 bytes of a datagram. */
-        error_setg(errp, "chardev '%s' is a udp one, which cannot read "
-                   "frames; use a socket", config->chr_in->chr->label);
-        return false;
-    }
-    return true;
-}
-
 /*
  * Set @fd to the packet socket that @property names, or to -1.  A number may be
  * that of anything that QEMU needs: it is not closed unless an endpoint has
@@ -250,7 +223,9 @@ static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
     int fd;
 
     if (!filter_tap_check_plan(ft, &plan, config, errp) ||
-        !filter_tap_check_chardevs(config, errp) ||
+        (config->chr_in && !frame_stream_check(config->chr_in, true, errp)) ||
+        (config->chr_out &&
+         !frame_stream_check(config->chr_out, false, errp)) ||
         !filter_tap_link_attach(&ep->user, ep->nf->netdev, errp)) {
         return false;
     }

@@ -25,6 +25,7 @@
 
 #include "qemu/osdep.h"
 #include "qemu/bswap.h"
+#include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
@@ -79,6 +80,25 @@ struct FrameReader {
 static size_t frame_prefix_len(bool vnet_hdr)
 {
     return vnet_hdr ? 8 : 4;
+}
+
+bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp)
+{
+    const char *label = chr->chr->label;
+
+    if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB)) {
+        /* It mixes its peers' streams, and loses track of their frames. */
+        error_setg(errp, "chardev '%s' is a hub, which cannot carry frames; "
+                   "use one of its chardevs", label);
+        return false;
+    }
+    if (reads && object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP)) {
+        /* It reads only the first 4096 bytes of a datagram. */
+        error_setg(errp, "chardev '%s' is a udp one, which cannot read "
+                   "frames; use a socket", label);
+        return false;
+    }
+    return true;
 }
 
 static void frame_writer_retry(void *opaque)

@@ -32,6 +32,9 @@
 /* How many frames are handed out at a time. */
 #define FRAME_READER_BATCH 64
 
+/* Returns whether a stream can be read from @chr, or written to it. */
+bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp);
+
 /* Writer */
 
 typedef struct FrameWriter FrameWriter;
