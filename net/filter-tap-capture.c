@@ -435,7 +435,7 @@ static void filter_tap_capture_update(FilterTapCapture *fc)
                                          filter_tap_capture_can_stage(fc));
     if (fc->socket) {
         packet_poll_set(&fc->poll, fc->state == CAPTURE_COPY &&
-                                       filter_tap_capture_can_stage(fc));
+                                   filter_tap_capture_can_stage(fc));
     }
 }
 

@@ -4,8 +4,8 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * To wake up for a frame costs QEMU as much as hundreds of frames do.  So one
- * wake-up reads all sockets, and when frames come fast, the
- * next wake-up is by a timer:
+ * wake-up reads all sockets, and when frames come fast, the next wake-up is by
+ * a timer:
  *
  *   fds       the main loop polls the fd of each enabled entry
  *   timer     it polls only the timer's fd; FramePace says how long
@@ -50,8 +50,8 @@ static void packet_poll_update_handler(PacketPollEntry *entry)
 {
     bool poll = entry->enabled && !packet_poll.paced;
 
-    qemu_set_fd_handler(entry->fd, poll ? packet_poll_readable : NULL,
-                        NULL, NULL);
+    qemu_set_fd_handler(entry->fd, poll ? packet_poll_readable : NULL, NULL,
+                        NULL);
 }
 
 /*
@@ -109,8 +109,7 @@ static void packet_poll_readable(void *opaque)
     if (failing) {
         wait = POLL_MAX_NS;     /* the fd may be readable all the time */
     }
-    packet_poll_set_timer(QTAILQ_EMPTY(&packet_poll.entries) ? 0 :
-                              wait);
+    packet_poll_set_timer(QTAILQ_EMPTY(&packet_poll.entries) ? 0 : wait);
     if (trace_event_get_state_backends(TRACE_PACKET_POLL)) {
         trace_packet_poll(frames, bytes,
                               qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - now);
@@ -121,13 +120,13 @@ bool packet_poll_ref(Error **errp)
 {
     if (!packet_poll.users) {
         packet_poll.timer_fd = timerfd_create(CLOCK_MONOTONIC,
-                                                  TFD_CLOEXEC | TFD_NONBLOCK);
+                                              TFD_CLOEXEC | TFD_NONBLOCK);
         if (packet_poll.timer_fd < 0) {
             error_setg_errno(errp, errno, "could not create a timer");
             return false;
         }
-        qemu_set_fd_handler(packet_poll.timer_fd, packet_poll_readable,
-                            NULL, NULL);
+        qemu_set_fd_handler(packet_poll.timer_fd, packet_poll_readable, NULL,
+                            NULL);
     }
     packet_poll.users++;
     return true;
