@@ -394,6 +394,9 @@ static void filter_tap_capture_end_copy(FilterTapCapture *fc)
                                      err && err != -EAGAIN ?
                                      CAPTURE_OFF : CAPTURE_LINGER);
     filter_tap_capture_flush_now(fc);
+    if (fc->state == CAPTURE_DRAIN) {
+        qemu_bh_schedule(fc->bh);       /* there may be room again */
+    }
 }
 
 static void filter_tap_capture_drain(FilterTapCapture *fc)
