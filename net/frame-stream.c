@@ -467,7 +467,7 @@ void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size)
         buf->head = 0;
     }
     if (buf->size - buf->tail < size) {
-        buf->size = MAX(FRAME_READER_LIMIT, used + size);
+        buf->size = ROUND_UP(used + size, FRAME_READER_LIMIT);
         buf->data = g_realloc(buf->data, buf->size);
     }
     memcpy(buf->data + buf->tail, data, size);
