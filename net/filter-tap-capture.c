@@ -449,7 +449,7 @@ static void filter_tap_capture_linger_ends(void *opaque)
 
 static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
                                         unsigned max_frames, size_t max_bytes,
-                                        size_t *bytes, bool *failing)
+                                        size_t *bytes, bool *more)
 {
     FilterTapCapture *fc = container_of(entry, FilterTapCapture, poll);
     uint64_t before = fc->stats.bytes;
@@ -458,7 +458,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
 
     frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
     *bytes = fc->stats.bytes - before;
-    *failing |= err && err != -EAGAIN;
+    *more = err != -EAGAIN;
     filter_tap_capture_flush(fc);
     filter_tap_capture_update(fc);
     return frames;
@@ -515,19 +515,18 @@ static bool filter_tap_capture_open(FilterTapCapture *fc, size_t memory, int fd,
         (fc->nf->direction != NET_FILTER_DIRECTION_TX ?
          PACKET_SOCKET_INCOMING : 0);
 
-    if (!packet_poll_ref(errp)) {
-        return false;
-    }
     fc->socket = packet_socket_new_capture(fc->user->link->ifname,
                                            fc->user->link->ifindex, fd,
                                            directions, MEMORY_SOCKET(memory),
                                            !!fc->config.sink, errp);
     if (!fc->socket) {
-        packet_poll_unref();
         return false;
     }
-    fc->poll.fd = packet_socket_fd(fc->socket);
-    fc->poll.read = filter_tap_capture_poll;
+    if (!packet_poll_add(&fc->poll, packet_socket_fd(fc->socket),
+                         filter_tap_capture_poll, errp)) {
+        packet_socket_abandon(fc->socket);
+        return false;
+    }
     fc->linger = timer_new_ms(QEMU_CLOCK_REALTIME,
                               filter_tap_capture_linger_ends, fc);
     return true;
@@ -604,8 +603,8 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     g_free(fc->sink_frame);
     if (fc->socket) {
         timer_free(fc->linger);
+        packet_poll_remove(&fc->poll);
         packet_socket_free(fc->socket);
-        packet_poll_unref();
     }
     g_free(fc);
 }

@@ -12,6 +12,11 @@
 #include <linux/if_packet.h>
 #include "qemu/queue.h"
 
+struct PacketSocket;
+
+/* Undo packet_socket_new_capture(): an @fd that was passed stays open. */
+void packet_socket_abandon(struct PacketSocket *ps);
+
 /* Returns the value of an option of the socket @fd; 0 if it has none. */
 int packet_get_option(int fd, int level, int option);
 
@@ -30,7 +35,7 @@ typedef struct PacketRing {
     uint8_t *memory;
     size_t size;                /* bytes */
     unsigned slots;             /* 0: there is no ring */
-    unsigned next;
+    unsigned next;              /* the one before it is freed with it */
 } PacketRing;
 
 /*
@@ -43,7 +48,10 @@ bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
 /* Give the ring back to the kernel, if there is one. */
 void packet_ring_unmap(PacketRing *ring, int fd);
 
-/* Returns the next frame's slot, or NULL.  packet_ring_release() frees it. */
+/*
+ * Returns the next frame's slot, or NULL.  packet_ring_release() goes on to the
+ * one after it.  The socket is always readable, see net/packet-ring.c.
+ */
 const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring);
 void packet_ring_release(PacketRing *ring);
 
@@ -53,26 +61,33 @@ typedef struct PacketPollEntry PacketPollEntry;
 
 /*
  * Read up to @max_frames frames, or a little more than @max_bytes bytes, and
- * hand them on.  Set @failing to true if the fd may stay readable although
- * nothing can be read.  Returns the number of frames, and in @bytes their size.
+ * hand them on.  Set @more to true if frames may be left.  Returns the number
+ * of frames, and in @bytes their size.
  */
 typedef unsigned PacketPollRead(PacketPollEntry *entry, unsigned max_frames,
-                               size_t max_bytes, size_t *bytes,
-                               bool *failing);
+                                size_t max_bytes, size_t *bytes, bool *more);
 
-/* The user sets @fd and @read; the rest belongs to the poll. */
+/* It belongs to the poll. */
 struct PacketPollEntry {
     int fd;
     PacketPollRead *read;
     bool enabled;
+    bool ready;
     QTAILQ_ENTRY(PacketPollEntry) next;
 };
 
-/* Get ready to poll, or return false. */
-bool packet_poll_ref(Error **errp);
-void packet_poll_unref(void);
+/*
+ * Add @entry, disabled, to what is polled.  Returns false on failure.  Remove
+ * it before @fd is closed.
+ */
+bool packet_poll_add(PacketPollEntry *entry, int fd, PacketPollRead *read,
+                     Error **errp);
+void packet_poll_remove(PacketPollEntry *entry);
 
-/* Whether to read @entry.  Disable it before its fd is closed. */
+/*
+ * Whether to read @entry.  Once enabled, it is read soon, and then each time
+ * that the kernel says that something has happened to @fd.
+ */
 void packet_poll_set(PacketPollEntry *entry, bool enable);
 
 #endif /* NET_PACKET_INT_H */

@@ -4,16 +4,20 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * To wake up for a frame costs QEMU as much as hundreds of frames do.  So one
- * wake-up reads all sockets, and when frames come fast, the next wake-up is by
- * a timer:
+ * wake-up reads all sockets that have frames, and when frames come fast, the
+ * next wake-up is by a timer:
  *
- *   fds       the main loop polls the fd of each enabled entry
+ *   epoll     the main loop polls the epoll fd, which has all enabled entries
  *   timer     it polls only the timer's fd; FramePace says how long
  *
  * After each visit to the sockets, frame_pace() chooses between the two.
+ *
+ * The epoll fd is edge-triggered.  So an entry that it has reported stays in
+ * the list of those that are ready until it has been read to its end.
  */
 
 #include "qemu/osdep.h"
+#include <sys/epoll.h>
 #include <sys/timerfd.h>
 #include "packet-int.h"
 #include "frame-pace.h"
@@ -28,15 +32,17 @@
 #define POLL_BATCH_BYTES (256 * KiB)
 
 #define POLL_MAX_NS (10 * SCALE_MS)
+#define POLL_EVENTS 64
 
 static struct {
-    QTAILQ_HEAD(, PacketPollEntry) entries;  /* the enabled ones */
+    QTAILQ_HEAD(, PacketPollEntry) ready;
     FramePace pace;
-    unsigned users;
+    unsigned entries;
+    int epoll_fd;
     int timer_fd;
     bool paced;                         /* the timer runs */
 } packet_poll = {
-    .entries = QTAILQ_HEAD_INITIALIZER(packet_poll.entries),
+    .ready = QTAILQ_HEAD_INITIALIZER(packet_poll.ready),
     .pace = {
         .max_ns = POLL_MAX_NS,
         .max_frames = 600,
@@ -46,14 +52,6 @@ static struct {
 
 static void packet_poll_readable(void *opaque);
 
-static void packet_poll_update_handler(PacketPollEntry *entry)
-{
-    bool poll = entry->enabled && !packet_poll.paced;
-
-    qemu_set_fd_handler(entry->fd, poll ? packet_poll_readable : NULL, NULL,
-                        NULL);
-}
-
 /*
  * A QEMUTimer would make the main loop go round once more each time that it is
  * set.  @ns is 0 to stop the timer.
@@ -61,7 +59,6 @@ static void packet_poll_update_handler(PacketPollEntry *entry)
 static void packet_poll_set_timer(int64_t ns)
 {
     struct itimerspec when = { .it_value.tv_nsec = ns };
-    PacketPollEntry *entry;
 
     if (packet_poll.paced || ns) {
         /* This also clears an expiry that has not been read. */
@@ -69,88 +66,143 @@ static void packet_poll_set_timer(int64_t ns)
     }
     if (packet_poll.paced != !!ns) {
         packet_poll.paced = ns;
-        QTAILQ_FOREACH(entry, &packet_poll.entries, next) {
-            packet_poll_update_handler(entry);
-        }
+        qemu_set_fd_handler(packet_poll.epoll_fd,
+                            ns ? NULL : packet_poll_readable, NULL, NULL);
     }
 }
 
+static void packet_poll_set_ready(PacketPollEntry *entry, bool ready)
+{
+    if (entry->ready) {
+        QTAILQ_REMOVE(&packet_poll.ready, entry, next);
+    }
+    entry->ready = ready;
+    if (ready) {
+        QTAILQ_INSERT_TAIL(&packet_poll.ready, entry, next);
+    }
+}
+
+/* Returns how many entries are ready; the others have no frames. */
+static unsigned packet_poll_wait(void)
+{
+    struct epoll_event events[POLL_EVENTS];
+    int n = epoll_wait(packet_poll.epoll_fd, events, POLL_EVENTS, 0);
+    PacketPollEntry *entry;
+    unsigned ready = 0;
+
+    for (int i = 0; i < n; i++) {
+        entry = events[i].data.ptr;
+        if (entry->enabled && !entry->ready) {
+            packet_poll_set_ready(entry, true);
+        }
+    }
+    QTAILQ_FOREACH(entry, &packet_poll.ready, next) {
+        ready++;
+    }
+    return ready;
+}
+
 /*
- * Visit the entries in turn.  Each one moves to the tail when it is visited, so
+ * Visit those that are ready, in turn.  One that has more goes to the tail, so
  * that the next visit begins where this one ends.
  */
 static void packet_poll_readable(void *opaque)
 {
     int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    unsigned ready = packet_poll_wait();
     PacketPollEntry *entry;
-    unsigned frames = 0, left = 0;
+    unsigned frames = 0;
     size_t bytes = 0;
-    bool failing = false;
     int64_t wait;
 
-    QTAILQ_FOREACH(entry, &packet_poll.entries, next) {
-        left++;
-    }
-    while (left && (entry = QTAILQ_FIRST(&packet_poll.entries)) &&
+    while (ready-- && (entry = QTAILQ_FIRST(&packet_poll.ready)) &&
            frames < POLL_BATCH && bytes < POLL_BATCH_BYTES) {
         size_t read = 0;
+        bool more = false;
 
-        QTAILQ_REMOVE(&packet_poll.entries, entry, next);
-        QTAILQ_INSERT_TAIL(&packet_poll.entries, entry, next);
         frames += entry->read(entry, POLL_BATCH - frames,
-                              POLL_BATCH_BYTES - bytes, &read, &failing);
+                              POLL_BATCH_BYTES - bytes, &read, &more);
         bytes += read;
-        left--;
+        packet_poll_set_ready(entry, more && entry->enabled);
     }
     wait = frame_pace(&packet_poll.pace, now, frames, bytes);
-    if (left || frames >= POLL_BATCH || bytes >= POLL_BATCH_BYTES) {
-        wait = 1;       /* there may be more */
+    if (!QTAILQ_EMPTY(&packet_poll.ready)) {
+        /* Nothing can be read although there may be more: not all the time. */
+        wait = frames ? 1 : POLL_MAX_NS;
     }
-    if (failing) {
-        wait = POLL_MAX_NS;     /* the fd may be readable all the time */
-    }
-    packet_poll_set_timer(QTAILQ_EMPTY(&packet_poll.entries) ? 0 : wait);
+    packet_poll_set_timer(wait);
     if (trace_event_get_state_backends(TRACE_PACKET_POLL)) {
         trace_packet_poll(frames, bytes,
-                              qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - now);
+                          qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - now);
     }
 }
 
-bool packet_poll_ref(Error **errp)
+static bool packet_poll_open(Error **errp)
 {
-    if (!packet_poll.users) {
-        packet_poll.timer_fd = timerfd_create(CLOCK_MONOTONIC,
-                                              TFD_CLOEXEC | TFD_NONBLOCK);
-        if (packet_poll.timer_fd < 0) {
-            error_setg_errno(errp, errno, "could not create a timer");
-            return false;
-        }
-        qemu_set_fd_handler(packet_poll.timer_fd, packet_poll_readable, NULL,
-                            NULL);
+    packet_poll.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (packet_poll.epoll_fd < 0) {
+        error_setg_errno(errp, errno, "could not create an epoll fd");
+        return false;
     }
-    packet_poll.users++;
+    packet_poll.timer_fd = timerfd_create(CLOCK_MONOTONIC,
+                                          TFD_CLOEXEC | TFD_NONBLOCK);
+    if (packet_poll.timer_fd < 0) {
+        error_setg_errno(errp, errno, "could not create a timer");
+        close(packet_poll.epoll_fd);
+        return false;
+    }
+    packet_poll.paced = false;
+    qemu_set_fd_handler(packet_poll.timer_fd, packet_poll_readable, NULL, NULL);
+    qemu_set_fd_handler(packet_poll.epoll_fd, packet_poll_readable, NULL, NULL);
     return true;
 }
 
-void packet_poll_unref(void)
+static void packet_poll_close(void)
 {
-    if (!--packet_poll.users) {
-        qemu_set_fd_handler(packet_poll.timer_fd, NULL, NULL, NULL);
-        close(packet_poll.timer_fd);
-        packet_poll.paced = false;
+    qemu_set_fd_handler(packet_poll.timer_fd, NULL, NULL, NULL);
+    qemu_set_fd_handler(packet_poll.epoll_fd, NULL, NULL, NULL);
+    close(packet_poll.timer_fd);
+    close(packet_poll.epoll_fd);
+}
+
+bool packet_poll_add(PacketPollEntry *entry, int fd, PacketPollRead *read,
+                     Error **errp)
+{
+    struct epoll_event event = { .events = EPOLLET, .data.ptr = entry };
+
+    if (!packet_poll.entries && !packet_poll_open(errp)) {
+        return false;
+    }
+    entry->fd = fd;
+    entry->read = read;
+    packet_poll.entries++;
+    if (epoll_ctl(packet_poll.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0) {
+        error_setg_errno(errp, errno, "could not poll a packet socket");
+        packet_poll_remove(entry);
+        return false;
+    }
+    return true;
+}
+
+void packet_poll_remove(PacketPollEntry *entry)
+{
+    packet_poll_set_ready(entry, false);
+    epoll_ctl(packet_poll.epoll_fd, EPOLL_CTL_DEL, entry->fd, NULL);
+    if (!--packet_poll.entries) {
+        packet_poll_close();
     }
 }
 
 void packet_poll_set(PacketPollEntry *entry, bool enable)
 {
-    if (entry->enabled == enable) {
-        return;
+    struct epoll_event event = {
+        .events = enable ? EPOLLIN | EPOLLET : EPOLLET,
+        .data.ptr = entry,
+    };
+
+    if (entry->enabled != enable) {
+        entry->enabled = enable;
+        packet_poll_set_ready(entry, false);
+        epoll_ctl(packet_poll.epoll_fd, EPOLL_CTL_MOD, entry->fd, &event);
     }
-    entry->enabled = enable;
-    if (enable) {
-        QTAILQ_INSERT_TAIL(&packet_poll.entries, entry, next);
-    } else {
-        QTAILQ_REMOVE(&packet_poll.entries, entry, next);
-    }
-    packet_poll_update_handler(entry);
 }

@@ -8,9 +8,15 @@
  * to 10 ms.
  *
  * A ring has one flaw.  A GSO frame of a type that struct virtio_net_hdr does
- * not know keeps its slot for ever, and the ring is stuck (6.1, 6.18).  A
- * guest can send such a frame (UFO).  But none goes out of a TAP: the kernel
- * segments it before.  So only outgoing frames come in a ring.
+ * not know keeps its slot for ever, and the ring is stuck: the kernel drops
+ * this frame and all that follow (6.1, 6.12, 6.18; not 7.2).  A guest can send
+ * such a frame (UFO) at any time.
+ *
+ * To find that out, the reader must wake up for such a frame.  The kernel wakes
+ * up whoever polls the socket, but the socket is readable only if the slot that
+ * the kernel wrote last has not been freed.  So a slot is not freed before the
+ * next one has been read: the socket is always readable, and is polled
+ * edge-triggered.
  */
 
 #include "qemu/osdep.h"
@@ -33,6 +39,16 @@
 /* How many slots ahead the cache is filled; there are at least as many. */
 #define AHEAD 8
 
+/* The slot that is @ahead of the next one, from -1 to AHEAD */
+static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring, int ahead)
+{
+    unsigned n = (ring->next + ring->slots + ahead) % ring->slots;
+
+    return (struct tpacket2_hdr *)
+           (ring->memory + n / SLOTS_PER_BLOCK * BLOCK_SIZE +
+            n % SLOTS_PER_BLOCK * SLOT_SIZE);
+}
+
 /* Longer frames wait in the socket's queue; their slots refer to it. */
 static bool packet_ring_set_up(PacketRing *ring, int fd, Error **errp)
 {
@@ -54,7 +70,11 @@ static bool packet_ring_set_up(PacketRing *ring, int fd, Error **errp)
     ring->slots = req.tp_frame_nr;
     ring->memory = mmap(NULL, ring->size, PROT_READ | PROT_WRITE, MAP_SHARED,
                         fd, 0);
-    return ring->memory != MAP_FAILED;
+    if (ring->memory == MAP_FAILED) {
+        return false;
+    }
+    packet_ring_slot(ring, -1)->tp_status = TP_STATUS_USER;
+    return true;
 }
 
 bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
@@ -84,17 +104,6 @@ void packet_ring_unmap(PacketRing *ring, int fd)
     *ring = (PacketRing) { };
 }
 
-static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring,
-                                             unsigned ahead)
-{
-    unsigned n = ring->next + ahead;
-
-    n = n < ring->slots ? n : n - ring->slots;
-    return (struct tpacket2_hdr *)
-           (ring->memory + n / SLOTS_PER_BLOCK * BLOCK_SIZE +
-            n % SLOTS_PER_BLOCK * SLOT_SIZE);
-}
-
 const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
 {
     const struct tpacket2_hdr *slot = packet_ring_slot(ring, 0);
@@ -115,8 +124,7 @@ const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
 
 void packet_ring_release(PacketRing *ring)
 {
-    /* All reads of the slot come before. */
-    qatomic_store_release(&packet_ring_slot(ring, 0)->tp_status,
+    qatomic_store_release(&packet_ring_slot(ring, -1)->tp_status,
                           TP_STATUS_KERNEL);
     if (++ring->next == ring->slots) {
         ring->next = 0;

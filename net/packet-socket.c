@@ -20,11 +20,10 @@
  * Frames wait in one of two places, in order; the kernel drops and counts what
  * does not fit:
  *
- *   ring   slots in mapped memory, read without a system call.  Only where
- *          outgoing frames alone are captured, see net/packet-ring.c.
+ *   ring   slots in mapped memory, read without a system call
  *   queue  the socket's receive queue, one system call per frame: frames that
  *          are longer than a slot (the slot then refers to the queue), or all
- *          of them.
+ *          of them, once the ring has got stuck (see net/packet-ring.c)
  */
 
 #include "qemu/osdep.h"
@@ -41,6 +40,7 @@
 #include "qemu/cutils.h"
 #include "qemu/sockets.h"
 #include "packet-int.h"
+#include "trace.h"
 
 /* What a frame in the queue counts as at least; 768 bytes on x86-64. */
 #define QUEUE_MIN_MEMORY 512
@@ -59,8 +59,10 @@ struct PacketSocket {
     int fd;
     unsigned ifindex;
     bool passed;                /* somebody else opened it */
-    bool was_empty;
+    size_t memory;
     uint64_t drops;
+    uint64_t drops_before;      /* if the ring has been empty since */
+    bool was_empty;
     PacketRing ring;            /* no slots: frames come in the queue alone */
     struct timespec time;       /* of the frame that was taken last */
     char ifname[IFNAMSIZ];
@@ -96,8 +98,7 @@ static bool packet_socket_open(PacketSocket *ps, Error **errp)
     return true;
 }
 
-/* The fd stays open if it was passed. */
-static void packet_socket_abandon(PacketSocket *ps)
+void packet_socket_abandon(PacketSocket *ps)
 {
     packet_ring_unmap(&ps->ring, ps->fd);
     if (ps->fd >= 0 && !ps->passed) {
@@ -245,7 +246,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                                         Error **errp)
 {
     PacketSocket *ps = packet_socket_new(ifname, ifindex, fd, errp);
-    size_t ring = directions == PACKET_SOCKET_OUTGOING ? memory / 3 * 2 : 0;
+    size_t ring = memory / 3 * 2;
 
     if (!ps) {
         return NULL;
@@ -254,7 +255,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                               "PACKET_AUXDATA", errp) ||
         !packet_socket_set_filter(ps, directions, errp) ||
         (ps->passed && !packet_socket_take_over(ps, errp)) ||
-        (ring && !packet_ring_map(&ps->ring, ps->fd, ifname, ring, errp)) ||
+        !packet_ring_map(&ps->ring, ps->fd, ifname, ring, errp) ||
         /*
          * Otherwise the time would be that at which the kernel wrote the slot.
          * With the option all packet sockets have the same time for a packet.
@@ -268,6 +269,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
     packet_socket_option(ps, SOL_PACKET, PACKET_IGNORE_OUTGOING,
                          !(directions & PACKET_SOCKET_OUTGOING),
                          "PACKET_IGNORE_OUTGOING", NULL);
+    ps->memory = memory;
     packet_socket_set_queue(ps, memory - ring);
     return ps;
 }
@@ -411,7 +413,7 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
     data = (const uint8_t *)slot + slot->tp_mac;
     if (status & TP_STATUS_COPY) {
         len = packet_socket_recv_queue(ps, hdr, frame, size);
-        if (len == -ENETDOWN) {
+        if (len < 0 && len != -EMSGSIZE && len != -EINVAL) {
             return len;         /* which came first; the frame is still there */
         }
     } else if (slot->tp_snaplen < slot->tp_len) {
@@ -432,22 +434,35 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
 }
 
 /*
- * The ring does not tell errors.  To ask for them costs a system call, so it
- * is done only when the fd has been found readable with nothing to read.
+ * Returns whether the kernel has dropped a frame although the ring was empty:
+ * the second time, and later, that it is found empty with no frame in between.
  */
-static int packet_socket_error(PacketSocket *ps)
+static bool packet_socket_stuck(PacketSocket *ps)
 {
-    int err = 0;
-    socklen_t size = sizeof(err);
+    uint64_t before = ps->drops_before;
 
-    getsockopt(ps->fd, SOL_SOCKET, SO_ERROR, &err, &size);
-    return err;
+    if (!ps->was_empty) {
+        ps->was_empty = true;
+        ps->drops_before = UINT64_MAX;
+        return false;
+    }
+    ps->drops_before = packet_socket_drops(ps);
+    return ps->drops_before > before && !packet_ring_next(&ps->ring);
+}
+
+/* What comes meanwhile, in some 10 ms, is neither read nor counted. */
+static void packet_socket_leave_ring(PacketSocket *ps)
+{
+    trace_packet_socket_ring_stuck(ps->ifname);
+    packet_ring_unmap(&ps->ring, ps->fd);
+    packet_socket_set_queue(ps, ps->memory);
 }
 
 ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
                            uint8_t *frame, size_t size)
 {
     ssize_t len;
+    int err;
 
     size -= MIN(size, PACKET_SOCKET_TAG_ROOM);
     if (!ps->ring.slots) {
@@ -456,13 +471,16 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     while ((len = packet_socket_recv_slot(ps, hdr, frame, size)) == -ENOBUFS) {
         ps->drops++;
     }
-    if (len == -EAGAIN && ps->was_empty) {
-        int err = packet_socket_error(ps);
-
-        return err ? -err : -EAGAIN;
+    if (len != -EAGAIN) {
+        ps->was_empty = false;
+        return len;
     }
-    ps->was_empty = len == -EAGAIN;
-    return len;
+    /* The ring does not tell errors. */
+    err = packet_get_option(ps->fd, SOL_SOCKET, SO_ERROR);
+    if (!err && packet_socket_stuck(ps)) {
+        packet_socket_leave_ring(ps);
+    }
+    return err ? -err : -EAGAIN;
 }
 
 unsigned packet_socket_max_waiting(const PacketSocket *ps)

@@ -52,8 +52,8 @@ typedef struct PacketSocket PacketSocket;
  * options may have changed.
  *
  * Without CAP_NET_ADMIN the third of @memory that is for frames of more than
- * 1522 bytes, or all of it unless @directions is PACKET_SOCKET_OUTGOING, is no
- * more than twice net.core.rmem_max; or more, if @fd has it (SO_RCVBUFFORCE).
+ * 1522 bytes is no more than twice net.core.rmem_max; or more, if @fd has it
+ * (SO_RCVBUFFORCE).
  *
  * Returns: the socket, which packet_socket_free() destroys, or NULL.
  */
@@ -72,7 +72,11 @@ PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
 /* Close @ps, or NULL.  The caller has removed its handlers from the fd. */
 void packet_socket_free(PacketSocket *ps);
 
-/* Returns the fd, to poll it.  It stays @ps's. */
+/*
+ * Returns the fd, which stays @ps's.  The fd of a socket that captures is
+ * polled edge-triggered (EPOLLET): the kernel reports each frame, also one that
+ * it drops from a ring that has room, but the fd is readable all the time.
+ */
 int packet_socket_fd(const PacketSocket *ps);
 
 /*

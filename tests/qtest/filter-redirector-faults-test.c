@@ -777,6 +777,59 @@ static void test_peer_nothing_stale(void)
     }
 }
 
+#define GSO_SIZE 504            /* UFO wants a multiple of 8 */
+#define GSO_LEN (34 + 20 + 2 * GSO_SIZE + 200)
+#define GSO_SEGMENTS 3
+#define GSO_PACKET_LEN (12 + GSO_LEN)
+
+/* A virtio-net header and a GSO frame of TCP or UDP */
+static void make_gso(uint8_t *packet, bool ufo)
+{
+    struct virtio_net_hdr *hdr = (void *)packet;
+    uint8_t *frame = packet + 12, *ip = frame + 14, *l4 = ip + 20;
+
+    memset(packet, 0, GSO_PACKET_LEN);
+    hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    hdr->gso_type = ufo ? VIRTIO_NET_HDR_GSO_UDP : VIRTIO_NET_HDR_GSO_TCPV4;
+    hdr->gso_size = cpu_to_le16(GSO_SIZE);
+    hdr->hdr_len = cpu_to_le16(l4 - frame + (ufo ? 8 : 20));
+    hdr->csum_start = cpu_to_le16(l4 - frame);
+    hdr->csum_offset = cpu_to_le16(ufo ? 6 : 16);
+
+    make_frame(frame, 0);
+    stw_be_p(frame + 12, ETH_P_IP);
+    ip[0] = 0x45;
+    stw_be_p(ip + 2, GSO_LEN - 14);
+    stw_be_p(ip + 6, 0);
+    ip[8] = 64;
+    ip[9] = ufo ? 17 : 6;
+    stl_be_p(ip + 12, 0xc0000201);
+    stl_be_p(ip + 16, 0xc0000202);
+    memset(l4, 0, 20);
+    stw_be_p(l4 + 2, 9);
+    if (ufo) {
+        stw_be_p(l4 + 4, GSO_LEN - 34);
+    } else {
+        l4[12] = 5 << 4;
+    }
+}
+
+/*
+ * Get the ring of the capture "cap" stuck, so that from now on it reads each
+ * frame from the queue.
+ */
+static void leave_ring(Fixture *f)
+{
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint8_t packet[GSO_PACKET_LEN];
+
+    make_gso(packet, true);
+    do {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        guest_send_packet(f, packet, sizeof(packet));
+    } while (!counter(f, "cap", "capture-skipped"));
+}
+
 /*
  * The filter goes off, or on, while frames come faster than they are thrown
  * away.  (An error of this kind is one frame.)
@@ -790,6 +843,7 @@ static void test_peer_flood(void)
 
     vm_start(&vm, CAPTURE "all");
     guest_start(&vm.f);
+    leave_ring(&vm.f);
     monitor_begin(&vm);
     for (int i = 0; i < ARRAY_SIZE(errors); i++) {
         host_send(&vm.f, n, 10);
@@ -1224,21 +1278,25 @@ static void test_error_setup(void)
 static void test_error_capture(void)
 {
     static const ErrorCase table[] = {
-        { EAGAIN }, { EINTR }, { ENETDOWN }, { ENOBUFS }, { ENOMEM }, { EIO },
+        { EINTR }, { ENETDOWN }, { ENOBUFS }, { ENOMEM }, { EIO },
         { EMSGSIZE, "capture-skipped" },
     };
+    uint64_t skipped;
     uint32_t n = 0;
     Vm vm;
 
     vm_start(&vm, CAPTURE "all");
     guest_start(&vm.f);
+    leave_ring(&vm.f);
     for (int i = 0; i < ARRAY_SIZE(table); i++) {
+        skipped = counter(&vm.f, "cap", "capture-skipped");
         fail(FAULT_RECVMSG, table[i].error, 50);
         host_send(&vm.f, n, 10);
         expect_out(&vm.f, n, 10);
         g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), ==, 50);
         if (table[i].counter) {
-            g_assert_cmpuint(counter(&vm.f, "cap", table[i].counter), ==, 50);
+            g_assert_cmpuint(counter(&vm.f, "cap", table[i].counter) - skipped,
+                             ==, 50);
         }
         n += 10;
     }
@@ -1246,7 +1304,7 @@ static void test_error_capture(void)
 
     /* It goes on and on; the others do not suffer. */
     monitor_begin(&vm);
-    for (int i = 2; i < 6; i++) {
+    for (int i = 1; i < 5; i++) {
         g_autofree char *what = g_strdup_printf("recvmsg: %s",
                                                 strerror(table[i].error));
 
@@ -1406,9 +1464,6 @@ static void test_error_inject_network(void)
 
 /* GSO frames toward the guest */
 
-#define GSO_SIZE 504            /* UFO wants a multiple of 8 */
-#define GSO_LEN (34 + 20 + 2 * GSO_SIZE + 200)
-#define GSO_SEGMENTS 3
 #define GSO_NONE (1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_NET_F_MRG_RXBUF)
 #define GSO_WHOLE (GSO_NONE | 1ull << VIRTIO_NET_F_GUEST_CSUM | \
                    1ull << VIRTIO_NET_F_GUEST_TSO4)
@@ -1432,35 +1487,11 @@ static bool set_tso(const char *ifname, bool on)
 /* A frame that is segmented here, or of a kind that is not (UFO) */
 static void in_send_gso(Vm *vm, bool ufo)
 {
-    uint8_t record[8 + 12 + GSO_LEN] = { };
-    struct virtio_net_hdr *hdr = (void *)(record + 8);
-    uint8_t *frame = record + 8 + 12, *ip = frame + 14, *l4 = ip + 20;
+    uint8_t record[8 + GSO_PACKET_LEN];
 
-    stl_be_p(record, 12 + GSO_LEN);
+    stl_be_p(record, GSO_PACKET_LEN);
     stl_be_p(record + 4, 12);
-    hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
-    hdr->gso_type = ufo ? VIRTIO_NET_HDR_GSO_UDP : VIRTIO_NET_HDR_GSO_TCPV4;
-    hdr->gso_size = cpu_to_le16(GSO_SIZE);
-    hdr->hdr_len = cpu_to_le16(l4 - frame + (ufo ? 8 : 20));
-    hdr->csum_start = cpu_to_le16(l4 - frame);
-    hdr->csum_offset = cpu_to_le16(ufo ? 6 : 16);
-
-    make_frame(frame, 0);
-    stw_be_p(frame + 12, ETH_P_IP);
-    ip[0] = 0x45;
-    stw_be_p(ip + 2, GSO_LEN - 14);
-    stw_be_p(ip + 6, 0);
-    ip[8] = 64;
-    ip[9] = ufo ? 17 : 6;
-    stl_be_p(ip + 12, 0xc0000201);
-    stl_be_p(ip + 16, 0xc0000202);
-    memset(l4, 0, 20);
-    stw_be_p(l4 + 2, 9);
-    if (ufo) {
-        stw_be_p(l4 + 4, GSO_LEN - 34);
-    } else {
-        l4[12] = 5 << 4;
-    }
+    make_gso(record + 8, ufo);
     g_assert_cmpint(write(vm->f.in, record, sizeof(record)), ==,
                     sizeof(record));
 }

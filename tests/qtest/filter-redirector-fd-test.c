@@ -316,8 +316,8 @@ static void test_args_both(void)
     g_assert_cmpint(sockets(&f), ==, 2);
     del_object(&f, "both");
     g_assert_cmpint(sockets(&f), ==, 0);
-    /* The timer is gone, too. */
-    g_assert_cmpint(count_fds(&f), ==, before - 3);
+    /* The timer and the epoll fd are gone, too. */
+    g_assert_cmpint(count_fds(&f), ==, before - 4);
     fixture_close(&f);
 }
 

@@ -479,13 +479,20 @@ void expect_guest(Fixture *f, uint32_t first, uint32_t count)
 
 void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size)
 {
+    g_autofree uint8_t *packet = g_malloc0(12 + size);
+
+    memcpy(packet + 12, frame, size);
+    guest_send_packet(f, packet, 12 + size);
+}
+
+void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size)
+{
     gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    uint64_t addr = guest_alloc(&f->alloc, 12 + size);
+    uint64_t addr = guest_alloc(&f->alloc, size);
     uint32_t head, len;
 
-    qtest_memset(f->qts, addr, 0, 12);
-    qtest_memwrite(f->qts, addr + 12, frame, size);
-    head = qvirtqueue_add(f->qts, f->guest.tx, addr, 12 + size, false, false);
+    qtest_memwrite(f->qts, addr, packet, size);
+    head = qvirtqueue_add(f->qts, f->guest.tx, addr, size, false, false);
     qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
     while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
         g_assert_cmpint(g_get_monotonic_time(), <, end);

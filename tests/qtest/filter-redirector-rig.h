@@ -163,6 +163,8 @@ void guest_send_begin(Fixture *f, uint32_t number);
 /* The same for one frame of any kind, with a header that says nothing */
 size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size);
 void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size);
+/* ... and with a header of 12 bytes before it */
+void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size);
 
 /*
  * A faster driver, in mapped memory, for a guest that was started and has
