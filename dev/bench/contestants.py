@@ -35,11 +35,17 @@ class Load:
     gso: int = 0
     batch_us: int = 0
     burst: int = 1
+    mix: int = 0
+    written: int = 0    # every so many frames comes from the guest
 
     def options(self):
         return {'size': self.size, 'rate': self.rate, 'gso': self.gso,
                 'seconds': self.seconds, 'batch_us': self.batch_us,
-                'burst': self.burst, 'cpu': SENDER_CPU}
+                'burst': self.burst, 'mix': self.mix, 'cpu': SENDER_CPU}
+
+    def shape(self):
+        """What a receiver has to know."""
+        return {'size': self.size, 'gso': self.gso, 'mix': self.mix}
 
     def limit(self):
         return 30 + 3 * self.seconds
@@ -94,8 +100,13 @@ def check(who, load, outcome):
                        f'{outcome.drops} were counted as dropped ({load})')
 
 
-def send(names, load, **more):
-    with Program('send', names, **load.options(), **more) as sender:
+def send(taps, load, **more):
+    fds = ()
+    if load.written:
+        fds = [taps[0].reader]
+        more = {**more, 'written': load.written, 'tap': fds[0]}
+    with Program('send', [tap.name for tap in taps], fds=fds,
+                 **load.options(), **more) as sender:
         return sender.result(load.limit())
 
 
@@ -106,11 +117,11 @@ class QemuContestant:
     """
 
     def __init__(self, name, binary, directory, source, taps=1,
-                 inject=True, trace=None, guest=None, queue='tx', steer=True,
+                 inject=True, trace=None, guest=None, queue=None, steer=True,
                  memory=None):
         self.name = name
         self.memory = memory    # buffer-size, or None: the default
-        self.queue = queue      # of the capture
+        self.queue = queue      # of the capture, or None: the default
         self.source = source
         self.product = binary.product
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
@@ -142,7 +153,8 @@ class QemuContestant:
     @staticmethod
     def redirector(name, netdev, queue, ends):
         return ['-object', f'filter-redirector,id={name},netdev={netdev},'
-                f'queue={queue},{ends},vnet_hdr_support=on']
+                f'{f"queue={queue}," if queue else ""}{ends},'
+                'vnet_hdr_support=on']
 
     def where(self):
         if not self.product:
@@ -188,12 +200,11 @@ class QemuContestant:
             if dev['label'].startswith('out')))
 
     def capture(self, load):
-        with Program('read', self.out, size=load.size, gso=load.gso,
-                     cpu=RECEIVER_CPU) as reader:
+        with Program('read', self.out, **load.shape(), cpu=RECEIVER_CPU) as reader:
             reader.ready()
             self.await_source('packet-socket')
             before, cpu = self.counters('cap'), self.qemu.cpu_ns()
-            sender = send(self.names(), load)
+            sender = send(self.taps, load)
             reader.tell(sender['sent'])
             tally = reader.result()
             self.qemu.settle()
@@ -220,8 +231,7 @@ class QemuContestant:
         if self.source == 'chain':
             return self.inject_chain(load)
         fds = [tap.reader for tap in self.taps]
-        with Program('tap', fds, fds=fds, size=load.size, gso=load.gso,
-                     cpu=RECEIVER_CPU) as reader, \
+        with Program('tap', fds, fds=fds, **load.shape(), cpu=RECEIVER_CPU) as reader, \
                 Program('write', self.into, **load.options()) as writer:
             reader.ready()
             before, cpu = self.counters('inj'), self.qemu.cpu_ns()
@@ -276,13 +286,13 @@ class Dump(QemuContestant):
     """filter-dump.  Nobody reads what it writes, so its counters must do."""
 
     def capture_options(self, i):
-        return ['-object', f'filter-dump,id=cap{i},netdev=n{i},queue=tx,'
+        return ['-object', f'filter-dump,id=cap{i},netdev=n{i},'
                 'maxlen=262144,file=/dev/null,packet-socket=on']
 
     def capture(self, load):
         self.await_source('packet-socket')
         before, cpu = self.counters('cap'), self.qemu.cpu_ns()
-        sender = send(self.names(), load)
+        sender = send(self.taps, load)
 
         def delta(*names):
             after = self.counters('cap')
@@ -419,7 +429,7 @@ class Tcpdump:
                     raise Failure(f'tcpdump: {said.decode().strip()}')
                 said += line
             cpu = cpu_ns(tcpdump.pid)
-            sender = send([self.tap.name], load)
+            sender = send([self.tap], load)
             time.sleep(self.FLUSH)
             cpu = cpu_ns(tcpdump.pid) - cpu
             tcpdump.send_signal(signal.SIGINT)
@@ -450,10 +460,10 @@ class Bare:
         pass
 
     def capture(self, load):
-        with Program('capture', [self.tap.name], size=load.size,
-                     gso=load.gso, cpu=RECEIVER_CPU) as reader:
+        with Program('capture', [self.tap.name], **load.shape(),
+                     written=load.written, cpu=RECEIVER_CPU) as reader:
             reader.ready()
-            sender = send([self.tap.name], load)
+            sender = send([self.tap], load)
             reader.tell(sender['sent'])
             tally = reader.result()
         outcome = Outcome(sender['sent'], tally['frames'], tally['drops'],
@@ -463,10 +473,9 @@ class Bare:
 
     def inject(self, load):
         fds = [self.tap.reader]
-        with Program('tap', fds, fds=fds, size=load.size, gso=load.gso,
-                     cpu=RECEIVER_CPU) as reader:
+        with Program('tap', fds, fds=fds, **load.shape(), cpu=RECEIVER_CPU) as reader:
             reader.ready()
-            sender = send([self.tap.name], load, bypass=1)
+            sender = send([self.tap], load, bypass=1)
             reader.tell(sender['sent'])
             tally = reader.result()
         refused = sender['refused'] if load.rate else 0
@@ -492,8 +501,7 @@ class Relay:
 
     def inject(self, load):
         fds = [self.tap.reader]
-        with Program('tap', fds, fds=fds, size=load.size, gso=load.gso,
-                     cpu=RECEIVER_CPU) as reader, \
+        with Program('tap', fds, fds=fds, **load.shape(), cpu=RECEIVER_CPU) as reader, \
                 Program('write', [self.path], **load.options()) as writer:
             reader.ready()
             cpu = cpu_ns(self.program.process.pid)

@@ -72,8 +72,15 @@ static void head_init_gso(Head *head, unsigned size)
     head->len = TCP_OFFSET + TCP_HLEN;
 }
 
-void head_init(Head *head, const Options *o, uint32_t flow)
+void head_init(Head *head, const Options *o, unsigned i)
 {
+    Options small = *o;
+
+    if (o->mix && i % 2) {
+        small.size = SMALL_FRAME;
+        small.gso = false;
+        o = &small;
+    }
     memset(head, 0, sizeof(*head));
     memcpy(head->frame, (uint8_t[]) { 2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1 },
            2 * ETH_ALEN);
@@ -84,11 +91,11 @@ void head_init(Head *head, const Options *o, uint32_t flow)
         head->len = ETH_HLEN;
     }
     head->record.magic = MAGIC;
-    head->record.flow = flow;
     head->len += sizeof(Record);
     if (o->size < head->len) {
         die("size=%u: a frame needs %zu bytes", o->size, head->len);
     }
+    head->body = o->size - head->len;
 }
 
 void head_stamp(Head *head, uint64_t number, uint64_t ns)
@@ -115,7 +122,9 @@ void tally_frame(Tally *tally, const uint8_t *frame, size_t len, uint64_t now)
         frame[13] == (ETH_P_IP & 0xff)) {
         at = TCP_OFFSET + TCP_HLEN;
     }
-    if (len < at + sizeof(record) || len != tally->options->size) {
+    if (len < at + sizeof(record) ||
+        (len != tally->options->size &&
+         !(tally->options->mix && len == SMALL_FRAME))) {
         tally->foreign++;
         return;
     }

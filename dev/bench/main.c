@@ -112,6 +112,12 @@ static void set_option(Options *o, const char *name, const char *value)
         o->gso = atoi(value);
     } else if (!strcmp(name, "bypass")) {
         o->bypass = atoi(value);
+    } else if (!strcmp(name, "mix")) {
+        o->mix = atoi(value);
+    } else if (!strcmp(name, "written")) {
+        o->written = atoi(value);
+    } else if (!strcmp(name, "tap")) {
+        o->tap = atoi(value);
     } else {
         die("no option '%s'", name);
     }

@@ -216,7 +216,7 @@ int tap_main(const Options *o)
 
 /* Of a packet socket: the bare loop */
 
-static int open_capture(const char *name)
+static int open_capture(const char *name, bool outgoing)
 {
     struct sock_filter code[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_PKTTYPE),
@@ -238,8 +238,8 @@ static int open_capture(const char *name)
     if (fd < 0 ||
         setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &on, sizeof(on)) < 0 ||
         setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0 ||
-        setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter,
-                   sizeof(filter)) < 0 ||
+        (outgoing && setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter,
+                                sizeof(filter)) < 0) ||
         bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
         die("packet socket on '%s': %s", name, strerror(errno));
     }
@@ -285,7 +285,7 @@ int capture_main(const Options *o)
         die("capture takes one interface");
     }
     tally_init(&tally, o);
-    source->fd = open_capture(o->target[0]);
+    source->fd = open_capture(o->target[0], !o->written);
     source->data = allocate(MESSAGES * (MAX_FRAME + 1));
     cpu = cpu_ns();
     receive(o, source, drain_packets, &tally);

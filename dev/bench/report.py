@@ -270,7 +270,7 @@ def print_all(results):
 
 # Plots
 
-COLOURS = {'ours': '#0072b2', 'ours-32m': '#88ccee', 'ours-all': '#332288',
+COLOURS = {'ours': '#0072b2', 'ours-32m': '#88ccee', 'ours-tx': '#332288',
            'dump': '#44aa99', 'straightforward': '#56b4e9',
            'chain': '#d55e00', 'chain-ours': '#e69f00',
            'tcpdump': '#999999', 'tcpdump-cat': '#555555',

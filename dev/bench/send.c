@@ -13,12 +13,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/if_packet.h>
+#include <linux/if_tun.h>
 #include "traffic.h"
 
 #define MAX_BATCH 256
@@ -32,6 +34,7 @@ typedef struct Load {
     uint64_t refused;
     uint64_t late_ns;
     int fd[MAX_TARGETS];
+    int tap_hdr_len;
     Head head[MAX_BATCH];
     uint8_t *stream;
 } Load;
@@ -144,7 +147,31 @@ static void run(Load *load, Emit *emit)
            load->sent, load->refused, cpu, now_ns() - start, load->late_ns);
 }
 
-/* Out of an interface */
+/* Out of an interface, or into it as a guest does */
+
+/* The heads of a batch that begins with frame FIRST; small ones are odd. */
+static Head *head_of(Load *load, uint64_t first, unsigned i)
+{
+    return &load->head[(i & ~1u) + ((first + i) & 1)];
+}
+
+static void write_packet(Load *load, Head *head)
+{
+    static uint8_t zero[16];
+    struct iovec iov[] = {
+        { &head->vnet, sizeof(head->vnet) },
+        { zero, load->tap_hdr_len - sizeof(head->vnet) },
+        { head->frame, head->len },
+        { body, head->body },
+    };
+
+    while (writev(load->options->tap, iov, 4) < 0) {
+        if (errno != EINTR && errno != EAGAIN) {
+            die("write to the TAP: %s", strerror(errno));
+        }
+    }
+    load->sent++;
+}
 
 static int open_packet_socket(const char *name, bool bypass)
 {
@@ -176,13 +203,13 @@ static void emit_packets(Load *load, uint64_t first, unsigned count)
     unsigned done = 0;
 
     for (unsigned i = 0; i < count; i++) {
-        Head *head = &load->head[i];
+        Head *head = head_of(load, first, i);
 
         stamp(load, head, first + i, now);
         iov[i][0] = (struct iovec) {
             head, offsetof(Head, frame) + head->len
         };
-        iov[i][1] = (struct iovec) { body, o->size - head->len };
+        iov[i][1] = (struct iovec) { body, head->body };
         message[i] = (struct mmsghdr) {
             .msg_hdr = { .msg_iov = iov[i], .msg_iovlen = 2 },
         };
@@ -190,9 +217,14 @@ static void emit_packets(Load *load, uint64_t first, unsigned count)
     while (done < count) {
         /* One call for all goes to one target. */
         unsigned flow = (first + done) % o->targets;
-        unsigned part = o->targets > 1 ? 1 : count - done;
-        int ret = sendmmsg(load->fd[flow], message + done, part, 0);
+        unsigned part = o->targets > 1 || o->written ? 1 : count - done;
+        int ret;
 
+        if (o->written && (first + done) % o->written == 0) {
+            write_packet(load, head_of(load, first, done++));
+            continue;
+        }
+        ret = sendmmsg(load->fd[flow], message + done, part, 0);
         if (ret > 0) {
             done += ret;
             load->sent += ret;
@@ -217,8 +249,11 @@ int send_main(const Options *o)
     for (unsigned i = 0; i < o->targets; i++) {
         load->fd[i] = open_packet_socket(o->target[i], o->bypass);
     }
+    if (o->written && ioctl(o->tap, TUNGETVNETHDRSZ, &load->tap_hdr_len) < 0) {
+        die("TUNGETVNETHDRSZ of fd %d: %s", o->tap, strerror(errno));
+    }
     for (unsigned i = 0; i < MAX_BATCH; i++) {
-        head_init(&load->head[i], o, 0);
+        head_init(&load->head[i], o, i);
     }
     run(load, emit_packets);
     return 0;

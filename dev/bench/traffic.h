@@ -15,6 +15,7 @@
 
 #define MAX_TARGETS 64
 #define MAX_FRAME 65535
+#define SMALL_FRAME 64
 #define SECOND 1000000000ull
 
 /* What all programs take, as NAME=VALUE; see main.c. */
@@ -27,6 +28,9 @@ typedef struct Options {
     int cpu;                /* to run on, or -1 */
     bool gso;               /* TCPv4 frames that have to be segmented */
     bool bypass;            /* the queueing discipline, as QEMU does */
+    bool mix;               /* every second frame is a small one, no GSO */
+    unsigned written;       /* every so many frames is written to @tap, as ... */
+    int tap;                /* ... the guest does; 0: none */
     unsigned targets;
     const char *target[MAX_TARGETS];
 } Options;
@@ -54,10 +58,11 @@ typedef struct Head {
     struct virtio_net_hdr vnet;
     uint8_t frame[54 + sizeof(Record)];     /* right behind it */
     size_t len;             /* bytes used of @frame */
+    size_t body;            /* bytes that come behind */
     Record record;          /* its last bytes, see head_stamp() */
 } Head;
 
-void head_init(Head *head, const Options *o, uint32_t flow);
+void head_init(Head *head, const Options *o, unsigned i);
 void head_stamp(Head *head, uint64_t number, uint64_t ns);
 
 typedef struct Tally {
