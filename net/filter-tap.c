@@ -19,7 +19,7 @@
 #include "qemu/cutils.h"
 #include "qemu/units.h"
 
-#define BUFFER_SIZE_DEFAULT (8 * MiB)
+#define BUFFER_SIZE_DEFAULT (32 * MiB)
 #define BUFFER_SIZE_MIN (1 * MiB)
 #define BUFFER_SIZE_MAX (1 * GiB)
 

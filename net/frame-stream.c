@@ -29,6 +29,7 @@
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
+#include "qemu/units.h"
 #include "chardev/char.h"
 #include "net/frame-stream.h"
 
@@ -37,6 +38,9 @@
 
 /* The most that a UDP datagram holds over IPv4, in bytes */
 #define DATAGRAM_MAX 65507
+
+/* So much memory is kept for the next frames. */
+#define FRAME_WRITER_KEEP (1 * MiB)
 
 /* How many batches are handed out before others get their turn. */
 #define FRAME_READER_BATCHES 4
@@ -196,6 +200,10 @@ static void frame_writer_advance(FrameWriter *fw, size_t written)
     fw->buf.head += written;
     if (fw->buf.head == fw->buf.tail) {
         fw->first = fw->buf.head = fw->buf.tail = 0;
+        if (fw->buf.size > FRAME_WRITER_KEEP) {
+            g_clear_pointer(&fw->buf.data, g_free);
+            fw->buf.size = 0;
+        }
         return;
     }
     while (fw->first < fw->buf.head &&

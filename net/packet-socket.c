@@ -246,7 +246,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                                         Error **errp)
 {
     PacketSocket *ps = packet_socket_new(ifname, ifindex, fd, errp);
-    size_t ring = memory / 3 * 2;
+    size_t ring = memory / 6;
 
     if (!ps) {
         return NULL;

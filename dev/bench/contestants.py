@@ -485,6 +485,33 @@ class Bare:
         return outcome
 
 
+class BareCat(Bare):
+    """The bare loop, which also writes each frame to a peer."""
+
+    def __init__(self, name, directory):
+        super().__init__(name.replace('-', ''))
+        self.path = f'{directory}/{name}'
+
+    def capture(self, load):
+        with Program('capture', [self.tap.name, self.path], **load.shape(),
+                     written=load.written) as loop:
+            wait_for(self.path, lambda: os.path.exists(self.path))
+            with Program('read', [self.path], **load.shape(),
+                         cpu=RECEIVER_CPU) as reader:
+                reader.ready()
+                loop.ready()
+                sender = send([self.tap], load)
+                loop.tell(sender['sent'])
+                result = loop.result()
+                reader.tell(sender['sent'])
+                tally = reader.result()
+        os.unlink(self.path)
+        outcome = Outcome(sender['sent'], tally['frames'], result['drops'],
+                          result['cpu_ns'], sender['ns'] / 1e9, sender, tally)
+        check(self.name, load, outcome)
+        return outcome
+
+
 class Relay:
     """As the bare loop, but the frames come on a stream."""
 

@@ -94,6 +94,29 @@ int connect_unix(const char *path)
     return fd;
 }
 
+/* Wait for one peer at @path. */
+int accept_unix(const char *path)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0), fd;
+
+    if (strlen(path) >= sizeof(address.sun_path)) {
+        die("'%s' is too long", path);
+    }
+    strcpy(address.sun_path, path);
+    if (listener < 0 ||
+        bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        listen(listener, 1) < 0) {
+        die("listen on '%s': %s", path, strerror(errno));
+    }
+    fd = accept(listener, NULL, NULL);
+    if (fd < 0) {
+        die("accept: %s", strerror(errno));
+    }
+    close(listener);
+    return fd;
+}
+
 static void set_option(Options *o, const char *name, const char *value)
 {
     if (!strcmp(name, "rate")) {

@@ -246,6 +246,43 @@ static int open_capture(const char *name, bool outgoing)
     return fd;
 }
 
+static int out = -1;            /* the stream to write to */
+
+/* Write the frames of @message to the stream, with as few calls as can be. */
+static void write_stream(struct mmsghdr *message, int n)
+{
+    struct iovec iov[3 * MESSAGES], *at = iov;
+    uint32_t prefix[MESSAGES][2];
+    int left = 3 * n;
+
+    for (int i = 0; i < n; i++) {
+        struct iovec *frame = message[i].msg_hdr.msg_iov;
+
+        prefix[i][0] = htonl(message[i].msg_len);
+        prefix[i][1] = htonl(frame[0].iov_len);
+        iov[3 * i] = (struct iovec) { prefix[i], sizeof(prefix[i]) };
+        iov[3 * i + 1] = frame[0];
+        iov[3 * i + 2] = (struct iovec) {
+            frame[1].iov_base, message[i].msg_len - frame[0].iov_len,
+        };
+    }
+    while (left) {
+        ssize_t len = writev(out, at, left);
+
+        if (len < 0 && errno != EINTR) {
+            die("write to the stream: %s", strerror(errno));
+        }
+        while (len > 0 && (size_t)len >= at->iov_len) {
+            len -= at++->iov_len;
+            left--;
+        }
+        if (len > 0) {
+            at->iov_base = (char *)at->iov_base + len;
+            at->iov_len -= len;
+        }
+    }
+}
+
 static void drain_packets(Source *source, Tally *tally)
 {
     struct virtio_net_hdr vnet[MESSAGES];
@@ -266,9 +303,14 @@ static void drain_packets(Source *source, Tally *tally)
     got = recvmmsg(source->fd, message, MESSAGES, MSG_DONTWAIT, NULL);
     source->closed = got < 0 && errno != EAGAIN;
     now = now_ns();
-    for (int i = 0; i < got; i++) {
-        tally_frame(tally, iov[i][1].iov_base,
-                    message[i].msg_len - sizeof(vnet[i]), now);
+    if (out < 0) {
+        for (int i = 0; i < got; i++) {
+            tally_frame(tally, iov[i][1].iov_base,
+                        message[i].msg_len - sizeof(vnet[i]), now);
+        }
+    } else if (got > 0) {
+        write_stream(message, got);
+        tally->frames += got;
     }
 }
 
@@ -277,18 +319,23 @@ int capture_main(const Options *o)
     Source *source = allocate(MAX_TARGETS * sizeof(*source));
     struct tpacket_stats stats;
     socklen_t len = sizeof(stats);
+    Options one = *o;
     char more[80];
     uint64_t cpu;
     Tally tally;
 
-    if (o->targets != 1) {
-        die("capture takes one interface");
+    if (o->targets > 2) {
+        die("capture takes an interface, and perhaps a stream");
     }
-    tally_init(&tally, o);
+    tally_init(&tally, &one);
     source->fd = open_capture(o->target[0], !o->written);
     source->data = allocate(MESSAGES * (MAX_FRAME + 1));
     cpu = cpu_ns();
-    receive(o, source, drain_packets, &tally);
+    if (o->targets == 2) {
+        out = accept_unix(o->target[1]);
+        one.targets = 1;
+    }
+    receive(&one, source, drain_packets, &tally);
     cpu = cpu_ns() - cpu;
     if (getsockopt(source->fd, SOL_PACKET, PACKET_STATISTICS, &stats,
                    &len) < 0) {
@@ -297,5 +344,8 @@ int capture_main(const Options *o)
     snprintf(more, sizeof(more), ", \"drops\": %u, \"cpu_ns\": %" PRIu64,
              stats.tp_drops, cpu);
     tally_print(&tally, more);
+    if (out >= 0) {
+        wait_for_end();         /* The peer still reads. */
+    }
     return 0;
 }

@@ -274,8 +274,8 @@ COLOURS = {'ours': '#0072b2', 'ours-32m': '#88ccee', 'ours-tx': '#332288',
            'dump': '#44aa99', 'straightforward': '#56b4e9',
            'chain': '#d55e00', 'chain-ours': '#e69f00',
            'tcpdump': '#999999', 'tcpdump-cat': '#555555',
-           'bare': '#009e73', 'relay': '#cc79a7', 'netdev': '#f0e442',
-           'chardev': '#882255'}
+           'bare': '#009e73', 'bare-cat': '#117733', 'relay': '#cc79a7',
+           'netdev': '#f0e442', 'chardev': '#882255'}
 
 
 def plot_bars(results, section, metric, title, path, wanted=None):

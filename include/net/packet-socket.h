@@ -51,9 +51,9 @@ typedef struct PacketSocket PacketSocket;
  * nothing can widen it any more.  On failure @fd stays the caller's, but its
  * options may have changed.
  *
- * Without CAP_NET_ADMIN the third of @memory that is for frames of more than
- * 1522 bytes is no more than twice net.core.rmem_max; or more, if @fd has it
- * (SO_RCVBUFFORCE).
+ * A sixth of @memory is a ring, which is there all the time.  The rest is for
+ * frames of more than 1522 bytes; without CAP_NET_ADMIN it is no more than twice
+ * net.core.rmem_max, or more, if @fd has it (SO_RCVBUFFORCE).
  *
  * Returns: the socket, which packet_socket_free() destroys, or NULL.
  */

@@ -823,7 +823,7 @@ static void test_stopped_only_slow_peer(void)
     uint32_t sent = 0, taken;
     Fixture f;
 
-    fixture_start(&f, CAPTURE STOPPED_ONLY);
+    fixture_start(&f, CAPTURE STOPPED_ONLY ",buffer-size=8M");
     guest_start(&f);
     vm_stop(&f);
     /* More than the socket and the stage hold, less than the TAP drops. */
@@ -1730,7 +1730,7 @@ static void test_buffer_size(void)
     expect_out(&f, 0, bursts * burst);
     del_object(&f, "cap");
     add_capture(&f);
-    g_assert_cmpuint(counter(&f, "cap", "buffer-size"), ==, 8 * MiB);
+    g_assert_cmpuint(counter(&f, "cap", "buffer-size"), ==, 32 * MiB);
     fixture_close(&f);
 }
 
