@@ -11,6 +11,7 @@ help:
 	@echo 'make check  all tests'
 	@echo 'make check-long  the same with more rounds'
 	@echo 'make bench  what the redirector costs, beside others; as root'
+	@echo "make bench ROWS='64 B 40k/s'  only the rows that match"
 	@echo 'make bench-vhost  the same for the capture, beside a vhost worker'
 	@echo 'make qemu   the patched QEMU, and where it is'
 	@echo 'make series   the patches as mails and for Debian, in build/series'

@@ -32,7 +32,7 @@
 #define POLL_BATCH_BYTES (256 * KiB)
 
 #define POLL_MAX_NS (10 * SCALE_MS)
-#define POLL_EVENTS 64
+#define POLL_EVENTS 256
 
 static struct {
     QTAILQ_HEAD(, PacketPollEntry) ready;

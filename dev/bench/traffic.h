@@ -13,7 +13,7 @@
 #include <linux/if_ether.h>
 #include <linux/virtio_net.h>
 
-#define MAX_TARGETS 64
+#define MAX_TARGETS 128
 #define MAX_FRAME 65535
 #define SMALL_FRAME 64
 #define SECOND 1000000000ull
