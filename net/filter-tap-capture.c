@@ -101,6 +101,7 @@ struct FilterTapCapture {
     QEMUBH *bh;                 /* write, and go on draining */
     QEMUTimer *linger;
     uint64_t kernel_drops_seen;
+    MACAddr nic_address;        /* in TAKE, or all 0 */
     FilterTapCaptureStats stats;
 };
 
@@ -277,6 +278,23 @@ static void filter_tap_capture_flush_now(FilterTapCapture *fc)
 
 /* From the TAP */
 
+/*
+ * After a migration the guest announces itself at the target, and a bridge may
+ * send that here, too.  Taken, it would reach the guest, which would find its
+ * own address in use by somebody else.
+ */
+static bool filter_tap_capture_is_echo(const FilterTapCapture *fc,
+                                       const struct iovec *iov, int iovcnt)
+{
+    const MACAddr none = { };
+    MACAddr source;
+
+    return iov_to_buf(iov, iovcnt, fc->nf->netdev->vnet_hdr_len + ETH_ALEN,
+                      &source, sizeof(source)) == sizeof(source) &&
+           !memcmp(&source, &fc->nic_address, sizeof(source)) &&
+           memcmp(&source, &none, sizeof(source));
+}
+
 static void filter_tap_capture_take(FilterTapCapture *fc,
                                     const struct iovec *iov, int iovcnt)
 {
@@ -284,6 +302,10 @@ static void filter_tap_capture_take(FilterTapCapture *fc,
 
     if (size > frame_writer_max_payload(fc->writer)) {
         filter_tap_capture_skip(fc, EMSGSIZE);
+        return;
+    }
+    if (filter_tap_capture_is_echo(fc, iov, iovcnt)) {
+        filter_tap_capture_skip(fc, ELOOP);
         return;
     }
     iov_to_buf(iov, iovcnt, 0, frame_writer_reserve(fc->writer, size), size);
@@ -359,6 +381,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
         timer_mod(fc->linger,
                   qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + LINGER_MS);
     } else if (new == CAPTURE_TAKE) {
+        fc->nic_address = filter_tap_link_nic_address(fc->user->link);
         if (fc->user->wants_tx) {
             filter_tap_link_take_queued(fc->user,
                                         filter_tap_capture_take_queued, fc);

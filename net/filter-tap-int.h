@@ -74,6 +74,12 @@ void filter_tap_link_take_queued(FilterTapUser *user,
                                  void *opaque);
 
 /*
+ * Returns the address of the NIC now, as its driver may have set it; all 0 if
+ * it is not known.
+ */
+MACAddr filter_tap_link_nic_address(const FilterTapLink *link);
+
+/*
  * Returns whether virtio-net headers in the TAP are not in the host's byte
  * order, but in that of the guest.
  */

@@ -23,7 +23,9 @@
 #include "filter-tap-int.h"
 #include "net/queue.h"
 #include "net/tap.h"
+#include "net/util.h"
 #include "qapi/error.h"
+#include "qapi/qapi-types-net.h"
 #include "qemu/cutils.h"
 #include "tap-linux.h"
 #include "trace.h"
@@ -200,6 +202,22 @@ void filter_tap_link_take_queued(FilterTapUser *user,
                                 opaque);
         }
     }
+}
+
+/* The device's query also asks for events, which nobody here did. */
+MACAddr filter_tap_link_nic_address(const FilterTapLink *link)
+{
+    NetClientState *nic = link->netdev->peer;
+    MACAddr address = { };
+
+    if (nic && nic->info->query_rx_filter) {
+        bool notify = nic->rxfilter_notify_enabled;
+        g_autoptr(RxFilterInfo) info = nic->info->query_rx_filter(nic);
+
+        nic->rxfilter_notify_enabled = notify;
+        net_parse_macaddr(address.a, info->main_mac);
+    }
+    return address;
 }
 
 static void filter_tap_link_changed(FilterTapLink *link)

@@ -391,16 +391,50 @@ QVirtQueue *guest_move_queue(Fixture *f, QVirtQueue *vq)
 }
 
 /* Turn on both queue pairs; the control queue is the fifth. */
+/* Send a command through the control queue. */
+static void guest_control(Fixture *f, QVirtQueue *control, uint8_t class,
+                          uint8_t cmd, const void *data, size_t size)
+{
+    struct virtio_net_ctrl_hdr hdr = { .class = class, .cmd = cmd };
+    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    uint64_t addr = guest_alloc(&f->alloc, 16);
+    uint64_t status = addr + sizeof(hdr) + size;
+    uint32_t head, len;
+
+    qtest_memwrite(f->qts, addr, &hdr, sizeof(hdr));
+    qtest_memwrite(f->qts, addr + sizeof(hdr), data, size);
+    qtest_writeb(f->qts, status, 0xff);
+    head = qvirtqueue_add(f->qts, control, addr, sizeof(hdr), false, true);
+    qvirtqueue_add(f->qts, control, addr + sizeof(hdr), size, false, true);
+    qvirtqueue_add(f->qts, control, status, 1, true, false);
+    qvirtqueue_kick(f->qts, &f->dev->vdev, control, head);
+    while (!qvirtqueue_get_buf(f->qts, control, &head, &len)) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+    }
+    g_assert_cmphex(qtest_readb(f->qts, status), ==, VIRTIO_NET_OK);
+    guest_free(&f->alloc, addr);
+}
+
+void guest_start_address(Fixture *f, const uint8_t *address)
+{
+    QVirtioDevice *vdev = &f->dev->vdev;
+    QVirtQueue *control;
+
+    guest_start_queues(f, 1ull << VIRTIO_F_VERSION_1 |
+                          1ull << VIRTIO_NET_F_MRG_RXBUF |
+                          1ull << VIRTIO_NET_F_CTRL_VQ |
+                          1ull << VIRTIO_NET_F_CTRL_MAC_ADDR);
+    control = guest_setup_queue(f, 2);
+    qvirtio_set_driver_ok(vdev);
+    guest_control(f, control, VIRTIO_NET_CTRL_MAC,
+                  VIRTIO_NET_CTRL_MAC_ADDR_SET, address, ETH_ALEN);
+    qvirtqueue_cleanup(vdev->bus, control, &f->alloc);
+}
+
 void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
 {
-    struct virtio_net_ctrl_hdr hdr = {
-        .class = VIRTIO_NET_CTRL_MQ,
-        .cmd = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
-    };
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    const uint8_t pairs[] = { 2, 0 };
     QVirtioDevice *vdev = &f->dev->vdev;
-    uint64_t addr = guest_alloc(&f->alloc, 16);
-    uint32_t head, len;
 
     qvirtio_start_device(vdev);
     qvirtio_set_features(vdev, qvirtio_get_features(vdev) &
@@ -413,18 +447,8 @@ void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
     }
     qvirtio_set_driver_ok(vdev);
 
-    qtest_memwrite(f->qts, addr, &hdr, sizeof(hdr));
-    qtest_writew(f->qts, addr + 2, 2);
-    qtest_writeb(f->qts, addr + 4, 0xff);
-    head = qvirtqueue_add(f->qts, queues[4], addr, sizeof(hdr), false, true);
-    qvirtqueue_add(f->qts, queues[4], addr + 2, 2, false, true);
-    qvirtqueue_add(f->qts, queues[4], addr + 4, 1, true, false);
-    qvirtqueue_kick(f->qts, vdev, queues[4], head);
-    while (!qvirtqueue_get_buf(f->qts, queues[4], &head, &len)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-    g_assert_cmphex(qtest_readb(f->qts, addr + 4), ==, VIRTIO_NET_OK);
-    guest_free(&f->alloc, addr);
+    guest_control(f, queues[4], VIRTIO_NET_CTRL_MQ,
+                  VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, pairs, sizeof(pairs));
 }
 
 void guest_stop(Fixture *f)

@@ -141,6 +141,8 @@ void read_pcap(FILE *file, PcapPacket *packet, uint8_t *frame, size_t size);
 void guest_start_queues(Fixture *f, uint64_t features);
 /* ... or with what is usual, up to DRIVER_OK. */
 void guest_start(Fixture *f);
+/* ... and have the driver set the NIC's MAC address. */
+void guest_start_address(Fixture *f, const uint8_t *address);
 /* Turn on both queue pairs; the control queue is the fifth. */
 void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5]);
 void guest_stop(Fixture *f);

@@ -522,6 +522,52 @@ static void test_stopped_only(void)
     fixture_close(&f);
 }
 
+/*
+ * What the guest sent itself, and a bridge brings back, is not taken: the
+ * address is the one that the driver has set.
+ */
+static void test_stopped_only_echo(void)
+{
+    static const uint8_t addresses[][ETH_ALEN] = {
+        { 0x52, 0x54, 0x00, 0x12, 0x34, 0x56 },         /* the command line's */
+        { 0x02, 0x00, 0x00, 0x00, 0xab, 0xcd },
+    };
+    uint8_t frame[FRAME_LEN];
+
+    for (int i = 0; i < ARRAY_SIZE(addresses); i++) {
+        Fixture f;
+
+        fixture_start(&f, CAPTURE STOPPED_ONLY);
+        if (i) {
+            guest_start_address(&f, addresses[i]);
+        } else {
+            guest_start(&f);
+        }
+        g_assert_true(vhost_started(&f));
+        for (int round = 0; round < 3; round++) {
+            uint32_t n = 100 * round;
+
+            vm_stop(&f);
+            for (int j = 0; j < 10; j++) {
+                make_frame(frame, 1000 + j);
+                memcpy(frame + ETH_ALEN, addresses[i], ETH_ALEN);
+                g_assert_cmpint(send(f.host, frame, FRAME_LEN, 0), ==,
+                                FRAME_LEN);
+                host_send(&f, n + j, 1);
+            }
+            /* The other address is nobody's. */
+            make_frame(frame, n + 10);
+            memcpy(frame + ETH_ALEN, addresses[!i], ETH_ALEN);
+            g_assert_cmpint(send(f.host, frame, FRAME_LEN, 0), ==, FRAME_LEN);
+            expect_out(&f, n, 11);
+            vm_cont(&f);
+        }
+        g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, 33);
+        g_assert_cmpuint(counter(&f, "cap", "capture-skipped"), ==, 30);
+        fixture_close(&f);
+    }
+}
+
 /* QEMU's announcement of the guest is not taken; it waits for the VM to run. */
 static void test_stopped_only_announce(void)
 {
@@ -2428,6 +2474,7 @@ int main(int argc, char **argv)
     rig_add("stop/mirror", test_stop_mirror);
     rig_add("stop/stopped-only", test_stopped_only);
     rig_add("stop/stopped-only-announce", test_stopped_only_announce);
+    rig_add("stop/stopped-only-echo", test_stopped_only_echo);
     rig_add("stop/stopped-only-no-vhost", test_stopped_only_no_vhost);
     rig_add("stop/stopped-only-multiqueue", test_stopped_only_multiqueue);
     rig_add("stop/stopped-only-not-connected", test_stopped_only_not_connected);
