@@ -36,6 +36,8 @@ typedef struct PacketRing {
     size_t size;                /* bytes */
     unsigned slots;             /* 0: there is no ring */
     unsigned next;              /* the one before it is freed with it */
+    bool empty;                 /* when it was last looked at, ... */
+    uint64_t drops;             /* ... and the kernel's drops up to then */
 } PacketRing;
 
 /*
@@ -54,6 +56,13 @@ void packet_ring_unmap(PacketRing *ring, int fd);
  */
 const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring);
 void packet_ring_release(PacketRing *ring);
+
+/*
+ * Call this when packet_ring_next() has returned NULL, with the number of
+ * frames that the kernel has dropped up to now.  Returns whether it has dropped
+ * one while there was room.
+ */
+bool packet_ring_stuck(PacketRing *ring, uint64_t drops);
 
 /* Poll: one wake-up for all sockets */
 

@@ -122,8 +122,18 @@ const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
     return slot;
 }
 
+bool packet_ring_stuck(PacketRing *ring, uint64_t drops)
+{
+    bool stuck = ring->empty && drops > ring->drops && !packet_ring_next(ring);
+
+    ring->empty = true;
+    ring->drops = drops;
+    return stuck;
+}
+
 void packet_ring_release(PacketRing *ring)
 {
+    ring->empty = false;
     qatomic_store_release(&packet_ring_slot(ring, -1)->tp_status,
                           TP_STATUS_KERNEL);
     if (++ring->next == ring->slots) {

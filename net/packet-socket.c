@@ -61,8 +61,6 @@ struct PacketSocket {
     bool passed;                /* somebody else opened it */
     size_t memory;
     uint64_t drops;
-    uint64_t drops_before;      /* if the ring has been empty since */
-    bool was_empty;
     PacketRing ring;            /* no slots: frames come in the queue alone */
     struct timespec time;       /* of the frame that was taken last */
     char ifname[IFNAMSIZ];
@@ -220,8 +218,6 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
  */
 static bool packet_socket_take_over(PacketSocket *ps, Error **errp)
 {
-    uint8_t byte;
-
     qemu_set_cloexec(ps->fd);
     if (!qemu_set_blocking(ps->fd, false, errp) ||
         !packet_socket_option(ps, SOL_PACKET, PACKET_RESERVE, 0,
@@ -232,9 +228,6 @@ static bool packet_socket_take_over(PacketSocket *ps, Error **errp)
         return false;
     }
     packet_socket_discard(ps, UINT64_MAX);
-    while (recv(ps->fd, &byte, sizeof(byte), MSG_ERRQUEUE) >= 0) {
-        /* As long as there is an error, the socket polls as readable. */
-    }
     packet_socket_drops(ps);
     ps->drops = 0;
     return true;
@@ -433,23 +426,6 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
     return len;
 }
 
-/*
- * Returns whether the kernel has dropped a frame although the ring was empty:
- * the second time, and later, that it is found empty with no frame in between.
- */
-static bool packet_socket_stuck(PacketSocket *ps)
-{
-    uint64_t before = ps->drops_before;
-
-    if (!ps->was_empty) {
-        ps->was_empty = true;
-        ps->drops_before = UINT64_MAX;
-        return false;
-    }
-    ps->drops_before = packet_socket_drops(ps);
-    return ps->drops_before > before && !packet_ring_next(&ps->ring);
-}
-
 /* What comes meanwhile, in some 10 ms, is neither read nor counted. */
 static void packet_socket_leave_ring(PacketSocket *ps)
 {
@@ -462,7 +438,6 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
                            uint8_t *frame, size_t size)
 {
     ssize_t len;
-    int err;
 
     size -= MIN(size, PACKET_SOCKET_TAG_ROOM);
     if (!ps->ring.slots) {
@@ -471,16 +446,14 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     while ((len = packet_socket_recv_slot(ps, hdr, frame, size)) == -ENOBUFS) {
         ps->drops++;
     }
-    if (len != -EAGAIN) {
-        ps->was_empty = false;
-        return len;
+    if (len == -EAGAIN) {
+        /* The ring does not tell errors. */
+        len = -packet_get_option(ps->fd, SOL_SOCKET, SO_ERROR) ?: -EAGAIN;
+        if (packet_ring_stuck(&ps->ring, packet_socket_drops(ps))) {
+            packet_socket_leave_ring(ps);
+        }
     }
-    /* The ring does not tell errors. */
-    err = packet_get_option(ps->fd, SOL_SOCKET, SO_ERROR);
-    if (!err && packet_socket_stuck(ps)) {
-        packet_socket_leave_ring(ps);
-    }
-    return err ? -err : -EAGAIN;
+    return len;
 }
 
 unsigned packet_socket_max_waiting(const PacketSocket *ps)
