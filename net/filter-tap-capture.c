@@ -21,11 +21,12 @@
  *   it works, and copies     COPY                COPY    COPY
  *   it works, and takes      TAKE
  *   it ceases to work              LINGER, or                     OFF
- *                                  DRAIN (1)
+ *                                  DRAIN (1),
+ *                                  or OFF (4)
  *   the peer has gone              LINGER (2)            OFF (2)  (3)
  *   1 s has passed                               OFF
  *   the socket is empty                                  OFF
- *   it cannot be read              OFF (2)               OFF (2)
+ *   it cannot be read              (4)                   OFF (2)
  *   it cannot be hooked      OFF                 OFF     OFF (2)
  *
  *   When it is deleted it ceases to work, and the peer gets what it accepts at
@@ -34,6 +35,7 @@
  *   (1) what is in the socket is staged; DRAIN if there is no room for all
  *   (2) what was not written is discarded, and counted as peer drops
  *   (3) what was taken is kept for the next peer
+ *   (4) while it works, it is tried again; when it ceases to work, OFF (2)
  *
  * LINGER exists because hooking and unhooking take the kernel up to 20 ms each,
  * with the BQL held: a VM that stops must not wait for it, and a peer that
@@ -260,19 +262,16 @@ static void filter_tap_capture_written(FilterTapCapture *fc, int ret)
     }
 }
 
-/* Without a peer some character devices accept and lose what is written. */
-static void filter_tap_capture_flush(FilterTapCapture *fc)
+/*
+ * Without a peer some character devices accept and lose what is written.  The
+ * peer may have made room before the watch fired: with @now, try at once.
+ */
+static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
 {
     if (fc->writer && filter_tap_capture_has_peer(fc)) {
-        filter_tap_capture_written(fc, frame_writer_flush(fc->writer));
-    }
-}
-
-/* The peer may have made room before the watch fired, so try now. */
-static void filter_tap_capture_flush_now(FilterTapCapture *fc)
-{
-    if (fc->writer && filter_tap_capture_has_peer(fc)) {
-        filter_tap_capture_written(fc, frame_writer_flush_now(fc->writer));
+        filter_tap_capture_written(fc, now ?
+                                       frame_writer_flush_now(fc->writer) :
+                                       frame_writer_flush(fc->writer));
     }
 }
 
@@ -372,9 +371,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     trace_filter_tap_capture_state(fc->user->link->ifname,
                                    capture_state_names[old],
                                    capture_state_names[new]);
-    if (old == CAPTURE_COPY) {
-        packet_poll_set(&fc->poll, false);
-    } else if (old == CAPTURE_LINGER) {
+    if (old == CAPTURE_LINGER) {
         timer_del(fc->linger);
     }
     if (new == CAPTURE_LINGER) {
@@ -390,7 +387,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
         packet_socket_unhook(fc->socket);
     }
     if (fc->socket && (new == CAPTURE_OFF ||
-                       (new == CAPTURE_COPY && old != CAPTURE_DRAIN))) {
+                       (new == CAPTURE_COPY && old == CAPTURE_LINGER))) {
         discarded = filter_tap_capture_discard(fc);
     }
     if (old != CAPTURE_LINGER) {
@@ -416,7 +413,7 @@ static void filter_tap_capture_end_copy(FilterTapCapture *fc)
                                      CAPTURE_DRAIN :
                                      err && err != -EAGAIN ?
                                      CAPTURE_OFF : CAPTURE_LINGER);
-    filter_tap_capture_flush_now(fc);
+    filter_tap_capture_flush(fc, true);
     if (fc->state == CAPTURE_DRAIN) {
         qemu_bh_schedule(fc->bh);       /* there may be room again */
     }
@@ -482,7 +479,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
     frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
     *bytes = fc->stats.bytes - before;
     *more = err != -EAGAIN;
-    filter_tap_capture_flush(fc);
+    filter_tap_capture_flush(fc, false);
     filter_tap_capture_update(fc);
     return frames;
 }
@@ -490,7 +487,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
 /* The peer may accept more, or there is more to write. */
 static void filter_tap_capture_write(void *opaque)
 {
-    filter_tap_capture_flush(opaque);
+    filter_tap_capture_flush(opaque, false);
     filter_tap_capture_update(opaque);
 }
 
@@ -501,7 +498,7 @@ static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
     switch (event) {
     case CHR_EVENT_OPENED:
         filter_tap_capture_update(fc);
-        filter_tap_capture_flush(fc);
+        filter_tap_capture_flush(fc, false);
         break;
     case CHR_EVENT_CLOSED:
         frame_writer_rewind(fc->writer);
@@ -603,10 +600,11 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     }
     drops = filter_tap_capture_stats(fc).kernel_drops;
     filter_tap_capture_set_active(fc, false);
-    do {
-        filter_tap_capture_flush_now(fc);
+    filter_tap_capture_flush(fc, true);
+    while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc)) {
         filter_tap_capture_update(fc);
-    } while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc));
+        filter_tap_capture_flush(fc, true);
+    }
     if (fc->config.chr_out) {
         qemu_chr_fe_set_handlers(fc->config.chr_out, NULL, NULL, NULL, NULL,
                                  NULL, NULL, true);

@@ -232,6 +232,7 @@ static void filter_tap_inject_along_chain(FilterTapInject *fi,
                                        header, iov[0].iov_len, swap)) {
         err = EINVAL;
     }
+    errno = 0;
     if (!err && (!nf->netdev->peer || nf->netdev->link_down)) {
         err = ENETDOWN;
     } else if (!err && qemu_netfilter_pass_to_next(nf->netdev->peer, 0, iov,

@@ -17,7 +17,7 @@
 /* Frames that are further apart on average do not wait for each other. */
 #define FRAME_PACE_NS (200 * SCALE_US)
 
-/* So many frames at a time say it all, while one more or less says little. */
+/* So many frames tell the rate; fewer are averaged with those before. */
 #define FRAME_PACE_MANY 16
 
 typedef struct FramePace {

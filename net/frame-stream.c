@@ -110,6 +110,12 @@ static void frame_writer_retry(void *opaque)
     FrameWriter *fw = opaque;
 
     frame_writer_flush(fw);
+    if (frame_writer_empty(fw) && fw->buf.size > FRAME_WRITER_KEEP) {
+        timer_del(fw->retry);
+        g_free(fw->buf.data);
+        fw->buf = (FrameBuffer) { };
+        fw->first = 0;
+    }
     fw->progress(fw->opaque);
 }
 
@@ -200,10 +206,6 @@ static void frame_writer_advance(FrameWriter *fw, size_t written)
     fw->buf.head += written;
     if (fw->buf.head == fw->buf.tail) {
         fw->first = fw->buf.head = fw->buf.tail = 0;
-        if (fw->buf.size > FRAME_WRITER_KEEP) {
-            g_clear_pointer(&fw->buf.data, g_free);
-            fw->buf.size = 0;
-        }
         return;
     }
     while (fw->first < fw->buf.head &&
@@ -236,6 +238,14 @@ static void frame_writer_retry_later(FrameWriter *fw)
 {
     timer_mod(fw->retry, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
                          FRAME_WRITER_RETRY_MS);
+}
+
+/* Not now: a write of the buffer may be going on. */
+static void frame_writer_trim_later(FrameWriter *fw)
+{
+    if (fw->buf.size > FRAME_WRITER_KEEP) {
+        frame_writer_retry_later(fw);
+    }
 }
 
 static void frame_writer_wait(FrameWriter *fw)
@@ -276,6 +286,7 @@ int frame_writer_flush(FrameWriter *fw)
         }
         frame_writer_advance(fw, ret);
     }
+    frame_writer_trim_later(fw);
     return 0;
 }
 
@@ -299,6 +310,7 @@ uint64_t frame_writer_discard(FrameWriter *fw)
     }
     buf->tail = keep;
     fw->generation++;
+    frame_writer_trim_later(fw);
     return frames;
 }
 

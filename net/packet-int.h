@@ -35,7 +35,7 @@ typedef struct PacketRing {
     uint8_t *memory;
     size_t size;                /* bytes */
     unsigned slots;             /* 0: there is no ring */
-    unsigned next;              /* the one before it is freed with it */
+    unsigned next;              /* to be read; the one before is still ours */
     bool empty;                 /* when it was last looked at, ... */
     uint64_t drops;             /* ... and the kernel's drops up to then */
 } PacketRing;

@@ -127,7 +127,7 @@ static void packet_poll_readable(void *opaque)
     }
     wait = frame_pace(&packet_poll.pace, now, frames, bytes);
     if (!QTAILQ_EMPTY(&packet_poll.ready)) {
-        /* Nothing can be read although there may be more: not all the time. */
+        /* If nothing could be read, try again, but do not spin. */
         wait = frames ? 1 : POLL_MAX_NS;
     }
     packet_poll_set_timer(wait);

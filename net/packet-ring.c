@@ -50,7 +50,7 @@ static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring, int ahead)
 }
 
 /* Longer frames wait in the socket's queue; their slots refer to it. */
-static bool packet_ring_set_up(PacketRing *ring, int fd, Error **errp)
+static bool packet_ring_set_up(PacketRing *ring, int fd)
 {
     struct tpacket_req req = {
         .tp_block_size = BLOCK_SIZE,
@@ -81,7 +81,7 @@ bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
                      Error **errp)
 {
     ring->size = MAX(1, size / BLOCK_SIZE) * BLOCK_SIZE;
-    if (!packet_ring_set_up(ring, fd, errp)) {
+    if (!packet_ring_set_up(ring, fd)) {
         error_setg_errno(errp, errno, "could not get a ring of %zu KiB for "
                          "the packet socket of interface '%s'",
                          ring->size / KiB, ifname);

@@ -281,7 +281,7 @@ PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
                                      "PACKET_QDISC_BYPASS", errp) ||
                !packet_socket_set_filter(ps, 0, errp) ||
                (ps->passed && !packet_socket_take_over(ps, errp)) ||
-               /* The protocol stays 0, so no frame is queued. */
+               /* To bind protocol 0 keeps the present one, which gets none. */
                !packet_socket_bind(ps, 0, errp))) {
         packet_socket_abandon(g_steal_pointer(&ps));
     }
@@ -458,14 +458,11 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
 
 unsigned packet_socket_max_waiting(const PacketSocket *ps)
 {
-    uint32_t memory[SK_MEMINFO_VARS];
+    uint32_t memory[SK_MEMINFO_VARS] = { };
     socklen_t size = sizeof(memory);
 
-    /* Since Linux 4.12; before that, as much as may wait. */
-    if (getsockopt(ps->fd, SOL_SOCKET, SO_MEMINFO, memory, &size) < 0) {
-        memory[SK_MEMINFO_RMEM_ALLOC] =
-            packet_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF);
-    }
+    /* Since Linux 4.12 */
+    getsockopt(ps->fd, SOL_SOCKET, SO_MEMINFO, memory, &size);
     /* And one read for an error, which comes before the frames. */
     return ps->ring.slots +
            memory[SK_MEMINFO_RMEM_ALLOC] / QUEUE_MIN_MEMORY + 1;

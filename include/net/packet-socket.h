@@ -52,8 +52,8 @@ typedef struct PacketSocket PacketSocket;
  * options may have changed.
  *
  * A sixth of @memory is a ring, which is there all the time.  The rest is for
- * frames of more than 1522 bytes.  Without CAP_NET_ADMIN it is no more than
- * twice net.core.rmem_max, or more, if @fd has it (SO_RCVBUFFORCE).
+ * frames of more than 1522 bytes.  Without CAP_NET_ADMIN it is limited to twice
+ * net.core.rmem_max, unless whoever opened @fd has set more (SO_RCVBUFFORCE).
  *
  * Returns: the socket, which packet_socket_free() destroys, or NULL.
  */

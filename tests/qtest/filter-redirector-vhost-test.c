@@ -15,6 +15,7 @@
 #include "filter-redirector-rig.h"
 #include "libqos/virtio.h"
 #include "qemu/bswap.h"
+#include "qemu/cutils.h"
 #include "qapi/error.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
@@ -1694,6 +1695,54 @@ static void test_slow_peer_off(void)
 }
 
 /* Who deletes it while the peer is behind is told what that costs. */
+/*
+ * A peer that accepts all at once gets all, more than is staged at a time.  QEMU
+ * is stopped, so that the frames wait when the filter is deleted.
+ */
+static void test_deleted_accepting(void)
+{
+    const uint32_t n = 150;
+    const size_t len = 9000;
+    g_autofree uint8_t *frame = g_malloc0(len);
+    g_autofree char *path = NULL, *args = NULL, *text = NULL;
+    struct ifreq ifr = { .ifr_mtu = len };
+    struct stat st;
+    Fixture f;
+
+    path = g_strdup_printf("/tmp/deleted-%d", getpid());
+    args = g_strdup_printf("-chardev file,id=file,path=%s "
+                           "-object filter-redirector,id=cap,netdev=n0,"
+                           "outdev=file,queue=tx,buffer-size=4M", path);
+    fixture_start(&f, args);
+    guest_start(&f);
+    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), f.ifname);
+    g_assert_cmpint(ioctl(f.host, SIOCSIFMTU, &ifr), ==, 0);
+    for (int round = 0; round < 3; round++) {
+        pid_t pid = qtest_pid(f.qts);
+
+        expect_source(&f, "cap", "packet-socket");
+        make_frame(frame, round);
+        kill(pid, SIGSTOP);
+        for (uint32_t i = 0; i < n; i++) {
+            g_assert_cmpint(send(f.host, frame, len, 0), ==, len);
+        }
+        qtest_qmp_send(f.qts, "{'execute': 'object-del',"
+                              " 'arguments': {'id': 'cap'}}");
+        kill(pid, SIGCONT);
+        qobject_unref(qtest_qmp_receive(f.qts));
+        g_assert_cmpint(stat(path, &st), ==, 0);
+        g_assert_cmpint(st.st_size, ==, (round + 1) * n * (4 + 12 + len));
+        qtest_qmp_assert_success(f.qts, "{'execute': 'object-add',"
+            " 'arguments': {'qom-type': 'filter-redirector', 'id': 'cap',"
+            "  'netdev': 'n0', 'outdev': 'file', 'queue': 'tx',"
+            "  'buffer-size': 4194304}}");
+    }
+    text = qtest_hmp(f.qts, "object_del cap");
+    g_assert_cmpstr(text, ==, "");
+    unlink(path);
+    fixture_close(&f);
+}
+
 static void test_slow_peer_deleted(void)
 {
     for (int off = 0; off < 2; off++) {
@@ -2511,6 +2560,7 @@ int main(int argc, char **argv)
     rig_add("peer/slow", test_slow_peer);
     rig_add("peer/slow-off", test_slow_peer_off);
     rig_add("peer/slow-deleted", test_slow_peer_deleted);
+    rig_add("peer/deleted-accepting", test_deleted_accepting);
     rig_add("peer/slow-handed-over", test_slow_peer_handed_over);
     rig_add("peer/error", test_peer_error);
     rig_add("peer/buffer-size", test_buffer_size);
