@@ -1308,7 +1308,8 @@ int main(int argc, char **argv)
     rig_add("getfd/both", test_getfd_both);
     rig_add("getfd/stopped-only", test_getfd_stopped_only);
     rig_add("getfd/mirror", test_mirror);
-    rig_add("getfd/dump", test_dump);
+    rig_add_if("-object filter-dump", "packet-socket", "getfd/dump",
+               test_dump);
     rig_add("fdset", test_fdset);
     rig_add("later/tx", test_later_tx);
     rig_add("later/all", test_later_all);

@@ -63,6 +63,12 @@ typedef struct Fixture {
 /* Tests are named /@name/... and run in namespaces of their own. */
 void rig_init(int *argc, char ***argv, const char *name);
 void rig_add(const char *path, void (*func)(void));
+/*
+ * The same if the help of QEMU's @option ("-object TYPE" or "-device TYPE")
+ * knows @property: for what not every QEMU with the redirector has.
+ */
+void rig_add_if(const char *option, const char *property, const char *path,
+                void (*func)(void));
 
 /* Run @func in a child that has its own namespaces and capabilities. */
 void in_child(void (*func)(void));

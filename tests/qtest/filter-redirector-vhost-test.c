@@ -2505,9 +2505,12 @@ int main(int argc, char **argv)
     rig_add("capture/bursts", test_capture_bursts);
     rig_add("capture/two", test_capture_two);
     rig_add("capture/mirror", test_capture_mirror);
-    rig_add("capture/dump", test_capture_dump);
-    rig_add("capture/dump-maxlen", test_capture_dump_maxlen);
-    rig_add("capture/dump-full", test_capture_dump_full);
+    rig_add_if("-object filter-dump", "packet-socket", "capture/dump",
+               test_capture_dump);
+    rig_add_if("-object filter-dump", "packet-socket", "capture/dump-maxlen",
+               test_capture_dump_maxlen);
+    rig_add_if("-object filter-dump", "packet-socket", "capture/dump-full",
+               test_capture_dump_full);
     rig_add("mixed", test_mixed);
     rig_add("mixed-order", test_mixed_order);
     rig_add("capture/datagrams", test_capture_datagrams);
