@@ -543,6 +543,7 @@ static bool filter_tap_capture_open(FilterTapCapture *fc, size_t memory, int fd,
         return false;
     }
     if (!packet_poll_add(&fc->poll, packet_socket_fd(fc->socket),
+                         packet_socket_max_waiting(fc->socket),
                          filter_tap_capture_poll, errp)) {
         packet_socket_abandon(fc->socket);
         return false;

@@ -38,6 +38,7 @@ typedef struct PacketRing {
     unsigned next;              /* to be read; the one before is still ours */
     bool empty;                 /* when it was last looked at, ... */
     uint64_t drops;             /* ... and the kernel's drops up to then */
+    unsigned dropped;           /* how often it did while the ring was empty */
 } PacketRing;
 
 /*
@@ -60,7 +61,8 @@ void packet_ring_release(PacketRing *ring);
 /*
  * Call this when packet_ring_next() has returned NULL, with the number of
  * frames that the kernel has dropped up to now.  Returns whether it has dropped
- * one while there was room.
+ * frames while there was room, two times in a row: a kernel whose rings do not
+ * get stuck drops one that it has no header for, too.
  */
 bool packet_ring_stuck(PacketRing *ring, uint64_t drops);
 
@@ -86,11 +88,11 @@ struct PacketPollEntry {
 };
 
 /*
- * Add @entry, disabled, to what is polled.  Returns false on failure.  Remove
- * it before @fd is closed.
+ * Add @entry, disabled, to what is polled.  @room is how many frames may wait
+ * there.  Returns false on failure.  Remove it before @fd is closed.
  */
-bool packet_poll_add(PacketPollEntry *entry, int fd, PacketPollRead *read,
-                     Error **errp);
+bool packet_poll_add(PacketPollEntry *entry, int fd, unsigned room,
+                     PacketPollRead *read, Error **errp);
 void packet_poll_remove(PacketPollEntry *entry);
 
 /*

@@ -31,7 +31,9 @@
 #define POLL_BATCH 1024
 #define POLL_BATCH_BYTES (256 * KiB)
 
+/* How long, and how many, frames may wait for the timer. */
 #define POLL_MAX_NS (10 * SCALE_MS)
+#define POLL_MAX_FRAMES 600
 #define POLL_EVENTS 256
 
 static struct {
@@ -45,7 +47,6 @@ static struct {
     .ready = QTAILQ_HEAD_INITIALIZER(packet_poll.ready),
     .pace = {
         .max_ns = POLL_MAX_NS,
-        .max_frames = 600,
         .max_bytes = 128 * KiB, /* a socket chardev takes no more at a time */
     },
 };
@@ -152,6 +153,7 @@ static bool packet_poll_open(Error **errp)
         return false;
     }
     packet_poll.paced = false;
+    packet_poll.pace.max_frames = POLL_MAX_FRAMES;
     qemu_set_fd_handler(packet_poll.timer_fd, packet_poll_readable, NULL, NULL);
     qemu_set_fd_handler(packet_poll.epoll_fd, packet_poll_readable, NULL, NULL);
     return true;
@@ -165,14 +167,15 @@ static void packet_poll_close(void)
     close(packet_poll.epoll_fd);
 }
 
-bool packet_poll_add(PacketPollEntry *entry, int fd, PacketPollRead *read,
-                     Error **errp)
+bool packet_poll_add(PacketPollEntry *entry, int fd, unsigned room,
+                     PacketPollRead *read, Error **errp)
 {
     struct epoll_event event = { .events = EPOLLET, .data.ptr = entry };
 
     if (!packet_poll.entries && !packet_poll_open(errp)) {
         return false;
     }
+    packet_poll.pace.max_frames = MIN(packet_poll.pace.max_frames, room / 2);
     entry->fd = fd;
     entry->read = read;
     packet_poll.entries++;

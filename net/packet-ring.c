@@ -124,16 +124,26 @@ const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
 
 bool packet_ring_stuck(PacketRing *ring, uint64_t drops)
 {
-    bool stuck = ring->empty && drops > ring->drops && !packet_ring_next(ring);
+    bool dropped = ring->empty && drops > ring->drops;
 
     ring->empty = true;
     ring->drops = drops;
-    return stuck;
+    /*
+     * If the slot behind has a frame, another CPU still writes the next one,
+     * and the ring was full.
+     */
+    if (dropped && !packet_ring_next(ring) &&
+        !(qatomic_load_acquire(&packet_ring_slot(ring, 1)->tp_status) &
+          TP_STATUS_USER)) {
+        ring->dropped++;
+    }
+    return ring->dropped > 1;
 }
 
 void packet_ring_release(PacketRing *ring)
 {
     ring->empty = false;
+    ring->dropped = 0;
     qatomic_store_release(&packet_ring_slot(ring, -1)->tp_status,
                           TP_STATUS_KERNEL);
     if (++ring->next == ring->slots) {

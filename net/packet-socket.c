@@ -39,11 +39,15 @@
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qemu/sockets.h"
+#include "qemu/units.h"
 #include "packet-int.h"
 #include "trace.h"
 
 /* What a frame in the queue counts as at least; 768 bytes on x86-64. */
 #define QUEUE_MIN_MEMORY 512
+
+/* Memory for some 3,000 small frames: what comes in some milliseconds */
+#define RING_ENOUGH (4608 * KiB)
 
 /*
  * A protocol that no frame of an Ethernet device has, so that a socket bound to
@@ -239,7 +243,7 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                                         Error **errp)
 {
     PacketSocket *ps = packet_socket_new(ifname, ifindex, fd, errp);
-    size_t ring = memory / 6;
+    size_t ring = MAX(MIN(memory / 3 * 2, RING_ENOUGH), memory / 6);
 
     if (!ps) {
         return NULL;
@@ -406,7 +410,9 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
     data = (const uint8_t *)slot + slot->tp_mac;
     if (status & TP_STATUS_COPY) {
         len = packet_socket_recv_queue(ps, hdr, frame, size);
-        if (len < 0 && len != -EMSGSIZE && len != -EINVAL) {
+        if (len == -EAGAIN) {
+            len = -ENOBUFS;     /* somebody else has read it */
+        } else if (len < 0 && len != -EMSGSIZE && len != -EINVAL) {
             return len;         /* which came first; the frame is still there */
         }
     } else if (slot->tp_snaplen < slot->tp_len) {

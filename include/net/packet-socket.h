@@ -51,7 +51,8 @@ typedef struct PacketSocket PacketSocket;
  * nothing can widen it any more.  On failure @fd stays the caller's, but its
  * options may have changed.
  *
- * A sixth of @memory is a ring, which is there all the time.  The rest is for
+ * A part of @memory is a ring, which is there all the time: two thirds of a
+ * little, and a sixth of much, but no less than 4.5 MiB.  The rest is for
  * frames of more than 1522 bytes.  Without CAP_NET_ADMIN it is limited to twice
  * net.core.rmem_max, unless whoever opened @fd has set more (SO_RCVBUFFORCE).
  *
