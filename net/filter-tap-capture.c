@@ -362,6 +362,10 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     CaptureState old = fc->state;
     uint64_t discarded = 0;
 
+    if (new == CAPTURE_COPY && old == CAPTURE_OFF) {
+        /* Nothing, unless the socket could not be read. */
+        fc->stats.peer_drops += filter_tap_capture_discard(fc);
+    }
     if (new == CAPTURE_COPY && !filter_tap_capture_hook(fc)) {
         new = CAPTURE_OFF;
     }
