@@ -111,7 +111,6 @@ static void frame_writer_retry(void *opaque)
 
     frame_writer_flush(fw);
     if (frame_writer_empty(fw) && fw->buf.size > FRAME_WRITER_KEEP) {
-        timer_del(fw->retry);
         g_free(fw->buf.data);
         fw->buf = (FrameBuffer) { };
         fw->first = 0;
@@ -240,14 +239,6 @@ static void frame_writer_retry_later(FrameWriter *fw)
                          FRAME_WRITER_RETRY_MS);
 }
 
-/* Not now: a write of the buffer may be going on. */
-static void frame_writer_trim_later(FrameWriter *fw)
-{
-    if (fw->buf.size > FRAME_WRITER_KEEP) {
-        frame_writer_retry_later(fw);
-    }
-}
-
 static void frame_writer_wait(FrameWriter *fw)
 {
     fw->watch = qemu_chr_fe_add_watch(fw->chr, G_IO_OUT | G_IO_HUP,
@@ -286,7 +277,9 @@ int frame_writer_flush(FrameWriter *fw)
         }
         frame_writer_advance(fw, ret);
     }
-    frame_writer_trim_later(fw);
+    if (buf->size > FRAME_WRITER_KEEP) {
+        frame_writer_retry_later(fw);
+    }
     return 0;
 }
 
@@ -310,7 +303,9 @@ uint64_t frame_writer_discard(FrameWriter *fw)
     }
     buf->tail = keep;
     fw->generation++;
-    frame_writer_trim_later(fw);
+    if (buf->size > FRAME_WRITER_KEEP) {
+        frame_writer_retry_later(fw);   /* a write of it may be going on now */
+    }
     return frames;
 }
 

@@ -2174,8 +2174,8 @@ int main(int argc, char **argv)
     rig_add("guest/set-link", test_guest_set_link);
     rig_add_if("-device virtio-net-pci", "datapath", "guest/vhost-fails",
                test_guest_vhost_fails);
-    rig_add_if("-device virtio-net-pci", "datapath", "guest/queue-reset-blocked",
-               test_queue_reset_blocked);
+    rig_add_if("-device virtio-net-pci", "datapath",
+               "guest/queue-reset-blocked", test_queue_reset_blocked);
     rig_add_if("-device virtio-net-pci", "datapath", "guest/stop-blocked",
                test_guest_stop_blocked);
     rig_add_if("-device virtio-net-pci", "datapath", "guest/no-vhost",

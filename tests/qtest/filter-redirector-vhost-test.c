@@ -1696,8 +1696,8 @@ static void test_slow_peer_off(void)
 
 /* Who deletes it while the peer is behind is told what that costs. */
 /*
- * A peer that accepts all at once gets all, more than is staged at a time.  QEMU
- * is stopped, so that the frames wait when the filter is deleted.
+ * A peer that accepts all at once gets all, more than is staged at a time.
+ * QEMU is stopped, so that the frames wait when the filter is deleted.
  */
 static void test_deleted_accepting(void)
 {
