@@ -109,12 +109,14 @@ static void frame_writer_retry(void *opaque)
 {
     FrameWriter *fw = opaque;
 
-    frame_writer_flush(fw);
-    if (frame_writer_empty(fw) && fw->buf.size > FRAME_WRITER_KEEP) {
+    if (frame_writer_empty(fw)) {
+        /* There is nothing to try again: the memory can be given back. */
         g_free(fw->buf.data);
         fw->buf = (FrameBuffer) { };
         fw->first = 0;
+        return;
     }
+    frame_writer_flush(fw);
     fw->progress(fw->opaque);
 }
 
