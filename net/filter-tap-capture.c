@@ -53,6 +53,7 @@
 #include "net/frame-stream.h"
 #include "net/packet-socket.h"
 #include "packet-int.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/main-loop.h"
@@ -103,7 +104,7 @@ struct FilterTapCapture {
     QEMUBH *bh;                 /* write, and go on draining */
     QEMUTimer *linger;
     uint64_t kernel_drops_seen;
-    MACAddr nic_address;        /* in TAKE, or all 0 */
+    MACAddr nic_address;        /* in TAKE; all 0 if it is not known */
     FilterTapCaptureStats stats;
 };
 
@@ -285,13 +286,12 @@ static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
 static bool filter_tap_capture_is_echo(const FilterTapCapture *fc,
                                        const struct iovec *iov, int iovcnt)
 {
-    const MACAddr none = { };
     MACAddr source;
 
     return iov_to_buf(iov, iovcnt, fc->nf->netdev->vnet_hdr_len + ETH_ALEN,
                       &source, sizeof(source)) == sizeof(source) &&
            !memcmp(&source, &fc->nic_address, sizeof(source)) &&
-           memcmp(&source, &none, sizeof(source));
+           !buffer_is_zero(&source, sizeof(source));
 }
 
 static void filter_tap_capture_take(FilterTapCapture *fc,

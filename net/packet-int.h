@@ -36,9 +36,8 @@ typedef struct PacketRing {
     size_t size;                /* bytes */
     unsigned slots;             /* 0: there is no ring */
     unsigned next;              /* to be read; the one before is still ours */
-    bool empty;                 /* when it was last looked at, ... */
-    uint64_t drops;             /* ... and the kernel's drops up to then */
-    unsigned dropped;           /* how often it did while the ring was empty */
+    uint64_t drops;             /* when it was found empty, and is since */
+    unsigned dropped;           /* how often they have grown since */
 } PacketRing;
 
 /*
@@ -83,8 +82,7 @@ struct PacketPollEntry {
     int fd;
     PacketPollRead *read;
     bool enabled;
-    bool ready;
-    QTAILQ_ENTRY(PacketPollEntry) next;
+    QTAILQ_ENTRY(PacketPollEntry) next;     /* of those that are ready */
 };
 
 /*

@@ -74,10 +74,9 @@ static void packet_poll_set_timer(int64_t ns)
 
 static void packet_poll_set_ready(PacketPollEntry *entry, bool ready)
 {
-    if (entry->ready) {
+    if (QTAILQ_IN_USE(entry, next)) {
         QTAILQ_REMOVE(&packet_poll.ready, entry, next);
     }
-    entry->ready = ready;
     if (ready) {
         QTAILQ_INSERT_TAIL(&packet_poll.ready, entry, next);
     }
@@ -93,7 +92,7 @@ static unsigned packet_poll_wait(void)
 
     for (int i = 0; i < n; i++) {
         entry = events[i].data.ptr;
-        if (entry->enabled && !entry->ready) {
+        if (entry->enabled && !QTAILQ_IN_USE(entry, next)) {
             packet_poll_set_ready(entry, true);
         }
     }

@@ -124,9 +124,8 @@ const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
 
 bool packet_ring_stuck(PacketRing *ring, uint64_t drops)
 {
-    bool dropped = ring->empty && drops > ring->drops;
+    bool dropped = drops > ring->drops;
 
-    ring->empty = true;
     ring->drops = drops;
     /*
      * If the slot behind has a frame, another CPU still writes the next one,
@@ -142,7 +141,7 @@ bool packet_ring_stuck(PacketRing *ring, uint64_t drops)
 
 void packet_ring_release(PacketRing *ring)
 {
-    ring->empty = false;
+    ring->drops = UINT64_MAX;
     ring->dropped = 0;
     qatomic_store_release(&packet_ring_slot(ring, -1)->tp_status,
                           TP_STATUS_KERNEL);

@@ -200,7 +200,8 @@ class QemuContestant:
             if dev['label'].startswith('out')))
 
     def capture(self, load):
-        with Program('read', self.out, **load.shape(), cpu=RECEIVER_CPU) as reader:
+        with Program('read', self.out, **load.shape(),
+                     cpu=RECEIVER_CPU) as reader:
             reader.ready()
             self.await_source('packet-socket')
             before, cpu = self.counters('cap'), self.qemu.cpu_ns()
@@ -231,7 +232,8 @@ class QemuContestant:
         if self.source == 'chain':
             return self.inject_chain(load)
         fds = [tap.reader for tap in self.taps]
-        with Program('tap', fds, fds=fds, **load.shape(), cpu=RECEIVER_CPU) as reader, \
+        with Program('tap', fds, fds=fds, **load.shape(),
+                     cpu=RECEIVER_CPU) as reader, \
                 Program('write', self.into, **load.options()) as writer:
             reader.ready()
             before, cpu = self.counters('inj'), self.qemu.cpu_ns()
@@ -473,7 +475,8 @@ class Bare:
 
     def inject(self, load):
         fds = [self.tap.reader]
-        with Program('tap', fds, fds=fds, **load.shape(), cpu=RECEIVER_CPU) as reader:
+        with Program('tap', fds, fds=fds, **load.shape(),
+                     cpu=RECEIVER_CPU) as reader:
             reader.ready()
             sender = send([self.tap], load, bypass=1)
             reader.tell(sender['sent'])
@@ -528,7 +531,8 @@ class Relay:
 
     def inject(self, load):
         fds = [self.tap.reader]
-        with Program('tap', fds, fds=fds, **load.shape(), cpu=RECEIVER_CPU) as reader, \
+        with Program('tap', fds, fds=fds, **load.shape(),
+                     cpu=RECEIVER_CPU) as reader, \
                 Program('write', [self.path], **load.options()) as writer:
             reader.ready()
             cpu = cpu_ns(self.program.process.pid)

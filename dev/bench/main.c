@@ -78,15 +78,22 @@ void *allocate(size_t size)
     return memory;
 }
 
-int connect_unix(const char *path)
+static struct sockaddr_un unix_address(const char *path)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
-    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
     if (strlen(path) >= sizeof(address.sun_path)) {
         die("'%s' is too long", path);
     }
     strcpy(address.sun_path, path);
+    return address;
+}
+
+int connect_unix(const char *path)
+{
+    struct sockaddr_un address = unix_address(path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
     if (fd < 0 ||
         connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
         die("connect to '%s': %s", path, strerror(errno));
@@ -94,26 +101,26 @@ int connect_unix(const char *path)
     return fd;
 }
 
-/* Wait for one peer at @path. */
-int accept_unix(const char *path)
+int listen_unix(const char *path)
 {
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
-    int listener = socket(AF_UNIX, SOCK_STREAM, 0), fd;
+    struct sockaddr_un address = unix_address(path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
-    if (strlen(path) >= sizeof(address.sun_path)) {
-        die("'%s' is too long", path);
-    }
-    strcpy(address.sun_path, path);
-    if (listener < 0 ||
-        bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-        listen(listener, 1) < 0) {
+    if (fd < 0 ||
+        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        listen(fd, 1) < 0) {
         die("listen on '%s': %s", path, strerror(errno));
     }
-    fd = accept(listener, NULL, NULL);
+    return fd;
+}
+
+int accept_peer(int listener)
+{
+    int fd = accept(listener, NULL, NULL);
+
     if (fd < 0) {
         die("accept: %s", strerror(errno));
     }
-    close(listener);
     return fd;
 }
 

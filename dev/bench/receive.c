@@ -332,7 +332,7 @@ int capture_main(const Options *o)
     source->data = allocate(MESSAGES * (MAX_FRAME + 1));
     cpu = cpu_ns();
     if (o->targets == 2) {
-        out = accept_unix(o->target[1]);
+        out = accept_peer(listen_unix(o->target[1]));
         one.targets = 1;
     }
     receive(&one, source, drain_packets, &tally);

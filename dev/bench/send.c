@@ -387,19 +387,13 @@ static size_t relay_stream(int out, uint8_t *data, size_t len)
 
 int relay_main(const Options *o)
 {
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
     uint8_t *data = allocate(RELAY_BUFFER);
-    int listener = socket(AF_UNIX, SOCK_STREAM, 0), in, out;
+    int listener, in, out;
 
-    if (o->targets != 2 || strlen(o->target[0]) >= sizeof(address.sun_path)) {
+    if (o->targets != 2) {
         die("relay takes a path and an interface");
     }
-    strcpy(address.sun_path, o->target[0]);
-    if (listener < 0 ||
-        bind(listener, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-        listen(listener, 1) < 0) {
-        die("listen on '%s': %s", o->target[0], strerror(errno));
-    }
+    listener = listen_unix(o->target[0]);
     out = open_packet_socket(o->target[1], true);
     printf("ready\n");
     fflush(stdout);
@@ -407,10 +401,7 @@ int relay_main(const Options *o)
         size_t used = 0, taken;
         ssize_t got;
 
-        in = accept(listener, NULL, NULL);
-        if (in < 0) {
-            die("accept: %s", strerror(errno));
-        }
+        in = accept_peer(listener);
         while ((got = read(in, data + used, RELAY_BUFFER - used)) > 0) {
             used += got;
             taken = relay_stream(out, data, used);

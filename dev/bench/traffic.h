@@ -42,7 +42,8 @@ uint64_t cpu_ns(void);
 void sleep_until(uint64_t when);
 void *allocate(size_t size);
 int connect_unix(const char *path);
-int accept_unix(const char *path);
+int listen_unix(const char *path);
+int accept_peer(int listener);
 
 /* frames.c */
 
