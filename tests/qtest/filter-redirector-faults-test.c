@@ -2172,14 +2172,12 @@ int main(int argc, char **argv)
     rig_add("guest/reset", test_guest_reset);
     rig_add("guest/suspend", test_guest_suspend);
     rig_add("guest/set-link", test_guest_set_link);
-    rig_add_if("-device virtio-net-pci", "datapath", "guest/vhost-fails",
-               test_guest_vhost_fails);
-    rig_add_if("-device virtio-net-pci", "datapath",
-               "guest/queue-reset-blocked", test_queue_reset_blocked);
-    rig_add_if("-device virtio-net-pci", "datapath", "guest/stop-blocked",
-               test_guest_stop_blocked);
-    rig_add_if("-device virtio-net-pci", "datapath", "guest/no-vhost",
-               test_guest_no_vhost);
+    if (HAS_FALLBACK) {
+        rig_add("guest/vhost-fails", test_guest_vhost_fails);
+        rig_add("guest/queue-reset-blocked", test_queue_reset_blocked);
+        rig_add("guest/stop-blocked", test_guest_stop_blocked);
+        rig_add("guest/no-vhost", test_guest_no_vhost);
+    }
     rig_add("guest/ring-errors", test_guest_ring_errors);
     rig_add("memory/allocations", test_allocations);
     ret = g_test_run();

@@ -1032,6 +1032,9 @@ static void test_random(void)
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-redirector-lifecycle");
-    rig_add("random", test_random);
+    if (HAS_FALLBACK) {
+        /* Without it QEMU loses packets at a stop. */
+        rig_add("random", test_random);
+    }
     return g_test_run();
 }

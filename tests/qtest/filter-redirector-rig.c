@@ -1015,16 +1015,13 @@ void rig_add(const char *path, void (*func)(void))
     qtest_add_func(full, have_vhost ? func : skip);
 }
 
-void rig_add_if(const char *option, const char *property, const char *path,
-                void (*func)(void))
+bool rig_has(const char *option, const char *property)
 {
     g_autofree char *command = g_strdup_printf("%s %s,help",
                                                qtest_qemu_binary(NULL), option);
-    g_autofree char *help = NULL;
     g_autofree char *line = g_strdup_printf(" %s=", property);
+    g_autofree char *help = NULL;
 
     g_assert_true(g_spawn_command_line_sync(command, &help, NULL, NULL, NULL));
-    if (strstr(help, line)) {
-        rig_add(path, func);
-    }
+    return strstr(help, line);
 }

@@ -63,12 +63,14 @@ typedef struct Fixture {
 /* Tests are named /@name/... and run in namespaces of their own. */
 void rig_init(int *argc, char ***argv, const char *name);
 void rig_add(const char *path, void (*func)(void));
+
 /*
- * The same if the help of QEMU's @option ("-object TYPE" or "-device TYPE")
- * knows @property: for what not every QEMU with the redirector has.
+ * What not every QEMU with the redirector has.  The help of @option, "-object
+ * TYPE" or "-device TYPE", tells whether there is @property.
  */
-void rig_add_if(const char *option, const char *property, const char *path,
-                void (*func)(void));
+bool rig_has(const char *option, const char *property);
+#define HAS_DUMP rig_has("-object filter-dump", "packet-socket")
+#define HAS_FALLBACK rig_has("-device virtio-net-pci", "datapath")
 
 /* Run @func in a child that has its own namespaces and capabilities. */
 void in_child(void (*func)(void));
