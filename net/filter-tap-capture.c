@@ -501,8 +501,7 @@ static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
 
     switch (event) {
     case CHR_EVENT_OPENED:
-        filter_tap_capture_update(fc);
-        filter_tap_capture_flush(fc, false);
+        filter_tap_capture_write(fc);
         break;
     case CHR_EVENT_CLOSED:
         frame_writer_rewind(fc->writer);

@@ -29,7 +29,6 @@
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
-#include "qemu/units.h"
 #include "chardev/char.h"
 #include "net/frame-stream.h"
 
@@ -40,7 +39,7 @@
 #define DATAGRAM_MAX 65507
 
 /* So much memory is kept for the next frames. */
-#define FRAME_WRITER_KEEP (1 * MiB)
+#define FRAME_WRITER_KEEP (1 << 20)
 
 /* How many batches are handed out before others get their turn. */
 #define FRAME_READER_BATCHES 4

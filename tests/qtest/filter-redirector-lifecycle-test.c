@@ -133,6 +133,9 @@ static gint64 limit(void)
 
 static void G_NORETURN tell(Life *l)
 {
+    const uint8_t *ram = l->f.guest.ram;
+    const QVirtQueue *rx = l->f.guest.rx;
+
     g_test_message("the VM %s%s; cap %s, its peer %s; sav %s, its peer %s; "
                    "inj %s, its peer %s", l->running ? "runs" : "is stopped",
                    l->migrating ? " in a migration" : "",
@@ -142,6 +145,12 @@ static void G_NORETURN tell(Life *l)
                    l->sav.fd < 0 ? "no" : "yes",
                    !l->inj.exists ? "no" : l->inj.on ? "on" : "off",
                    l->inj.fd < 0 ? "no" : "yes");
+    g_test_message("vhost %s; of the guest's receive buffers %u are available, "
+                   "%u used, %u taken; flags %x",
+                   vhost_started(&l->f) ? "works" : "does not work",
+                   lduw_le_p(ram + rx->avail + 2),
+                   lduw_le_p(ram + rx->used + 2),
+                   rx->last_used_idx, lduw_le_p(ram + rx->used));
     for (unsigned i = MAX(l->commands, HISTORY) - HISTORY; i <= l->commands;
          i++) {
         g_test_message("%u: %s", i, l->history[i % HISTORY]);
