@@ -10,7 +10,17 @@
  *       a number before the request comes back before the answer: "ID hello"
  *       with "ID ready"; "ID count RUN" with the number of packets that came;
  *       "ID report RUN SENT" with "ID LOST DUPLICATED FIRST LAST", the last
- *       two being the numbers of the first and the last packet lost, or -1.
+ *       two being the numbers of the first and the last packet lost, or -1;
+ *       "ID order RUN" with "ID LATE DEPTH": how many packets came after one
+ *       with a higher number, and how much higher that was at most;
+ *       "ID run COMMAND" with what COMMAND, run by a shell, prints.
+ *
+ *   demo-packets own INTERFACE
+ *       In the background, print the EtherType of each packet that comes to
+ *       INTERFACE from INTERFACE's own address.
+ *
+ *   demo-packets queues INTERFACE NUMBER
+ *       Have INTERFACE use NUMBER pairs of queues.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -19,19 +29,26 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/ethtool.h>
+#include <linux/filter.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/sockios.h>
+#include <net/if.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
 #define MAGIC   0x6e756d62u
-#define RUNS    4u
+#define RUNS    64u
 #define NUMBERS (1u << 20)
 #define SECOND  1000000000ll
 
@@ -46,6 +63,11 @@ struct packet {
 /* How often each packet came, and all packets of a run together. */
 static uint8_t seen[RUNS][NUMBERS];
 static uint32_t total[RUNS];
+
+/* The highest number that came, and what came later with a lower one. */
+static uint32_t highest[RUNS];
+static uint32_t late[RUNS];
+static uint32_t depth[RUNS];
 
 static volatile sig_atomic_t stopped;
 
@@ -153,6 +175,14 @@ static void receive_all(int fd)
             continue;
         }
         total[run]++;
+        if (number >= highest[run]) {
+            highest[run] = number;
+        } else if (!seen[run][number]) {
+            late[run]++;
+            if (depth[run] < highest[run] - number) {
+                depth[run] = highest[run] - number;
+            }
+        }
         if (seen[run][number] < UINT8_MAX) {
             seen[run][number]++;
         }
@@ -177,6 +207,25 @@ static void report(int tty, uint32_t id, uint32_t run, uint32_t sent)
     dprintf(tty, "%u %u %u %ld %ld\n", id, lost, duplicated, first, last);
 }
 
+/* The answer is one line, whatever the command prints. */
+static void run_command(int tty, uint32_t id, const char *command)
+{
+    char out[2000];
+    size_t length;
+    FILE *pipe = popen(command, "r");
+
+    if (!pipe) {
+        die(command);
+    }
+    length = fread(out, 1, sizeof(out) - 1, pipe);
+    pclose(pipe);
+    out[length] = '\0';
+    for (char *c = out; *c; c++) {
+        *c = *c == '\n' ? ' ' : *c;
+    }
+    dprintf(tty, "%u %s\n", id, out);
+}
+
 static void answer(int tty, const char *line)
 {
     uint32_t id, run, sent;
@@ -193,6 +242,10 @@ static void answer(int tty, const char *line)
     } else if (sscanf(line, "report %u %u", &run, &sent) == 2 &&
                run < RUNS && sent <= NUMBERS) {
         report(tty, id, run, sent);
+    } else if (sscanf(line, "order %u", &run) == 1 && run < RUNS) {
+        dprintf(tty, "%u %u %u\n", id, late[run], depth[run]);
+    } else if (!strncmp(line, "run ", 4)) {
+        run_command(tty, id, line + 4);
     } else {
         dprintf(tty, "%u unknown: %s\n", id, line);
     }
@@ -202,7 +255,7 @@ static void receive_packets(int port, const char *tty_name)
 {
     int fd = open_socket(port);
     struct pollfd tty = { .fd = open_tty(tty_name), .events = POLLIN };
-    char line[80];
+    char line[500];
     size_t length = 0;
     char c;
 
@@ -229,6 +282,71 @@ static void receive_packets(int port, const char *tty_name)
     }
 }
 
+static int open_interface(const char *name, struct ifreq *request)
+{
+    int fd = socket(AF_PACKET, SOCK_RAW, 0);
+
+    snprintf(request->ifr_name, sizeof(request->ifr_name), "%s", name);
+    if (fd < 0 || ioctl(fd, SIOCGIFHWADDR, request) < 0) {
+        die(name);
+    }
+    return fd;
+}
+
+static void show_own(const char *interface)
+{
+    struct ifreq request = { 0 };
+    int fd = open_interface(interface, &request);
+    const uint8_t *own = (const uint8_t *)request.ifr_hwaddr.sa_data;
+    struct sockaddr_ll address = {
+        .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_ALL),
+        .sll_ifindex = if_nametoindex(interface),
+    };
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_PKTTYPE),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PACKET_OUTGOING, 5, 0),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, ETH_ALEN),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K,
+                 (uint32_t)own[0] << 24 | own[1] << 16 | own[2] << 8 | own[3],
+                 0, 3),
+        BPF_STMT(BPF_LD | BPF_H | BPF_ABS, ETH_ALEN + 4),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, own[4] << 8 | own[5], 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, UINT32_MAX),
+        BPF_STMT(BPF_RET | BPF_K, 0),
+    };
+    struct sock_fprog program = { sizeof(code) / sizeof(code[0]), code };
+    struct ethhdr header;
+
+    if (setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program,
+                   sizeof(program)) < 0 ||
+        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        daemon(1, 1) < 0) {
+        die(interface);
+    }
+    while (recv(fd, &header, sizeof(header), 0) == sizeof(header)) {
+        printf("%04x\n", ntohs(header.h_proto));
+        fflush(stdout);
+    }
+    die("recv");
+}
+
+static void set_queues(const char *interface, int number)
+{
+    struct ifreq request = { 0 };
+    struct ethtool_channels channels = { .cmd = ETHTOOL_GCHANNELS };
+    int fd = open_interface(interface, &request);
+
+    request.ifr_data = (char *)&channels;
+    if (ioctl(fd, SIOCETHTOOL, &request) < 0) {
+        die(interface);
+    }
+    channels.cmd = ETHTOOL_SCHANNELS;
+    channels.combined_count = number;
+    if (ioctl(fd, SIOCETHTOOL, &request) < 0) {
+        die(interface);
+    }
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 6 && !strcmp(argv[1], "send") && atoi(argv[4]) > 0) {
@@ -238,7 +356,16 @@ int main(int argc, char **argv)
     if (argc == 4 && !strcmp(argv[1], "receive")) {
         receive_packets(atoi(argv[2]), argv[3]);
     }
+    if (argc == 3 && !strcmp(argv[1], "own")) {
+        show_own(argv[2]);
+    }
+    if (argc == 4 && !strcmp(argv[1], "queues")) {
+        set_queues(argv[2], atoi(argv[3]));
+        return 0;
+    }
     fprintf(stderr, "usage: demo-packets send ADDRESS PORT RATE RUN\n"
-                    "       demo-packets receive PORT TTY\n");
+                    "       demo-packets receive PORT TTY\n"
+                    "       demo-packets own INTERFACE\n"
+                    "       demo-packets queues INTERFACE NUMBER\n");
     return 2;
 }

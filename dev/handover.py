@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+A guest that migrates, with or without the redirector, while numbered packets
+come to it; for dev/test-handover, in the test machine.
+
+    sender -- br0 -+- tap0 -- vhost -- QEMU 0 (source)
+                   +- tap1 -- vhost -- QEMU 1 (target)
+
+The guest is that of the demonstration, with IPv6, which is off at first.
+Each QEMU is the target of one migration and the source of the next one.
+"""
+
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import demo_guest
+import guest
+from demo_guest import (
+    GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC, PORT)
+from guest import Failure, Qemu, wait_for
+
+# Packets per second.  A guest of a QEMU that runs under TCG within TCG
+# handles 400 on an idle machine.
+RATE = 50
+# On a busy one the guest may be held up for minutes after the migration.
+QUEUE = 30000
+
+# In seconds, for a machine that is busy with something else, too.
+ANSWER_LIMIT = PACKETS_LIMIT = MIGRATION_LIMIT = 300
+
+# A NIC that not all guests have.
+SECOND_MAC, SECOND_ADDRESS = '52:54:00:00:00:03', '198.51.100.2'
+SECOND_HOST = '198.51.100.1'
+SECOND_NIC = {
+    'driver': 'virtio-net-pci', 'id': 'nic1', 'netdev': 'n1',
+    'mac': SECOND_MAC, 'romfile': '', 'queue_reset': False, 'mq': True,
+    'vectors': 6, 'addr': '0x10'}
+
+
+def make_state(scratch, say):
+    """Boot the guest unless its state is there; return the state's path."""
+    demo_guest.compile_program()
+    return guest.make_state(
+        'handover', demo_guest.INIT, demo_guest.NIC,
+        'ipv6.disable_ipv6=1 ipv6.autoconf=0',
+        {'bin/demo-packets': demo_guest.PROGRAM.read_bytes()}, say, scratch)
+
+
+def run(*command):
+    done = subprocess.run(command, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise Failure(f'{" ".join(command)}: {done.stdout.strip()}')
+    return done.stdout
+
+
+class Bridge:
+    """A bridge that floods to a TAP only if it is told to."""
+
+    def __init__(self, name, address, guest_mac, guest_address):
+        self.name = name
+        self.guest_address = guest_address
+        run('ip', 'link', 'add', name, 'type', 'bridge', 'stp_state', '0',
+            'forward_delay', '0', 'mcast_snooping', '0',
+            # An address that is forgotten would be flooded.
+            'ageing_time', '360000')
+        run('ip', 'address', 'add', f'{address}/24', 'dev', name)
+        run('ip', 'link', 'set', name, 'address', HOST_MAC, 'up')
+        self.expect(guest_mac)
+
+    def expect(self, mac):
+        """The guest's address is MAC."""
+        self.mac = mac
+        run('ip', 'neighbour', 'replace', self.guest_address, 'lladdr', mac,
+            'dev', self.name, 'nud', 'permanent')
+
+    def add(self, tap, *options):
+        run('ip', 'tuntap', 'add', tap, 'mode', 'tap', 'vnet_hdr', *options)
+        run('ip', 'link', 'set', tap, 'txqueuelen', str(QUEUE),
+            'master', self.name, 'up')
+        self.flood(tap, False)
+
+    def flood(self, tap, on):
+        value = 'on' if on else 'off'
+        run('bridge', 'link', 'set', 'dev', tap, 'flood', value,
+            'mcast_flood', value, 'bcast_flood', value)
+
+    def move(self, tap):
+        """Send what is for the guest to TAP, as if it had announced itself
+        there."""
+        run('bridge', 'fdb', 'replace', self.mac, 'dev', tap, 'master',
+            'dynamic')
+
+    def port(self):
+        """The TAP that the guest is learnt to be behind, or None."""
+        entries = json.loads(run('bridge', '-j', 'fdb', 'show', 'br',
+                                 self.name))
+        return next((entry['ifname'] for entry in entries
+                     if entry['mac'] == self.mac), None)
+
+    def await_port(self, tap):
+        wait_for(f'{self.name} to learn that the guest is behind {tap}',
+                 lambda: self.port() == tap, 60)
+
+
+class Vm(Qemu):
+    """
+    A QEMU with a TAP on each of BRIDGES, and its redirectors.  The second TAP
+    has two queues.  Its NIC is there from the start unless PLUG_LATER.
+    """
+
+    made = 0
+
+    def __init__(self, directory, bridges, plug_later=False):
+        self.taps = []
+        options = []
+        number = Vm.made
+        Vm.made += 1
+        for i, bridge in enumerate(bridges):
+            tap = f'tap{number}{"ab"[i]}'
+            bridge.add(tap, *(['multi_queue'] if i else []))
+            self.taps.append(tap)
+            options += ['-netdev', f'tap,id=n{i},ifname={tap},script=no,'
+                        'downscript=no,vhost=on' + (',queues=2' if i else '')]
+            if i and not plug_later:
+                options += ['-device', json.dumps(SECOND_NIC)]
+        self.tap = self.taps[0]
+        super().__init__(number, directory, demo_guest.NIC,
+                         '-incoming', 'defer', *options)
+        self.connect()
+
+    def ask(self, request, limit=ANSWER_LIMIT):
+        return super().ask(request, limit)
+
+    def set_capabilities(self, *names):
+        self.qmp('migrate-set-capabilities', capabilities=[
+            {'capability': name, 'state': name in names} for name in
+            ('postcopy-ram', 'multifd', 'pause-before-switchover')])
+
+    def listen(self, redirector, while_stopped):
+        """Be ready for a migration to here: step 2 of the user's page."""
+        for i, _ in enumerate(self.taps if redirector else ()):
+            self.qmp('chardev-add', id=f'in{i}', backend={
+                'type': 'socket', 'data': {
+                    'addr': {'type': 'unix', 'data': {
+                        'path': str(self.path(f'stream{i}'))}},
+                    'server': True, 'wait': False}})
+            self.qmp('object-add', **{
+                'qom-type': 'filter-redirector', 'id': f'inj{i}',
+                'netdev': f'n{i}', 'queue': 'tx', 'indev': f'in{i}',
+                'vnet_hdr_support': True,
+                'enable_when_stopped': while_stopped})
+        self.qmp('migrate-incoming', uri=self.uri())
+
+    def uri(self):
+        return f'unix:{self.path("migration")}'
+
+    def add_capture(self, target, status='on'):
+        """Step 3."""
+        for i, _ in enumerate(self.taps):
+            self.qmp('chardev-add', id=f'out{i}', backend={
+                'type': 'socket', 'data': {
+                    'addr': {'type': 'unix', 'data': {
+                        'path': str(target.path(f'stream{i}'))}},
+                    'server': False}})
+            self.qmp('object-add', **{
+                'qom-type': 'filter-redirector', 'id': f'cap{i}',
+                'netdev': f'n{i}', 'queue': 'tx', 'outdev': f'out{i}',
+                'vnet_hdr_support': True, 'enable_when_running': False,
+                'enable_when_stopped': True, 'status': status})
+
+    def remove(self, filter_name, chardev):
+        for i, _ in enumerate(self.taps):
+            self.qmp('object-del', id=f'{filter_name}{i}')
+            self.qmp('chardev-remove', id=f'{chardev}{i}')
+
+    def remove_capture(self):
+        self.remove('cap', 'out')
+
+    def remove_inject(self):
+        self.remove('inj', 'in')
+
+    def get(self, name, counter):
+        return self.qmp('qom-get', path=f'/objects/{name}', property=counter)
+
+    def switch_on_capture(self):
+        for i, _ in enumerate(self.taps):
+            self.qmp('qom-set', path=f'/objects/cap{i}', property='status',
+                     value='on')
+
+    def status(self):
+        return self.qmp('query-migrate').get('status')
+
+    def await_status(self, *wanted):
+        """Wait until the migration from here is in a state of WANTED."""
+        def reached():
+            status = self.status()
+            if status in ('failed', 'cancelled', 'completed') and \
+                    status not in wanted:
+                raise self.failure(
+                    f'the migration is {status} and not {wanted[0]}: '
+                    + self.qmp('query-migrate').get('error-desc', ''))
+            return status if status in wanted else None
+        return wait_for(f'the migration to be {wanted[0]}', reached,
+                        MIGRATION_LIMIT)
+
+    def guest_runs(self, command):
+        """Run COMMAND in the guest and return what it prints."""
+        return self.ask(f'run {command}')
+
+    def tx_dropped(self):
+        """Packets that the queues of the TAPs had no room for."""
+        return sum(int(pathlib.Path(f'/sys/class/net/{tap}/statistics/'
+                                    'tx_dropped').read_text())
+                   for tap in self.taps)
+
+    def end(self):
+        super().end()
+        for tap in self.taps:
+            run('ip', 'link', 'delete', tap)
+        self.taps = []
+
+
+def begin(source, target, *capabilities, redirector=True, status='on',
+          slow=False, while_stopped=False):
+    """
+    Steps 2 to 4 of the user's page.  SLOW leaves time while the memory is
+    copied; WHILE_STOPPED has the target inject before its guest runs.
+    """
+    for vm in (source, target):
+        vm.set_capabilities(*capabilities)
+    source.qmp('migrate-set-parameters', **{
+        'max-bandwidth': (2 << 20) if slow else (1 << 30)})
+    target.listen(redirector, while_stopped)
+    if redirector:
+        source.add_capture(target, status)
+    source.qmp('migrate', uri=target.uri())
+
+
+def complete(source, target):
+    """Wait for the end of the migration; return the downtime in ms."""
+    source.await_status('completed')
+    wait_for('the target to run', target.running, 60)
+    return source.qmp('query-migrate')['downtime']
+
+
+def await_transfer(source, target):
+    """Step 5: wait until nothing is on the way to TARGET any more."""
+    idle = []
+
+    def done():
+        pending = [source.get(f'cap{i}', 'capture-pending') or
+                   target.get(f'inj{i}', 'inject-pending')
+                   for i, _ in enumerate(source.taps)]
+        idle.append(not any(pending))
+        return idle[-2:] == [True, True]
+    wait_for('the last packets of the source', done, PACKETS_LIMIT, 1)
+
+
+def clean_up(source, target, redirector=True):
+    """Step 6."""
+    if redirector:
+        source.remove_capture()
+    source.end()
+    if redirector:
+        target.remove_inject()
+
+
+class Packets:
+    """Numbered packets, sent to the guest from now on."""
+
+    runs = 0
+
+    def __init__(self, address=GUEST_ADDRESS, rate=RATE):
+        self.number = Packets.runs
+        Packets.runs += 1
+        self.rate = rate
+        self.process = subprocess.Popen(
+            [demo_guest.PROGRAM, 'send', address, str(PORT), str(rate),
+             str(self.number)], stdout=subprocess.PIPE, text=True)
+
+    def count(self, vm):
+        return int(vm.ask(f'count {self.number}'))
+
+    def await_more(self, vm, seconds=1):
+        """Wait until the packets of so many SECONDS came to the guest."""
+        wanted = self.count(vm) + seconds * self.rate
+        wait_for(f'packets at the guest in QEMU {vm.name}',
+                 lambda: self.count(vm) >= wanted, PACKETS_LIMIT, 1)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        out = self.process.communicate(timeout=20)[0]
+        if self.process.returncode:
+            raise Failure('the sender failed')
+        return int(out)
+
+    def result(self, vm):
+        """Stop sending; return what became of the packets."""
+        sent = self.stop()
+        counts = [-1, -2]
+
+        def quiet():
+            counts.append(self.count(vm))
+            return counts[-1] == counts[-2] == counts[-3]
+        wait_for('the last packets', quiet, PACKETS_LIMIT, 1)
+        return Result(sent,
+                      *map(int, vm.ask(f'report {self.number} {sent}'
+                                       ).split()),
+                      *map(int, vm.ask(f'order {self.number}').split()))
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Result:
+    def __init__(self, sent, lost, twice, first, last, late, depth):
+        self.sent, self.lost, self.twice = sent, lost, twice
+        self.late, self.depth = late, depth
+        self.text = f'{sent} sent, {lost} lost, {twice} twice, {late} late'
+        if lost:
+            self.text += f', lost {first}..{last}'
+        if late:
+            self.text += f', by up to {depth} packets'
+
+    def clean(self):
+        return self.sent > 0 and not self.lost and not self.twice
+
+
+class Lines(threading.Thread):
+    """
+    A TCP connection to the guest, which sends each line back.  One is sent
+    each PERIOD.
+    """
+
+    PERIOD = 0.1
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.connection = socket.create_connection((GUEST_ADDRESS, port),
+                                                   ANSWER_LIMIT)
+        self.connection.settimeout(ANSWER_LIMIT)
+        self.sent = []          # when
+        self.received = 0
+        self.slowest = 0        # seconds from line to echo
+        self.quit = threading.Event()
+        self.wrong = None
+        self.start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def run(self):
+        try:
+            while not self.quit.wait(self.PERIOD):
+                self.sent.append(time.monotonic())
+                self.connection.sendall(b'%d\n' % (len(self.sent) - 1))
+            self.connection.shutdown(socket.SHUT_WR)
+        except OSError as err:
+            self.wrong = err
+
+    def read(self):
+        try:
+            for line in self.connection.makefile('rb'):
+                if line != b'%d\n' % self.received:
+                    raise OSError(f'line {self.received} is {line}')
+                took = time.monotonic() - self.sent[self.received]
+                self.received += 1
+                self.slowest = max(self.slowest, took)
+        except OSError as err:
+            self.wrong = err
+
+    def take_slowest(self):
+        slowest, self.slowest = self.slowest, 0
+        return slowest
+
+    def await_more(self, number):
+        wanted = self.received + number
+        wait_for('lines from the guest', lambda:
+                 self.wrong or self.received >= wanted, PACKETS_LIMIT)
+
+    def result(self):
+        """Stop; return (what was sent, what came back, what went wrong)."""
+        self.quit.set()
+        self.join()
+        self.reader.join(ANSWER_LIMIT)
+        self.connection.close()
+        return len(self.sent), self.received, self.wrong
+
+    def end(self):
+        self.quit.set()
+
+
+def start_guest(state, vm, bridge):
+    vm.qmp('migrate-incoming', uri=f'file:{state}')
+    wait_for('the guest to run', vm.running, MIGRATION_LIMIT)
+    vm.ask('hello')
+    bridge.await_port(vm.tap)
+
+
+def set_up():
+    # Nothing but our packets and what QEMU and the guest announce moves.
+    for scope in ('all', 'default'):
+        pathlib.Path(f'/proc/sys/net/ipv6/conf/{scope}/disable_ipv6'
+                     ).write_text('1')
+    return Bridge('br0', HOST_ADDRESS, GUEST_MAC, GUEST_ADDRESS)
+
+
+def add_second_bridge():
+    return Bridge('br1', SECOND_HOST, SECOND_MAC, SECOND_ADDRESS)
+
+
+def plug_second(vm, bridge):
+    """Plug in the second NIC and have the guest use both of its queues."""
+    vm.qmp('device_add', **SECOND_NIC)
+    wait_for('the guest to find its second NIC', lambda: vm.guest_runs(
+        'cat /sys/class/net/eth1/address') == SECOND_MAC, ANSWER_LIMIT, 1)
+    said = vm.guest_runs(' && '.join((
+        f'ip address add {SECOND_ADDRESS}/24 dev eth1', 'ip link set eth1 up',
+        f'arp -s {SECOND_HOST} {HOST_MAC}', 'demo-packets queues eth1 2',
+        f'arping -q -U -c 1 -w 1 -I eth1 {SECOND_ADDRESS}')) + ' 2>&1')
+    if said:
+        raise Failure(f'the guest: {said}')
+    bridge.await_port(vm.taps[1])
+
+
+def pause(seconds):
+    """What is tested is that so much time passes."""
+    time.sleep(seconds)
