@@ -10,9 +10,9 @@
  *   queue=rx   to the network: along the chain, which ends in the TAP's fd
  *
  * Frames wait while the filter does not work, and those for the network also
- * while the VM is stopped, since net.c would drop them.  When the TAP's queue
- * is full they wait, too; nothing tells when there is room, so a timer tries
- * again.
+ * while the VM is stopped, since net.c would drop them.  Frames for the guest
+ * also wait while the TAP's queue is full, or its interface is down; nothing
+ * tells when that ends, so a timer tries again.
  *
  * The packet socket bypasses the queueing discipline.  So no packet socket
  * captures what it sends, and the kernel does not segment: a GSO frame that

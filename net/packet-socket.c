@@ -522,14 +522,10 @@ int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
         };
     }
     ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, 0));
-    if (ret < 0 && errno == ENETDOWN) {
-        /*
-         * A socket that was bound to a protocol, as one that somebody passed,
-         * tells this once more after the interface has come up again.
-         */
-        ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, 0));
+    if (ret < 0) {
+        return errno == ENOBUFS || errno == ENETDOWN ? -EAGAIN : -errno;
     }
-    return ret >= 0 ? ret : errno == ENOBUFS ? -EAGAIN : -errno;
+    return ret;
 }
 
 uint64_t packet_socket_drops(PacketSocket *ps)

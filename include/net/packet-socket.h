@@ -138,10 +138,10 @@ typedef struct PacketSocketFrame {
  * Send up to @n frames, not 0, out of the interface, past its queueing
  * discipline.  Returns how many were sent, or a negative errno that is about
  * the first of them, with nothing sent: -EAGAIN when the interface cannot take
- * it, because a TAP's queue is full, or because it is a GSO frame that the
- * interface cannot take whole; -EINVAL for a bad header; -EMSGSIZE for a frame
- * longer than the MTU allows; -ENETDOWN, -ENXIO or -ENODEV when the interface
- * is down or gone.
+ * it, because a TAP's queue is full, because the interface is down, or because
+ * it is a GSO frame that the interface cannot take whole; -EINVAL for a bad
+ * header; -EMSGSIZE for a frame longer than the MTU allows; -ENXIO or -ENODEV
+ * when the interface is gone.
  */
 int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
                        size_t n);

@@ -1950,14 +1950,16 @@ static void test_interface_down_up(void)
     guest_post(&f, 40);
     set_interface_up(f.ifname, false);
     in_send(&f, 0, 3);
-    wait_counter(&f, "inj", "inject-interface-drops", 3);
+    wait_inject_pending(&f, "inj", true);
     set_interface_up(f.ifname, true);
+    wait_inject_pending(&f, "inj", false);
     close(f.host);
     f.host = open_host(f.ifname);
-    host_send(&f, 10, 10);
-    expect_out(&f, 10, 10);
-    in_send(&f, 20, 10);
-    expect_guest(&f, 10, 20);
+    host_send(&f, 3, 10);
+    expect_out(&f, 3, 10);
+    in_send(&f, 13, 10);
+    expect_guest(&f, 0, 23);
+    g_assert_cmpuint(counter(&f, "inj", "inject-interface-drops"), ==, 0);
     fixture_close(&f);
 }
 
