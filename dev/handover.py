@@ -242,6 +242,12 @@ def begin(source, target, *capabilities, redirector=True, status='on',
     source.qmp('migrate', uri=target.uri())
 
 
+def await_copying(source):
+    """Wait until some of the memory is copied."""
+    wait_for('some memory to be copied', lambda: source.qmp('query-migrate')
+             .get('ram', {}).get('transferred', 0) > 1 << 20, MIGRATION_LIMIT)
+
+
 def complete(source, target):
     """Wait for the end of the migration; return the downtime in ms."""
     source.await_status('completed')
@@ -344,17 +350,24 @@ class Lines(threading.Thread):
 
     def __init__(self, port):
         super().__init__(daemon=True)
-        self.connection = socket.create_connection((GUEST_ADDRESS, port),
-                                                   ANSWER_LIMIT)
-        self.connection.settimeout(ANSWER_LIMIT)
+        self.port = port
+        self.connection = wait_for('the guest to listen', self.connect,
+                                   ANSWER_LIMIT, 1)
         self.sent = []          # when
         self.received = 0
-        self.slowest = 0        # seconds from line to echo
+        self.slowest = 0        # in seconds, from line to echo
         self.quit = threading.Event()
         self.wrong = None
         self.start()
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
+
+    def connect(self):
+        try:
+            return socket.create_connection((GUEST_ADDRESS, self.port),
+                                            ANSWER_LIMIT)
+        except ConnectionRefusedError:
+            return None
 
     def run(self):
         try:
