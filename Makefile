@@ -3,7 +3,7 @@
 # Names for what Meson and Ninja do; see meson.build.
 
 .PHONY: help demo check check-long bench bench-vhost qemu
-.PHONY: series check-series apply unapply clean
+.PHONY: series check-series clean
 .NOTPARALLEL:
 
 help:
@@ -16,8 +16,6 @@ help:
 	@echo 'make qemu   the patched QEMU, and where it is'
 	@echo 'make series   the patches as mails and for Debian, in build/series'
 	@echo 'make check-series  compile and test at each of them'
-	@echo 'make apply QEMU_SRC=<dir>    apply them to your QEMU tree'
-	@echo 'make unapply QEMU_SRC=<dir>  take them out again'
 	@echo 'make clean  remove build/; downloads are kept in the cache'
 	@echo
 	@echo 'QEMU_SRC=<dir>   with the others: work on a copy of this QEMU tree'
@@ -25,7 +23,7 @@ help:
 	@echo '                 /dev/vhost-net, and not that of a virtual machine'
 
 demo check check-long bench bench-vhost qemu \
-series check-series apply unapply:
+series check-series:
 	@dev/make $@
 
 clean:
