@@ -34,11 +34,13 @@ class Patch:
 
     def __init__(self, path):
         self.path = path
-        head, found, self.diff = path.read_text().partition('\ndiff --git ')
+        # Quilt leaves the first line out that git writes.
+        head, *diff = re.split(r'\n(?=diff --git |--- a/)', path.read_text(), 1)
+        self.diff = ''.join(diff)
         mail, dashes, notes = f'{head}\n'.partition('\n---\n')
         fields, blank, self.message = mail.partition('\n\n')
         match = re.fullmatch(r'From: (.*)\nSubject: \[PATCH\] (.*)', fields)
-        if not (found and dashes and blank and match):
+        if not (diff and dashes and blank and match):
             raise Failure(f'patches/{path.name} is not in the form of the '
                           'others: From, Subject, message, ---, diff')
         self.sender, self.subject = match.groups()
