@@ -553,8 +553,8 @@ void filter_tap_add_inject_properties(ObjectClass *oc)
         "injected");
     filter_tap_add_counter(oc, "inject-interface-drops",
                            INJECT_INTERFACE_DROPS,
-        "Frames that were discarded because the interface was gone, or, on their "
-        "way to the network, down");
+        "Frames that were discarded because the interface was gone; toward "
+        "the network also because it was down");
     filter_tap_add_counter(oc, "inject-stream-errors", INJECT_STREAM_ERRORS,
         "Connections that were closed because of an invalid frame length");
 }
