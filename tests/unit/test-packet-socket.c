@@ -459,35 +459,29 @@ static void capture_expect_none(PacketSocket *ps)
     g_assert_cmpint(capture_try(ps, frame), ==, -EAGAIN);
 }
 
-static void test_capture_outgoing(void)
+static void test_capture_outgoing(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = capture_new_hooked(&tap, PACKET_SOCKET_OUTGOING);
+    ps = capture_new_hooked(tap, PACKET_SOCKET_OUTGOING);
     capture_expect_none(ps);
     for (int i = 0; i < 100; i++) {
         frame_make(sent, i, 60 + i * 14);
-        host_send(tap.sender, sent);
+        host_send(tap->sender, sent);
         capture_next(ps, got);
         frame_assert_equal(got, sent);
         frame_assert_hdr_equal(got, sent);
         /* The copy is one: the guest gets its own. */
-        tap_read(&tap, got);
+        tap_read(tap, got);
         frame_assert_equal(got, sent);
         capture_expect_none(ps);
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* By the host's own stack, which leaves the checksum to the guest */
-static void test_capture_host_stack(void)
+static void test_capture_host_stack(Tap *tap)
 {
     struct sockaddr_in sin = {
         .sin_family = AF_INET,
@@ -497,25 +491,20 @@ static void test_capture_host_stack(void)
     g_autofree Frame *guest = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
     int fd, on = 1;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    tap_set_offload(&tap, TUN_F_CSUM);
-    set_address(tap.name, "192.0.2.1");
-    ps = capture_new_hooked(&tap, PACKET_SOCKET_OUTGOING);
+    tap_set_offload(tap, TUN_F_CSUM);
+    set_address(tap->name, "192.0.2.1");
+    ps = capture_new_hooked(tap, PACKET_SOCKET_OUTGOING);
     fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     g_assert_cmpint(fd, >=, 0);
     g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &on, sizeof(on)),
                     ==, 0);
-    g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, tap.name,
-                               strlen(tap.name)), ==, 0);
+    g_assert_cmpint(setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, tap->name,
+                               strlen(tap->name)), ==, 0);
     g_assert_cmpint(sendto(fd, "netfilter", 9, 0, (struct sockaddr *)&sin,
                            sizeof(sin)), ==, 9);
     capture_next(ps, got);
-    tap_read(&tap, guest);
+    tap_read(tap, guest);
     frame_assert_equal(got, guest);
     frame_assert_hdr_equal(got, guest);
     g_assert_cmpuint(got->len, ==, ETH_HLEN + 20 + 8 + 9);
@@ -527,11 +516,10 @@ static void test_capture_host_stack(void)
     capture_expect_none(ps);
     packet_socket_free(ps);
     close(fd);
-    tap_delete(&tap);
 }
 
 /* To whomever the guest sends */
-static void test_capture_incoming(void)
+static void test_capture_incoming(Tap *tap)
 {
     static const uint8_t to[][6] = {
         { 0x52, 0x54, 0x00, 0x99, 0x99, 0x99 },
@@ -542,50 +530,39 @@ static void test_capture_incoming(void)
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     struct ifreq ifr = {};
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    g_strlcpy(ifr.ifr_name, tap.name, IFNAMSIZ);
+    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
     g_assert_cmpint(ioctl(control_socket(), SIOCGIFHWADDR, &ifr), ==, 0);
-    ps = capture_new_hooked(&tap, PACKET_SOCKET_INCOMING);
+    ps = capture_new_hooked(tap, PACKET_SOCKET_INCOMING);
     for (int i = 0; i < 100; i++) {
         frame_make(sent, i, 60 + i * 14);
         memcpy(sent->data, to[i % 4][0] ? to[i % 4] :
                (uint8_t *)ifr.ifr_hwaddr.sa_data, 6);
-        tap_write(&tap, sent);
+        tap_write(tap, sent);
         capture_next(ps, got);
         frame_assert_equal(got, sent);
         frame_assert_hdr_equal(got, sent);
         capture_expect_none(ps);
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
-static void test_capture_directions(void)
+static void test_capture_directions(Tap *tap)
 {
     static const unsigned directions[] = {
         PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, BOTH,
     };
     g_autofree Frame *frame = g_new0(Frame, 1);
     PacketSocket *ps[3];
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     for (int i = 0; i < 3; i++) {
-        ps[i] = capture_new_hooked(&tap, directions[i]);
+        ps[i] = capture_new_hooked(tap, directions[i]);
     }
     for (int i = 0; i < 100; i++) {
         frame_make(frame, 2 * i, 60);
-        host_send(tap.sender, frame);
+        host_send(tap->sender, frame);
         frame_make(frame, 2 * i + 1, 60);
-        tap_write(&tap, frame);
+        tap_write(tap, frame);
     }
     for (int i = 0; i < 100; i++) {
         capture_expect_number(ps[0], 2 * i);
@@ -597,7 +574,6 @@ static void test_capture_directions(void)
         capture_expect_none(ps[i]);
         packet_socket_free(ps[i]);
     }
-    tap_delete(&tap);
 }
 
 /* How the kernel lists a packet socket */
@@ -622,22 +598,18 @@ static void proc_packet(int fd, unsigned *protocol, unsigned *running)
     g_assert_not_reached();
 }
 
-static void test_capture_unhooked(gconstpointer way)
+static void test_capture_unhooked(Lab *lab)
 {
     unsigned protocol, running;
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new(&lab.tap, lab.way->directions);
+    ps = capture_new(&lab->tap, lab->way->directions);
     for (int round = 0; round < 10; round++) {
         /* The traffic pays for those that run for every protocol. */
         proc_packet(packet_socket_fd(ps), &protocol, &running);
         g_assert_false(running && protocol == ETH_P_ALL);
         for (int i = 0; i < 20; i++) {
-            lab_pass_made(&lab, frame_make_some_jumbo, 1000 + i);
+            lab_pass_made(lab, frame_make_some_jumbo, 1000 + i);
         }
         capture_expect_none(ps);
         g_assert_true(packet_socket_hook(ps, &error_abort));
@@ -645,7 +617,7 @@ static void test_capture_unhooked(gconstpointer way)
         g_assert_cmphex(protocol, ==, ETH_P_ALL);
         g_assert_cmpuint(running, ==, 1);
         capture_expect_none(ps);
-        lab_pass_made(&lab, frame_make_some_jumbo, round);
+        lab_pass_made(lab, frame_make_some_jumbo, round);
         capture_expect_made(ps, frame_make_some_jumbo, round);
         capture_expect_none(ps);
         packet_socket_unhook(ps);
@@ -653,21 +625,16 @@ static void test_capture_unhooked(gconstpointer way)
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_unhook(ps);
     packet_socket_free(ps);
-    lab_free(&lab);
     packet_socket_free(NULL);
 }
 
-static void test_capture_unhook_keeps(gconstpointer way)
+static void test_capture_unhook_keeps(Lab *lab)
 {
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, lab.way->directions);
+    ps = capture_new_hooked(&lab->tap, lab->way->directions);
     for (int i = 0; i < 300; i++) {
-        lab_pass_made(&lab, frame_make_some_jumbo, i);
+        lab_pass_made(lab, frame_make_some_jumbo, i);
         if (i == 199) {
             packet_socket_unhook(ps);
         }
@@ -677,8 +644,8 @@ static void test_capture_unhook_keeps(gconstpointer way)
         if (i == 99) {
             /* Hooked again, what comes then is behind. */
             g_assert_true(packet_socket_hook(ps, &error_abort));
-            lab_pass_made(&lab, frame_make_long_gso, 1000);
-            lab_pass_made(&lab, frame_make_small, 1001);
+            lab_pass_made(lab, frame_make_long_gso, 1000);
+            lab_pass_made(lab, frame_make_small, 1001);
         }
     }
     capture_expect_made(ps, frame_make_long_gso, 1000);
@@ -686,23 +653,18 @@ static void test_capture_unhook_keeps(gconstpointer way)
     capture_expect_none(ps);
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
-static void test_capture_discard(gconstpointer way)
+static void test_capture_discard(Lab *lab)
 {
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new(&lab.tap, lab.way->directions);
+    ps = capture_new(&lab->tap, lab->way->directions);
     g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
     for (int n = 0; n < 700; n += 1 + n / 3) {
         g_assert_true(packet_socket_hook(ps, &error_abort));
         for (int i = 0; i < n + 3; i++) {
-            lab_pass_made(&lab, frame_make_some_jumbo, i);
+            lab_pass_made(lab, frame_make_some_jumbo, i);
         }
         capture_expect_made(ps, frame_make_some_jumbo, 0);
         if (n & 1) {
@@ -715,14 +677,13 @@ static void test_capture_discard(gconstpointer way)
         capture_expect_none(ps);
         g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
         if (!(n & 1)) {
-            lab_pass_made(&lab, frame_make_mixed, 1000 + n);
+            lab_pass_made(lab, frame_make_mixed, 1000 + n);
             capture_expect_made(ps, frame_make_mixed, 1000 + n);
             packet_socket_unhook(ps);
         }
     }
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 typedef struct Flood {
@@ -820,16 +781,11 @@ static void test_capture_foreign(gconstpointer opaque)
     tap_delete(&tap);
 }
 
-static void test_capture_no_interface(void)
+static void test_capture_no_interface(Tap *tap)
 {
     static const unsigned indexes[] = { 0x7ffffff0, UINT_MAX };
     g_autofree Frame *frame = g_new0(Frame, 1);
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     for (int i = 0; i < ARRAY_SIZE(indexes); i++) {
         Error *err = NULL;
         PacketSocket *ps = packet_socket_new_capture("nowhere0", indexes[i], -1,
@@ -840,7 +796,7 @@ static void test_capture_no_interface(void)
             g_assert_null(err);
             g_assert_false(packet_socket_hook(ps, &err));
             frame_make(frame, i, 60);
-            tap_write(&tap, frame);
+            tap_write(tap, frame);
             g_assert_cmpint(capture_try(ps, frame), <, 0);
             packet_socket_free(ps);
         }
@@ -855,7 +811,6 @@ static void test_capture_no_interface(void)
         g_assert_nonnull(strstr(error_get_pretty(err), "nowhere0"));
         error_free(err);
     }
-    tap_delete(&tap);
 }
 
 typedef struct TagCase {
@@ -882,39 +837,33 @@ static void frame_add_tags(Frame *frame, const TagCase *tags)
     frame_add_tag(frame, tags->outer_tpid, tags->outer);
 }
 
-static void test_capture_tags(void)
+static void test_capture_tags(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    set_mtu(&tap, 9000);
-    ps = capture_new_hooked(&tap, BOTH);
+    set_mtu(tap, 9000);
+    ps = capture_new_hooked(tap, BOTH);
     for (int i = 0; i < ARRAY_SIZE(tag_cases); i++) {
         for (int len = 60; len < 9000; len += 1111) {
             frame_make(sent, i, len);
             frame_add_tags(sent, &tag_cases[i]);
 
-            tap_write(&tap, sent);
+            tap_write(tap, sent);
             capture_next(ps, got);
             frame_assert_equal(got, sent);
             frame_assert_hdr_equal(got, sent);
 
-            host_send(tap.sender, sent);
+            host_send(tap->sender, sent);
             capture_next(ps, got);
             frame_assert_equal(got, sent);
             frame_assert_hdr_equal(got, sent);
-            tap_read(&tap, got);
+            tap_read(tap, got);
             frame_assert_equal(got, sent);
             capture_expect_none(ps);
         }
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /*
@@ -940,17 +889,13 @@ static void capture_expect_like_guest(PacketSocket *ps, Tap *tap,
     g_assert_cmpuint(frames, >, 0);
 }
 
-static void test_capture_tags_checksum(gconstpointer opaque)
+static void test_capture_tags_checksum(Lab *lab)
 {
-    const Way *way = opaque;
+    const Way *way = lab->way;
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, way->directions);
+    ps = capture_new_hooked(&lab->tap, way->directions);
     for (int i = 0; i < 2 * ARRAY_SIZE(tag_cases); i++) {
         int version = i & 1 ? 6 : 4;
 
@@ -962,11 +907,11 @@ static void test_capture_tags_checksum(gconstpointer opaque)
             }
             frame_add_tags(sent, &tag_cases[i / 2]);
             if (way->directions == PACKET_SOCKET_OUTGOING) {
-                g_assert_true(frame_write(way->bridged ? lab.other.fd :
-                                          lab.tap.sender, sent));
-                capture_expect_like_guest(ps, &lab.tap, sent);
+                g_assert_true(frame_write(way->bridged ? lab->other.fd :
+                                          lab->tap.sender, sent));
+                capture_expect_like_guest(ps, &lab->tap, sent);
             } else {
-                tap_write(&lab.tap, sent);
+                tap_write(&lab->tap, sent);
                 capture_next(ps, got);
                 frame_assert_equal(got, sent);
                 frame_assert_hdr_equal(got, sent);
@@ -978,7 +923,6 @@ static void test_capture_tags_checksum(gconstpointer opaque)
         }
     }
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 /*
@@ -1031,21 +975,16 @@ static void check_lengths(const Way *way, int sender, PacketSocket *ps,
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
 }
 
-static void test_capture_lengths(gconstpointer way)
+static void test_capture_lengths(Lab *lab)
 {
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, lab.way->directions);
-    check_lengths(way, -1, ps, &lab, NULL, NULL);
+    ps = capture_new_hooked(&lab->tap, lab->way->directions);
+    check_lengths(lab->way, -1, ps, lab, NULL, NULL);
     for (int i = 0; i < ARRAY_SIZE(tag_cases); i++) {
-        check_lengths(way, -1, ps, &lab, &tag_cases[i], NULL);
+        check_lengths(lab->way, -1, ps, lab, &tag_cases[i], NULL);
     }
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 static bool vlan_add(const char *on, int id, char name[IFNAMSIZ])
@@ -1169,18 +1108,14 @@ static void test_capture_lengths_vlan(void)
     lab_free(&lab);
 }
 
-static void test_capture_gso(gconstpointer opaque)
+static void test_capture_gso(Lab *lab)
 {
     static const size_t payloads[] = { MSS + 1, 30000, 65535 - 60 };
-    const Way *way = opaque;
+    const Way *way = lab->way;
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, way->directions);
+    ps = capture_new_hooked(&lab->tap, way->directions);
     for (int i = 0; i < ARRAY_SIZE(payloads); i++) {
         for (int version = 4; version <= 6; version += 2) {
             frame_make_gso(sent, version, payloads[i]);
@@ -1189,7 +1124,7 @@ static void test_capture_gso(gconstpointer opaque)
                 frame_make_gso(sent, version,
                                payloads[i] - (sent->len - GSO_WHOLE));
             }
-            lab_pass(&lab, sent);
+            lab_pass(lab, sent);
             capture_next(ps, got);
             frame_assert_equal(got, sent);
             frame_assert_hdr_equal(got, sent);
@@ -1199,7 +1134,6 @@ static void test_capture_gso(gconstpointer opaque)
     }
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 /* It gets a ring stuck. */
@@ -1345,24 +1279,20 @@ static bool capture_reaches_number(PacketSocket *ps, uint32_t number,
     return true;
 }
 
-static void test_capture_gso_types(gconstpointer way)
+static void test_capture_gso_types(Lab *lab)
 {
     g_autofree Frame *frame = g_new0(Frame, 1);
     unsigned number = 0, passed = 0;
     uint64_t before, drops, discarded;
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
     /* So little that each place is used many times */
-    ps = capture_new_memory(&lab.tap, lab.way->directions, 256 * KiB);
+    ps = capture_new_memory(&lab->tap, lab->way->directions, 256 * KiB);
     g_assert_true(packet_socket_hook(ps, &error_abort));
     /* test_capture_stuck() tells what these cost. */
     for (int i = 0; i < 5; i++) {
         frame_make_stuck(frame);
-        tap_write(&lab.tap, frame);
+        tap_write(&lab->tap, frame);
         capture_try(ps, frame);
     }
     before = packet_socket_drops(ps);
@@ -1371,14 +1301,14 @@ static void test_capture_gso_types(gconstpointer way)
 
         for (int j = 0; j < 1 + i % 3; j++) {
             frame_make_gso_type(frame, &gso_types[i % ARRAY_SIZE(gso_types)]);
-            strange += lab_try_pass(&lab, frame);
+            strange += lab_try_pass(lab, frame);
         }
         passed += strange;
         while (frame_make_mixed(frame, ++number),
                lduw_be_p(frame->data + 12) != ETH_P_TEST) {
             /* A TCP packet could be taken for one of these. */
         }
-        lab_pass(&lab, frame);
+        lab_pass(lab, frame);
         while (!capture_reaches_number(ps, number, &refused)) {
             g_assert_cmpuint(reads++, <, 100);
         }
@@ -1393,37 +1323,32 @@ static void test_capture_gso_types(gconstpointer way)
     passed = 0;
     for (int i = 0; i < 3 * ARRAY_SIZE(gso_types); i++) {
         frame_make_gso_type(frame, &gso_types[i % ARRAY_SIZE(gso_types)]);
-        passed += lab_try_pass(&lab, frame);
-        lab_pass_made(&lab, frame_make_small, i);
+        passed += lab_try_pass(lab, frame);
+        lab_pass_made(lab, frame_make_small, i);
         passed++;
     }
     discarded = packet_socket_discard(ps, UINT64_MAX);
     g_assert_cmpuint(discarded, >=, 3 * ARRAY_SIZE(gso_types));
-    if (lab.way->directions == PACKET_SOCKET_INCOMING) {
+    if (lab->way->directions == PACKET_SOCKET_INCOMING) {
         /* Where the kernel cuts none */
         g_assert_cmpuint(discarded + packet_socket_drops(ps) - drops, ==,
                          passed);
     }
     capture_expect_none(ps);
-    lab_pass_made(&lab, frame_make_jumbo, 1);
+    lab_pass_made(lab, frame_make_jumbo, 1);
     capture_expect_made(ps, frame_make_jumbo, 1);
     capture_expect_none(ps);
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 /* A frame that does not fit is gone; what is behind the buffer is not. */
-static void test_capture_too_long(gconstpointer way)
+static void test_capture_too_long(Lab *lab)
 {
     static const int lens[] = { 200, 2000 };
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, lab.way->directions);
+    ps = capture_new_hooked(&lab->tap, lab->way->directions);
     for (int i = 0; i < 3 * ARRAY_SIZE(lens); i++) {
         int len = lens[i / 3], tags = i % 3;
 
@@ -1439,8 +1364,8 @@ static void test_capture_too_long(gconstpointer way)
             if (tags) {
                 frame_add_tag(sent, ETH_P_8021AD, 5);
             }
-            lab_pass(&lab, sent);
-            lab_pass_made(&lab, frame_make_small, 2);
+            lab_pass(lab, sent);
+            lab_pass_made(lab, frame_make_small, 2);
 
             memset(got->data, 0x5a, sizeof(got->data));
             ret = packet_socket_recv(ps, &hdr, got->data, size);
@@ -1461,7 +1386,6 @@ static void test_capture_too_long(gconstpointer way)
     }
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 /*
@@ -1507,95 +1431,87 @@ static void capture_expect_none_or_down(PacketSocket *ps)
     capture_expect_none(ps);
 }
 
-static void test_capture_down(gconstpointer way)
+static void test_capture_down(Lab *lab)
 {
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, lab.way->directions);
+    ps = capture_new_hooked(&lab->tap, lab->way->directions);
     for (int i = 0; i < 12; i++) {
         for (int j = 0; j < i; j++) {
-            lab_pass_made(&lab, frame_make_mixed, 1000 * i + j);
+            lab_pass_made(lab, frame_make_mixed, 1000 * i + j);
         }
-        set_up(lab.tap.name, false);
+        set_up(lab->tap.name, false);
         capture_expect_down(ps, frame_make_mixed, 1000 * i, i);
-        set_up(lab.tap.name, true);
+        set_up(lab->tap.name, true);
         capture_expect_none(ps);
-        lab_pass_made(&lab, frame_make_mixed, i);
+        lab_pass_made(lab, frame_make_mixed, i);
         capture_expect_made(ps, frame_make_mixed, i);
         capture_expect_none(ps);
     }
 
     /* Unhooked it may be of no interest. */
     packet_socket_unhook(ps);
-    set_up(lab.tap.name, false);
+    set_up(lab->tap.name, false);
     capture_expect_none_or_down(ps);
 
     /* Hooked while it is down, it works once it is up. */
     if (packet_socket_hook(ps, NULL)) {
         capture_expect_none_or_down(ps);
-        set_up(lab.tap.name, true);
+        set_up(lab->tap.name, true);
     } else {
-        set_up(lab.tap.name, true);
+        set_up(lab->tap.name, true);
         g_assert_true(packet_socket_hook(ps, &error_abort));
     }
     capture_expect_none(ps);
-    lab_pass_made(&lab, frame_make_small, 1000);
+    lab_pass_made(lab, frame_make_small, 1000);
     capture_expect_made(ps, frame_make_small, 1000);
 
     /* Down and up in between two reads, too: the error is the only one. */
     for (int i = 0; i < 2; i++) {
         FrameMaker *make = i ? frame_make_jumbo : frame_make_small;
 
-        set_up(lab.tap.name, false);
-        set_up(lab.tap.name, true);
-        lab_pass_made(&lab, make, 1001);
+        set_up(lab->tap.name, false);
+        set_up(lab->tap.name, true);
+        lab_pass_made(lab, make, 1001);
         capture_expect_down(ps, make, 1001, 1);
 
         /* A discard leaves no frame, and no endless error. */
-        lab_pass_made(&lab, make, 1002);
-        lab_pass_made(&lab, make, 1003);
-        set_up(lab.tap.name, false);
+        lab_pass_made(lab, make, 1002);
+        lab_pass_made(lab, make, 1003);
+        set_up(lab->tap.name, false);
         g_assert_cmpuint(packet_socket_discard(ps,
                                                packet_socket_max_waiting(ps)),
                          ==, 2);
         capture_expect_none_or_down(ps);
-        set_up(lab.tap.name, true);
+        set_up(lab->tap.name, true);
     }
     g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
-static void test_capture_gone(gconstpointer way)
+static void test_capture_gone(Lab *lab)
 {
     PacketSocket *ps, *unhooked;
     Error *err = NULL;
-    Lab lab, next;
+    Lab next;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = capture_new_hooked(&lab.tap, lab.way->directions);
-    unhooked = capture_new(&lab.tap, lab.way->directions);
+    ps = capture_new_hooked(&lab->tap, lab->way->directions);
+    unhooked = capture_new(&lab->tap, lab->way->directions);
     for (int i = 0; i < 30; i++) {
-        lab_pass_made(&lab, frame_make_mixed, i);
+        lab_pass_made(lab, frame_make_mixed, i);
     }
-    tap_delete(&lab.tap);
+    tap_delete(&lab->tap);
     capture_expect_down(ps, frame_make_mixed, 0, 30);
     capture_expect_none(unhooked);
 
     /* Another interface, which may even have the name of the old one */
-    g_assert_true(lab_new(&next, way));
+    g_assert_true(lab_new(&next, lab->way));
     lab_pass_made(&next, frame_make_small, 9);
     capture_expect_none(ps);
     packet_socket_unhook(ps);
     g_assert_false(packet_socket_hook(ps, &err));
     g_assert_nonnull(err);
-    g_assert_nonnull(strstr(error_get_pretty(err), lab.tap.name));
+    g_assert_nonnull(strstr(error_get_pretty(err), lab->tap.name));
     error_free(err);
     err = NULL;
     g_assert_false(packet_socket_hook(unhooked, &err));
@@ -1609,7 +1525,6 @@ static void test_capture_gone(gconstpointer way)
     packet_socket_free(ps);
     packet_socket_free(unhooked);
     lab_free(&next);
-    lab_free(&lab);
 }
 
 /*
@@ -1876,32 +1791,28 @@ static int64_t capture_expect_time(PacketSocket *ps, uint32_t number)
 }
 
 /* A frame has the time at which it came, whenever it is taken. */
-static void test_capture_times(gconstpointer way)
+static void test_capture_times(Lab *lab)
 {
     enum { FRAMES = 100 };
     int64_t before[FRAMES], after[FRAMES];
     gint64 end = g_get_monotonic_time() + 20 * G_USEC_PER_SEC;
     PacketSocket *ps;
     int64_t passed;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    ps = packet_socket_new_capture(lab.tap.name, lab.tap.index, -1,
-                                   lab.way->directions, CAPTURE_MEMORY, true,
+    ps = packet_socket_new_capture(lab->tap.name, lab->tap.index, -1,
+                                   lab->way->directions, CAPTURE_MEMORY, true,
                                    &error_abort);
     g_assert_true(packet_socket_hook(ps, &error_abort));
     /* The kernel begins with it in its own time. */
     do {
         g_assert_cmpint(g_get_monotonic_time(), <, end);
-        lab_pass_made(&lab, frame_make_some_jumbo, 0);
+        lab_pass_made(lab, frame_make_some_jumbo, 0);
         passed = now_ns();
     } while (capture_expect_time(ps, 0) > passed);
 
     for (int i = 0; i < FRAMES; i++) {
         before[i] = now_ns();
-        lab_pass_made(&lab, frame_make_some_jumbo, i);
+        lab_pass_made(lab, frame_make_some_jumbo, i);
         after[i] = now_ns();
     }
     for (int i = 0; i < FRAMES; i++) {
@@ -1911,7 +1822,6 @@ static void test_capture_times(gconstpointer way)
         g_assert_cmpint(time, <=, after[i]);
     }
     packet_socket_free(ps);
-    lab_free(&lab);
 }
 
 /*
@@ -1939,21 +1849,16 @@ static int inject(PacketSocket *ps, const Frame *frame)
     return MIN(ret, 0);
 }
 
-static void test_inject_plain(void)
+static void test_inject_plain(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = inject_new(&tap);
+    ps = inject_new(tap);
     for (int len = 60; len <= 1514; len++) {
         frame_make(sent, len, len);
         g_assert_cmpint(inject(ps, sent), ==, 0);
-        tap_read(&tap, got);
+        tap_read(tap, got);
         frame_assert_equal(got, sent);
         frame_assert_hdr_equal(got, sent);
     }
@@ -1965,71 +1870,58 @@ static void test_inject_plain(void)
         }
         frame_add_tags(sent, &tag_cases[i]);
         g_assert_cmpint(inject(ps, sent), ==, 0);
-        tap_read(&tap, got);
+        tap_read(tap, got);
         frame_assert_equal(got, sent);
     }
-    g_assert_false(tap_try_read(&tap, got));
+    g_assert_false(tap_try_read(tap, got));
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* A checksum left to do: the guest does it, or else the kernel. */
-static void test_inject_checksum(void)
+static void test_inject_checksum(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = inject_new(&tap);
+    ps = inject_new(tap);
     for (int version = 4; version <= 6; version += 2) {
         for (int udp = 0; udp < 2; udp++) {
             frame_make_ip(sent, version, udp ? IPPROTO_UDP : IPPROTO_TCP, 333);
-            tap_set_offload(&tap, TUN_F_CSUM);
+            tap_set_offload(tap, TUN_F_CSUM);
             g_assert_cmpint(inject(ps, sent), ==, 0);
-            tap_read(&tap, got);
+            tap_read(tap, got);
             frame_assert_equal(got, sent);
             frame_assert_hdr_equal(got, sent);
 
-            tap_set_offload(&tap, 0);
+            tap_set_offload(tap, 0);
             g_assert_cmpint(inject(ps, sent), ==, 0);
-            tap_read(&tap, got);
+            tap_read(tap, got);
             g_assert_false(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM);
             g_assert_true(checksum_holds(got));
             g_assert_cmpuint(got->len, ==, sent->len);
         }
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
-static void test_inject_gso(void)
+static void test_inject_gso(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
-    ps = inject_new(&tap);
+    tap_set_offload(tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(tap);
     for (int version = 4; version <= 6; version += 2) {
         /* With all headers: from 64 KiB on the kernel segments anyway. */
         frame_make_gso(sent, version, 65535 - 14 - 60);
         g_assert_cmpint(inject(ps, sent), ==, 0);
-        tap_read(&tap, got);
+        tap_read(tap, got);
         frame_assert_equal(got, sent);
         frame_assert_hdr_equal(got, sent);
         g_assert_cmpuint(got->hdr.hdr_len, ==, sent->hdr.hdr_len);
-        g_assert_false(tap_try_read(&tap, got));
+        g_assert_false(tap_try_read(tap, got));
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /*
@@ -2055,7 +1947,7 @@ static void check_inject_gso(PacketSocket *ps, PacketSocket *capture, Tap *tap,
     capture_expect_none(capture);
 }
 
-static void test_inject_gso_refused(void)
+static void test_inject_gso_refused(Tap *tap)
 {
     static const unsigned offloads[] = {
         0, TUN_F_CSUM, TUN_F_CSUM | TUN_F_TSO4, TUN_F_CSUM | TUN_F_TSO6,
@@ -2065,19 +1957,14 @@ static void test_inject_gso_refused(void)
     g_autofree Frame *sent = g_new0(Frame, 1);
     g_autoptr(GRand) rand = g_rand_new_with_seed(1);
     PacketSocket *ps, *capture;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = inject_new(&tap);
-    capture = capture_new_hooked(&tap, BOTH);
+    ps = inject_new(tap);
+    capture = capture_new_hooked(tap, BOTH);
     for (int round = 0; round < 50; round++) {
         unsigned offload = offloads[g_rand_int_range(rand, 0,
                                                      ARRAY_SIZE(offloads))];
 
-        tap_set_offload(&tap, offload);
+        tap_set_offload(tap, offload);
         for (int i = 0; i < 4; i++) {
             bool tcp6 = i & 1, ecn = i & 2;
             unsigned needed = (tcp6 ? TUN_F_TSO6 : TUN_F_TSO4) |
@@ -2085,34 +1972,28 @@ static void test_inject_gso_refused(void)
 
             frame_make_gso(sent, tcp6 ? 6 : 4, 5 * MSS);
             sent->hdr.gso_type |= ecn ? VIRTIO_NET_HDR_GSO_ECN : 0;
-            check_inject_gso(ps, capture, &tap, sent,
+            check_inject_gso(ps, capture, tap, sent,
                              (offload & needed) == needed);
         }
         frame_make_gso_type(sent, &gso_types[0]);
-        check_inject_gso(ps, capture, &tap, sent, false);
+        check_inject_gso(ps, capture, tap, sent, false);
     }
     /* The longest packet is too long for the kernel to leave it whole. */
-    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    tap_set_offload(tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
     frame_make_gso(sent, 6, 65535 - 60);
-    check_inject_gso(ps, capture, &tap, sent, false);
+    check_inject_gso(ps, capture, tap, sent, false);
     packet_socket_free(capture);
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* With one tag a frame goes whole, with two it may not. */
-static void test_inject_gso_tags(void)
+static void test_inject_gso_tags(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
-    ps = inject_new(&tap);
+    tap_set_offload(tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(tap);
     for (int i = 0; i < ARRAY_SIZE(tag_cases); i++) {
         int ret;
 
@@ -2123,14 +2004,13 @@ static void test_inject_gso_tags(void)
             g_assert_cmpint(ret, ==, -EAGAIN);
             g_assert_cmphex(tag_cases[i].inner_tpid, !=, 0);
         } else {
-            tap_read(&tap, got);
+            tap_read(tap, got);
             frame_assert_equal(got, sent);
             frame_assert_hdr_equal(got, sent);
         }
-        g_assert_false(tap_try_read(&tap, got));
+        g_assert_false(tap_try_read(tap, got));
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 static void test_inject_receives_nothing(void)
@@ -2161,25 +2041,20 @@ static void test_inject_receives_nothing(void)
 }
 
 /* A capture beside an injector does not feed itself. */
-static void test_inject_not_captured(void)
+static void test_inject_not_captured(Tap *tap)
 {
     static const unsigned directions[] = {
         PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, BOTH,
     };
     g_autofree Frame *frame = g_new0(Frame, 1);
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = inject_new(&tap);
+    ps = inject_new(tap);
     for (int i = 0; i < 3; i++) {
-        PacketSocket *capture = capture_new_hooked(&tap, directions[i]);
+        PacketSocket *capture = capture_new_hooked(tap, directions[i]);
 
         for (int offload = 0; offload < 2; offload++) {
-            tap_set_offload(&tap, offload ? TUN_F_CSUM | TUN_F_TSO4 |
+            tap_set_offload(tap, offload ? TUN_F_CSUM | TUN_F_TSO4 |
                                             TUN_F_TSO6 : 0);
             frame_make(frame, 1, 60);
             g_assert_cmpint(inject(ps, frame), ==, 0);
@@ -2189,39 +2064,33 @@ static void test_inject_not_captured(void)
             g_assert_cmpint(inject(ps, frame), ==, offload ? 0 : -EAGAIN);
             frame_make_gso(frame, 6, 20000);
             g_assert_cmpint(inject(ps, frame), ==, offload ? 0 : -EAGAIN);
-            tap_drain(&tap);
+            tap_drain(tap);
             capture_expect_none(capture);
             frame_make(frame, 2, 60);
-            host_send(tap.sender, frame);
-            tap_write(&tap, frame);
+            host_send(tap->sender, frame);
+            tap_write(tap, frame);
             capture_expect_number(capture, 2);
             if (i == 2) {
                 capture_expect_number(capture, 2);
             }
             capture_expect_none(capture);
-            tap_drain(&tap);
+            tap_drain(tap);
         }
         packet_socket_free(capture);
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* What was taken arrives, once and in order; what was not is refused. */
-static void test_inject_queue_full(void)
+static void test_inject_queue_full(Tap *tap)
 {
     g_autofree Frame *frame = g_new0(Frame, 1);
     uint32_t sent = 0, got = 0;
     unsigned refused = 0;
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    set_queue_len(&tap, 16);
-    ps = inject_new(&tap);
+    set_queue_len(tap, 16);
+    ps = inject_new(tap);
     for (int round = 0; round < 500; round++) {
         for (int i = 0; i < 1 + round % 37; i++) {
             int ret;
@@ -2236,7 +2105,7 @@ static void test_inject_queue_full(void)
             sent++;
         }
         for (int i = 0; i < 1 + round % 29; i++) {
-            if (!tap_try_read(&tap, frame)) {
+            if (!tap_try_read(tap, frame)) {
                 g_assert_cmpuint(got, ==, sent);
                 break;
             }
@@ -2245,32 +2114,26 @@ static void test_inject_queue_full(void)
             got++;
         }
     }
-    while (tap_try_read(&tap, frame)) {
+    while (tap_try_read(tap, frame)) {
         g_assert_cmpuint(frame_number(frame), ==, got);
         got++;
     }
     g_assert_cmpuint(got, ==, sent);
     g_assert_cmpuint(refused, >, 50);
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* The same with frames that the guest takes whole */
-static void test_inject_queue_full_gso(void)
+static void test_inject_queue_full_gso(Tap *tap)
 {
     g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     unsigned sent = 0, arrived = 0;
     PacketSocket *ps;
     int ret;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4);
-    set_queue_len(&tap, 16);
-    ps = inject_new(&tap);
+    tap_set_offload(tap, TUN_F_CSUM | TUN_F_TSO4);
+    set_queue_len(tap, 16);
+    ps = inject_new(tap);
     for (int round = 0; round < 20; round++) {
         /* The id tells one from the other. */
         frame_make_gso(frame, 4, 5000);
@@ -2279,7 +2142,7 @@ static void test_inject_queue_full_gso(void)
             g_assert_cmpuint(sent, <, 10000);
         }
         g_assert_cmpint(ret, ==, -EAGAIN);
-        while (tap_try_read(&tap, got)) {
+        while (tap_try_read(tap, got)) {
             g_assert_cmpuint(got->len, ==, frame->len);
             g_assert_cmpuint(ldl_be_p(got->data + 38), ==, arrived);
             arrived++;
@@ -2287,7 +2150,6 @@ static void test_inject_queue_full_gso(void)
     }
     g_assert_cmpuint(arrived, ==, sent);
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /*
@@ -2381,55 +2243,44 @@ static void frame_make_for_guest(Frame *frame, uint32_t number)
     }
 }
 
-static void test_inject_batch(void)
+static void test_inject_batch(Tap *tap)
 {
     g_autoptr(Batch) batch = batch_new();
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
-    ps = inject_new(&tap);
+    tap_set_offload(tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(tap);
     for (int n = 1; n <= BATCH_ROOM; n++) {
         int sent = MIN(n, PACKET_SOCKET_BATCH);
 
         batch_make(batch, frame_make_for_guest, n * 100, n);
         g_assert_cmpint(batch_inject(batch, ps, 0), ==, sent);
-        batch_expect(batch, &tap, 0, sent);
-        tap_expect_none(&tap);
+        batch_expect(batch, tap, 0, sent);
+        tap_expect_none(tap);
         if (sent < n) {
             g_assert_cmpint(batch_inject(batch, ps, sent), ==, n - sent);
-            batch_expect(batch, &tap, sent, n);
-            tap_expect_none(&tap);
+            batch_expect(batch, tap, sent, n);
+            tap_expect_none(tap);
         }
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* The queue gets full in the middle; what is read makes room for the rest. */
-static void test_inject_batch_queue_full(void)
+static void test_inject_batch_queue_full(Tap *tap)
 {
     static const int lens[] = { 1, 10, 63, 64, 65, 100 };
     g_autofree Frame *got = g_new0(Frame, 1), *expected = g_new0(Frame, 1);
     g_autoptr(Batch) batch = batch_new();
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    tap_set_offload(&tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
-    ps = inject_new(&tap);
+    tap_set_offload(tap, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6);
+    ps = inject_new(tap);
     for (int i = 0; i < ARRAY_SIZE(lens); i++) {
         g_autoptr(GRand) rand = g_rand_new_with_seed(i);
         unsigned sent = 0, arrived = 0, partly = 0, refused = 0;
 
-        set_queue_len(&tap, lens[i]);
+        set_queue_len(tap, lens[i]);
         while (sent < (g_test_slow() ? 20000 : 2000)) {
             int ret;
 
@@ -2447,7 +2298,7 @@ static void test_inject_batch_queue_full(void)
                 }
             }
             for (int j = g_rand_int_range(rand, 0, lens[i] + 2); j; j--) {
-                if (!tap_try_read(&tap, got)) {
+                if (!tap_try_read(tap, got)) {
                     g_assert_cmpuint(arrived, ==, sent);
                     break;
                 }
@@ -2457,16 +2308,15 @@ static void test_inject_batch_queue_full(void)
             }
         }
         while (arrived < sent) {
-            tap_read(&tap, got);
+            tap_read(tap, got);
             frame_make_for_guest(expected, arrived++);
             frame_assert_equal(got, expected);
         }
-        tap_expect_none(&tap);
+        tap_expect_none(tap);
         g_assert_cmpuint(partly, >, 0);
         g_assert_cmpuint(refused, >, 0);
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 static void frame_spoil_header(Frame *frame)
@@ -2486,7 +2336,7 @@ static void frame_spoil_runt(Frame *frame)
 }
 
 /* What comes before a bad frame goes; the error is about the first. */
-static void test_inject_batch_errors(void)
+static void test_inject_batch_errors(Tap *tap)
 {
     static const struct {
         void (*spoil)(Frame *frame);
@@ -2499,13 +2349,8 @@ static void test_inject_batch_errors(void)
     static const int places[] = { 0, 1, 7, 31, 62, 63 };
     g_autoptr(Batch) batch = batch_new();
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = inject_new(&tap);
+    ps = inject_new(tap);
     for (int i = 0; i < ARRAY_SIZE(cases) * ARRAY_SIZE(places); i++) {
         int kind = i % ARRAY_SIZE(cases);
         int place = places[i / ARRAY_SIZE(cases)];
@@ -2520,52 +2365,46 @@ static void test_inject_batch_errors(void)
         }
         if (place) {
             g_assert_cmpint(batch_inject(batch, ps, 0), ==, place);
-            batch_expect(batch, &tap, 0, place);
+            batch_expect(batch, tap, 0, place);
         }
         g_assert_cmpint(batch_inject(batch, ps, place), ==, cases[kind].error);
         g_assert_cmpint(batch_inject(batch, ps, place), ==, cases[kind].error);
-        tap_expect_none(&tap);
+        tap_expect_none(tap);
 
         /* Without it the rest goes. */
         if (place < 62) {
             g_assert_cmpint(batch_inject(batch, ps, place + 1), ==,
                             62 - place);
-            batch_expect(batch, &tap, place + 1, 63);
+            batch_expect(batch, tap, place + 1, 63);
         }
-        tap_expect_none(&tap);
+        tap_expect_none(tap);
     }
 
     /* Down in between, and all of it once it is up */
     batch_make(batch, frame_make_small, 0, BATCH_ROOM);
     g_assert_cmpint(batch_inject(batch, ps, 0), ==, PACKET_SOCKET_BATCH);
-    set_up(tap.name, false);
+    set_up(tap->name, false);
     for (int i = 0; i < 3; i++) {
         g_assert_cmpint(batch_inject(batch, ps, PACKET_SOCKET_BATCH), ==,
                         -EAGAIN);
     }
-    tap_drain(&tap);
-    set_up(tap.name, true);
+    tap_drain(tap);
+    set_up(tap->name, true);
     g_assert_cmpint(batch_inject(batch, ps, PACKET_SOCKET_BATCH), ==,
                     BATCH_ROOM - PACKET_SOCKET_BATCH);
-    batch_expect(batch, &tap, PACKET_SOCKET_BATCH, BATCH_ROOM);
-    tap_expect_none(&tap);
+    batch_expect(batch, tap, PACKET_SOCKET_BATCH, BATCH_ROOM);
+    tap_expect_none(tap);
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* What comes before a GSO frame that is refused goes, and so does the rest. */
-static void test_inject_batch_gso_refused(void)
+static void test_inject_batch_gso_refused(Tap *tap)
 {
     static const int places[] = { 0, 1, 31, 62, 63 };
     g_autoptr(Batch) batch = batch_new();
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
-    ps = inject_new(&tap);
+    ps = inject_new(tap);
     for (int i = 0; i < ARRAY_SIZE(places); i++) {
         int place = places[i], rest = PACKET_SOCKET_BATCH - place - 1;
 
@@ -2574,18 +2413,17 @@ static void test_inject_batch_gso_refused(void)
         batch_set(batch, place);
         if (place) {
             g_assert_cmpint(batch_inject(batch, ps, 0), ==, place);
-            batch_expect(batch, &tap, 0, place);
+            batch_expect(batch, tap, 0, place);
         }
         g_assert_cmpint(batch_inject(batch, ps, place), ==, -EAGAIN);
-        tap_expect_none(&tap);
+        tap_expect_none(tap);
         if (rest) {
             g_assert_cmpint(batch_inject(batch, ps, place + 1), ==, rest);
-            batch_expect(batch, &tap, place + 1, PACKET_SOCKET_BATCH);
+            batch_expect(batch, tap, place + 1, PACKET_SOCKET_BATCH);
         }
-        tap_expect_none(&tap);
+        tap_expect_none(tap);
     }
     packet_socket_free(ps);
-    tap_delete(&tap);
 }
 
 /* Down, and up again */
@@ -2827,29 +2665,23 @@ static bool drop_capabilities(uint64_t which)
 }
 
 /* Says on stderr what the user would read. */
-static void test_errors_capability_subprocess(void)
+static void test_errors_capability_subprocess(Tap *tap)
 {
     Error *capture_err = NULL, *inject_err = NULL;
     unsigned fds;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     g_assert_true(drop_capabilities(1ull << CAP_NET_RAW));
     fds = count_fds();
-    g_assert_null(packet_socket_new_capture(tap.name, tap.index, -1, BOTH,
+    g_assert_null(packet_socket_new_capture(tap->name, tap->index, -1, BOTH,
                                             CAPTURE_MEMORY, false,
                                             &capture_err));
-    g_assert_null(packet_socket_new_inject(tap.name, tap.index, -1,
+    g_assert_null(packet_socket_new_inject(tap->name, tap->index, -1,
                                            &inject_err));
     g_assert_cmpuint(count_fds(), ==, fds);
-    g_assert_nonnull(strstr(error_get_pretty(capture_err), tap.name));
-    g_assert_nonnull(strstr(error_get_pretty(inject_err), tap.name));
+    g_assert_nonnull(strstr(error_get_pretty(capture_err), tap->name));
+    g_assert_nonnull(strstr(error_get_pretty(inject_err), tap->name));
     error_reportf_err(capture_err, "capture: ");
     error_reportf_err(inject_err, "inject: ");
-    tap_delete(&tap);
 }
 
 static void test_errors_capability(void)
@@ -2872,43 +2704,37 @@ static size_t address_space(void)
     return g_ascii_strtoull(text, NULL, 10) * qemu_real_host_page_size();
 }
 
-static void test_errors_leak(void)
+static void test_errors_leak(Tap *tap)
 {
     g_autofree Frame *frame = g_new0(Frame, 1);
     unsigned fds;
     size_t before;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     frame_make(frame, 0, 60);
     fds = count_fds();
     before = address_space();
     /* Each close waits for the kernel's RCU. */
     for (int i = 0; i < (g_test_slow() ? 1000 : 100); i++) {
-        PacketSocket *ps = capture_new(&tap, 1 + i % BOTH), *injector;
+        PacketSocket *ps = capture_new(tap, 1 + i % BOTH), *injector;
 
         if (i & 1) {
             g_assert_true(packet_socket_hook(ps, &error_abort));
-            tap_write(&tap, frame);
-            host_send(tap.sender, frame);
-            tap_drain(&tap);
+            tap_write(tap, frame);
+            host_send(tap->sender, frame);
+            tap_drain(tap);
         }
         if (i & 2) {
             packet_socket_unhook(ps);
         }
         packet_socket_free(ps);
-        injector = inject_new(&tap);
+        injector = inject_new(tap);
         packet_socket_free(injector);
-        injector = packet_socket_new_inject(tap.name, tap.index + 100000, -1,
+        injector = packet_socket_new_inject(tap->name, tap->index + 100000, -1,
                                             NULL);
         g_assert_null(injector);
     }
     g_assert_cmpuint(count_fds(), ==, fds);
     g_assert_cmpuint(address_space(), <, before + 16 * MiB);
-    tap_delete(&tap);
 }
 
 /*
@@ -2985,42 +2811,38 @@ static PacketSocket *inject_passed(const Tap *tap, int fd)
 }
 
 /* As one that we opened, and with nothing of what was there before */
-static void test_passed_capture(gconstpointer way)
+static void test_passed_capture(Lab *lab)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     unsigned protocol, running;
     PacketSocket *ps;
     Flood flood;
-    Lab lab;
     int fd;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
     flood_start(&flood);
     for (int round = 0; round < (g_test_slow() ? 100 : 10); round++) {
         fd = others_new(&flood);
         if (round & 1) {
             others_spoil(fd);
         }
-        ps = capture_passed(&lab.tap, fd, lab.way->directions);
+        ps = capture_passed(&lab->tap, fd, lab->way->directions);
         g_assert_cmpint(packet_socket_fd(ps), ==, fd);
         capture_expect_none(ps);
         g_assert_cmpuint(packet_socket_drops(ps), ==, 0);
         proc_packet(fd, &protocol, &running);
         g_assert_false(running && protocol == ETH_P_ALL);
-        lab_pass_made(&lab, frame_make_small, 1000);
+        lab_pass_made(lab, frame_make_small, 1000);
         capture_expect_none(ps);
         g_assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
         g_assert_true(fcntl(fd, F_GETFL) & O_NONBLOCK);
 
         g_assert_true(packet_socket_hook(ps, &error_abort));
         for (int i = 0; i < 50; i++) {
-            lab_pass_made(&lab, frame_make_mixed, i);
+            lab_pass_made(lab, frame_make_mixed, i);
             capture_expect_made(ps, frame_make_mixed, i);
             frame_make(sent, i, 60 + 30 * i);
             frame_add_tag(sent, ETH_P_8021Q, i);
-            lab_pass(&lab, sent);
+            lab_pass(lab, sent);
             capture_next(ps, got);
             frame_assert_equal(got, sent);
         }
@@ -3029,69 +2851,57 @@ static void test_passed_capture(gconstpointer way)
         packet_socket_free(ps);
     }
     flood_stop(&flood);
-    lab_free(&lab);
 }
 
-static void test_passed_inject(void)
+static void test_passed_inject(Tap *tap)
 {
     g_autofree Frame *sent = g_new0(Frame, 1), *got = g_new0(Frame, 1);
     PacketSocket *ps, *capture;
     unsigned protocol, running;
     Flood flood;
-    Tap tap;
     int fd;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     flood_start(&flood);
-    capture = capture_new_hooked(&tap, BOTH);
+    capture = capture_new_hooked(tap, BOTH);
     for (int round = 0; round < 10; round++) {
         fd = others_new(&flood);
         if (round & 1) {
             others_spoil(fd);
         }
-        ps = inject_passed(&tap, fd);
+        ps = inject_passed(tap, fd);
         proc_packet(fd, &protocol, &running);
         g_assert_false(running && protocol == ETH_P_ALL);
         for (int i = 0; i < 20; i++) {
             frame_make(sent, i, 60 + 70 * i);
             g_assert_cmpint(inject(ps, sent), ==, 0);
-            tap_read(&tap, got);
+            tap_read(tap, got);
             frame_assert_equal(got, sent);
         }
         frame_make_gso(sent, 4, 5000);
         g_assert_cmpint(inject(ps, sent), ==, -EAGAIN);
         capture_expect_none(capture);
         /* And it gets nothing. */
-        host_send(tap.sender, sent);
-        tap_write(&tap, sent);
-        tap_drain(&tap);
+        host_send(tap->sender, sent);
+        tap_write(tap, sent);
+        tap_drain(tap);
         g_assert_false(readable(fd, 0));
-        check_inject_down(ps, &tap);
+        check_inject_down(ps, tap);
         packet_socket_discard(capture, UINT64_MAX);
         packet_socket_free(ps);
     }
     packet_socket_free(capture);
     flood_stop(&flood);
-    tap_delete(&tap);
 }
 
 /* Nobody else who has the socket can have it get more. */
-static void test_passed_locked(void)
+static void test_passed_locked(Tap *tap)
 {
     PacketSocket *ps;
-    Tap tap;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     for (int i = 0; i < 2; i++) {
         int fd = socket(AF_PACKET, SOCK_RAW, 0);
 
-        ps = i ? inject_passed(&tap, fd) : capture_passed(&tap, fd, BOTH);
+        ps = i ? inject_passed(tap, fd) : capture_passed(tap, fd, BOTH);
         g_assert_cmpint(get_option(fd, SOL_SOCKET, SO_LOCK_FILTER), ==, 1);
         g_assert_cmpint(set_filter(fd, UINT32_MAX), ==, -1);
         g_assert_cmpint(errno, ==, EPERM);
@@ -3100,14 +2910,13 @@ static void test_passed_locked(void)
         g_assert_cmpint(errno, ==, EPERM);
         packet_socket_free(ps);
     }
-    tap_delete(&tap);
 }
 
 /*
  * Whoever passed a socket may have kept a duplicate.  It is off the interface
  * and empty once we are done, and of use for others.
  */
-static void test_passed_free(gconstpointer way)
+static void test_passed_free(Lab *lab)
 {
     g_autofree Frame *got = g_new0(Frame, 1);
     struct sockaddr_ll addr = {
@@ -3116,12 +2925,8 @@ static void test_passed_free(gconstpointer way)
     };
     unsigned protocol, running;
     PacketSocket *ps;
-    Lab lab;
 
-    if (!lab_new(&lab, way)) {
-        return;
-    }
-    addr.sll_ifindex = lab.tap.index;
+    addr.sll_ifindex = lab->tap.index;
     for (int waiting = 0; waiting < 30; waiting += 10) {
         int fd = socket(AF_PACKET, SOCK_RAW, 0), kept = dup(fd);
         struct iovec iov[] = {
@@ -3129,31 +2934,30 @@ static void test_passed_free(gconstpointer way)
             { got->data, sizeof(got->data) },
         };
 
-        ps = capture_passed(&lab.tap, fd, lab.way->directions);
+        ps = capture_passed(&lab->tap, fd, lab->way->directions);
         g_assert_true(packet_socket_hook(ps, &error_abort));
         for (int i = 0; i < waiting; i++) {
-            lab_pass_made(&lab, frame_make_some_jumbo, i);
+            lab_pass_made(lab, frame_make_some_jumbo, i);
         }
         packet_socket_free(ps);
         g_assert_cmpint(fcntl(fd, F_GETFD), ==, -1);
 
         proc_packet(kept, &protocol, &running);
         g_assert_false(running && protocol == ETH_P_ALL);
-        lab_pass_made(&lab, frame_make_small, 1000);
+        lab_pass_made(lab, frame_make_small, 1000);
         g_assert_false(readable(kept, 0));
         /* With a ring the kernel would not allow it. */
         set_option(kept, SOL_PACKET, PACKET_VERSION, TPACKET_V1);
 
         g_assert_cmpint(bind(kept, (struct sockaddr *)&addr, sizeof(addr)),
                         ==, 0);
-        lab_pass_made(&lab, frame_make_small, 2000);
+        lab_pass_made(lab, frame_make_small, 2000);
         g_assert_true(readable(kept, LIMIT_MS));
         got->len = readv(kept, iov, ARRAY_SIZE(iov)) - sizeof(got->hdr);
         g_assert_cmpuint(frame_assert_made(got, frame_make_small), ==, 2000);
         g_assert_false(readable(kept, 0));
         close(kept);
     }
-    lab_free(&lab);
 }
 
 /* It stays the caller's, and is closed here. */
@@ -3174,16 +2978,12 @@ static void expect_passed_error(const Tap *tap, int fd, bool injects,
     close(fd);
 }
 
-static void test_passed_errors(void)
+static void test_passed_errors(Tap *tap)
 {
-    Tap tap, other;
+    Tap other;
     unsigned fds;
     int fd;
 
-    if (!can_run()) {
-        return;
-    }
-    tap_new(&tap);
     tap_new(&other);
     fds = count_fds();
     for (int injects = 0; injects < 2; injects++) {
@@ -3195,38 +2995,37 @@ static void test_passed_errors(void)
         };
 
         fd = open("/dev/null", O_RDWR);
-        expect_passed_error(&tap, fd, injects, CAPTURE_MEMORY,
+        expect_passed_error(tap, fd, injects, CAPTURE_MEMORY,
                             "is not a packet socket");
-        expect_passed_error(&tap, 1000, injects, CAPTURE_MEMORY,
+        expect_passed_error(tap, 1000, injects, CAPTURE_MEMORY,
                             "is not a packet socket");
         fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-        expect_passed_error(&tap, fd, injects, CAPTURE_MEMORY,
+        expect_passed_error(tap, fd, injects, CAPTURE_MEMORY,
                             "is not a packet socket");
         fd = socket(AF_PACKET, SOCK_DGRAM, 0);
-        expect_passed_error(&tap, fd, injects, CAPTURE_MEMORY, "SOCK_RAW");
-        expect_passed_error(&tap, sender_new(other.index), injects,
+        expect_passed_error(tap, fd, injects, CAPTURE_MEMORY, "SOCK_RAW");
+        expect_passed_error(tap, sender_new(other.index), injects,
                             CAPTURE_MEMORY, "bound to another interface");
         fd = socket(AF_PACKET, SOCK_RAW, 0);
         set_option(fd, SOL_SOCKET, SO_LOCK_FILTER, 1);
-        expect_passed_error(&tap, fd, injects, CAPTURE_MEMORY, "locked");
+        expect_passed_error(tap, fd, injects, CAPTURE_MEMORY, "locked");
         fd = socket(AF_PACKET, SOCK_RAW, 0);
         g_assert_cmpint(setsockopt(fd, SOL_PACKET, PACKET_RX_RING,
                                    &req, sizeof(req)), ==, 0);
-        expect_passed_error(&tap, fd, injects, CAPTURE_MEMORY, "has a ring");
+        expect_passed_error(tap, fd, injects, CAPTURE_MEMORY, "has a ring");
         g_assert_cmpuint(count_fds(), ==, fds);
     }
     /* What is found out late: the kernel has no such ring. */
     fd = socket(AF_PACKET, SOCK_RAW, 0);
-    expect_passed_error(&tap, fd, false, SIZE_MAX / 64,
+    expect_passed_error(tap, fd, false, SIZE_MAX / 64,
                         "could not get a ring");
     /* One that was refused is as it was. */
     fd = sender_new(other.index);
-    expect_passed_error(&tap, dup(fd), false, CAPTURE_MEMORY,
+    expect_passed_error(tap, dup(fd), false, CAPTURE_MEMORY,
                         "bound to another interface");
     packet_socket_free(capture_passed(&other, fd, BOTH));
     g_assert_cmpuint(count_fds(), ==, fds);
     tap_delete(&other);
-    tap_delete(&tap);
 }
 
 /* Whoever opened it has done all that takes a privilege. */
@@ -3276,23 +3075,67 @@ static void test_passed_no_privilege(void)
     g_test_trap_assert_passed();
 }
 
-/* A test for each way, or for those to one TAP alone */
-static void add_ways_of(const char *group, const char *name, bool bridged,
-                        GTestDataFunc function)
+static void run_tap_test(gconstpointer func)
+{
+    Tap tap;
+
+    if (can_run()) {
+        tap_new(&tap);
+        ((void (*)(Tap *tap))func)(&tap);
+        tap_delete(&tap);
+    }
+}
+
+typedef struct LabTest {
+    const Way *way;
+    void (*func)(Lab *lab);
+} LabTest;
+
+static void run_lab_test(gconstpointer data)
+{
+    const LabTest *test = data;
+    Lab lab;
+
+    if (lab_new(&lab, test->way)) {
+        test->func(&lab);
+        lab_free(&lab);
+    }
+}
+
+/*
+ * A test for each way, or for those to one TAP alone; either @func, or @in_lab
+ * with a laboratory
+ */
+static void add_ways_of(const char *name, bool bridged, GTestDataFunc func,
+                        void (*in_lab)(Lab *lab))
 {
     for (int i = 0; i < ARRAY_SIZE(ways); i++) {
-        g_autofree char *path = g_strdup_printf("/packet-socket/%s/%s/%s",
-                                                group, name, ways[i].name);
+        g_autofree char *path = g_strdup_printf("/packet-socket/%s/%s", name,
+                                                ways[i].name);
 
-        if (bridged || !ways[i].bridged) {
-            g_test_add_data_func(path, &ways[i], function);
+        if (!bridged && ways[i].bridged) {
+            continue;
+        }
+        if (in_lab) {
+            LabTest *test = g_new(LabTest, 1);
+
+            *test = (LabTest) { .way = &ways[i], .func = in_lab };
+            g_test_add_data_func_full(path, test, run_lab_test, g_free);
+        } else {
+            g_test_add_data_func(path, &ways[i], func);
         }
     }
 }
 
-static void add_ways(const char *name, bool bridged, GTestDataFunc function)
+static void add_ways(const char *name, bool bridged, GTestDataFunc func)
 {
-    add_ways_of("capture", name, bridged, function);
+    add_ways_of(name, bridged, func, NULL);
+}
+
+static void add_lab_ways(const char *name, bool bridged,
+                         void (*func)(Lab *lab))
+{
+    add_ways_of(name, bridged, NULL, func);
 }
 
 int main(int argc, char **argv)
@@ -3300,59 +3143,61 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     enter_namespace();
 
-#define TEST(name, function) g_test_add_func("/packet-socket/" name, function)
-    TEST("capture/outgoing", test_capture_outgoing);
-    TEST("capture/host-stack", test_capture_host_stack);
-    TEST("capture/incoming", test_capture_incoming);
-    TEST("capture/directions", test_capture_directions);
-    add_ways("unhooked", true, test_capture_unhooked);
-    add_ways("unhook-keeps", true, test_capture_unhook_keeps);
-    add_ways("discard", true, test_capture_discard);
-    add_ways("foreign", false, test_capture_foreign);
-    TEST("capture/no-interface", test_capture_no_interface);
-    TEST("capture/tags/in-frame", test_capture_tags);
-    add_ways("tags/checksum", true, test_capture_tags_checksum);
-    add_ways("lengths", true, test_capture_lengths);
+#define TEST(name, func) g_test_add_func("/packet-socket/" name, func)
+#define TAP_TEST(name, func) \
+    g_test_add_data_func("/packet-socket/" name, func, run_tap_test)
+    TAP_TEST("capture/outgoing", test_capture_outgoing);
+    TAP_TEST("capture/host-stack", test_capture_host_stack);
+    TAP_TEST("capture/incoming", test_capture_incoming);
+    TAP_TEST("capture/directions", test_capture_directions);
+    add_lab_ways("capture/unhooked", true, test_capture_unhooked);
+    add_lab_ways("capture/unhook-keeps", true, test_capture_unhook_keeps);
+    add_lab_ways("capture/discard", true, test_capture_discard);
+    add_ways("capture/foreign", false, test_capture_foreign);
+    TAP_TEST("capture/no-interface", test_capture_no_interface);
+    TAP_TEST("capture/tags/in-frame", test_capture_tags);
+    add_lab_ways("capture/tags/checksum", true, test_capture_tags_checksum);
+    add_lab_ways("capture/lengths", true, test_capture_lengths);
     TEST("capture/lengths/vlan-interface", test_capture_lengths_vlan);
     TEST("capture/tags/vlan-interface", test_capture_tags_vlan);
-    add_ways("gso", true, test_capture_gso);
-    add_ways("poll", false, test_capture_poll);
-    add_ways("stuck", false, test_capture_stuck);
-    add_ways("gso-types", true, test_capture_gso_types);
-    add_ways("too-long", true, test_capture_too_long);
-    add_ways("down", true, test_capture_down);
-    add_ways("gone", true, test_capture_gone);
-    add_ways("drops", true, test_capture_drops);
-    add_ways("order", true, test_capture_order);
-    add_ways("memory", true, test_capture_memory);
-    add_ways("wakeup", true, test_capture_wakeup);
-    add_ways("times", true, test_capture_times);
-    TEST("inject/plain", test_inject_plain);
-    TEST("inject/checksum", test_inject_checksum);
-    TEST("inject/gso", test_inject_gso);
-    TEST("inject/gso-refused", test_inject_gso_refused);
-    TEST("inject/gso-tags", test_inject_gso_tags);
+    add_lab_ways("capture/gso", true, test_capture_gso);
+    add_ways("capture/poll", false, test_capture_poll);
+    add_ways("capture/stuck", false, test_capture_stuck);
+    add_lab_ways("capture/gso-types", true, test_capture_gso_types);
+    add_lab_ways("capture/too-long", true, test_capture_too_long);
+    add_lab_ways("capture/down", true, test_capture_down);
+    add_lab_ways("capture/gone", true, test_capture_gone);
+    add_ways("capture/drops", true, test_capture_drops);
+    add_ways("capture/order", true, test_capture_order);
+    add_ways("capture/memory", true, test_capture_memory);
+    add_ways("capture/wakeup", true, test_capture_wakeup);
+    add_lab_ways("capture/times", true, test_capture_times);
+    TAP_TEST("inject/plain", test_inject_plain);
+    TAP_TEST("inject/checksum", test_inject_checksum);
+    TAP_TEST("inject/gso", test_inject_gso);
+    TAP_TEST("inject/gso-refused", test_inject_gso_refused);
+    TAP_TEST("inject/gso-tags", test_inject_gso_tags);
     TEST("inject/receives-nothing", test_inject_receives_nothing);
-    TEST("inject/not-captured", test_inject_not_captured);
-    TEST("inject/queue-full/plain", test_inject_queue_full);
-    TEST("inject/queue-full/gso", test_inject_queue_full_gso);
-    TEST("inject/batch/order", test_inject_batch);
-    TEST("inject/batch/queue-full", test_inject_batch_queue_full);
-    TEST("inject/batch/errors", test_inject_batch_errors);
-    TEST("inject/batch/gso-refused", test_inject_batch_gso_refused);
+    TAP_TEST("inject/not-captured", test_inject_not_captured);
+    TAP_TEST("inject/queue-full/plain", test_inject_queue_full);
+    TAP_TEST("inject/queue-full/gso", test_inject_queue_full_gso);
+    TAP_TEST("inject/batch/order", test_inject_batch);
+    TAP_TEST("inject/batch/queue-full", test_inject_batch_queue_full);
+    TAP_TEST("inject/batch/errors", test_inject_batch_errors);
+    TAP_TEST("inject/batch/gso-refused", test_inject_batch_gso_refused);
     TEST("inject/errors", test_inject_errors);
     TEST("checksum/tcp-udp", test_checksum);
     TEST("checksum/tag", test_checksum_tag);
     TEST("checksum/udp-zero", test_checksum_udp_zero);
     TEST("checksum/outside", test_checksum_outside);
     TEST("errors/capability", test_errors_capability);
-    TEST("errors/capability/subprocess", test_errors_capability_subprocess);
-    TEST("errors/leak", test_errors_leak);
-    add_ways_of("passed", "capture", true, test_passed_capture);
-    add_ways_of("passed", "free", true, test_passed_free);
-    TEST("passed/inject", test_passed_inject);
-    TEST("passed/locked", test_passed_locked);
-    TEST("passed/errors", test_passed_errors);
+    TAP_TEST("errors/capability/subprocess", test_errors_capability_subprocess);
+    TAP_TEST("errors/leak", test_errors_leak);
+    add_lab_ways("passed/capture", true, test_passed_capture);
+    add_lab_ways("passed/free", true, test_passed_free);
+    TAP_TEST("passed/inject", test_passed_inject);
+    TAP_TEST("passed/locked", test_passed_locked);
+    TAP_TEST("passed/errors", test_passed_errors);
     TEST("passed/no-privilege", test_passed_no_privilege);
     TEST("passed/no-privilege/subprocess",
          test_passed_no_privilege_subprocess);
