@@ -99,7 +99,7 @@ typedef struct Life {
     bool cap_stalled;       /* the peer does not read */
     bool cap_fresh;         /* nothing has come since it became active */
     uint32_t cap_min;       /* the first frame's number */
-    uint32_t cap_max;
+    uint32_t cap_max;       /* the most that it can be */
     uint32_t cap_next;
     uint32_t cap_next_guest;
     uint64_t cap_gaps;      /* frames that did not come */
@@ -896,7 +896,8 @@ static void command(Life *l, unsigned i)
         expect_source(&l->f, "cap", "packet-socket");
         l->cap_fresh = true;
         l->cap_min = from;
-        l->cap_max = sent(l);
+        /* One may have passed cap, and not count as sent yet. */
+        l->cap_max = sent(l) + 1;
         l->cap_next_guest = l->guest_sent;
         l->cap_stalled = false;
     }
