@@ -207,17 +207,29 @@ static void report(int tty, uint32_t id, uint32_t run, uint32_t sent)
     dprintf(tty, "%u %u %u %ld %ld\n", id, lost, duplicated, first, last);
 }
 
-/* The answer is one line, whatever the command prints. */
-static void run_command(int tty, uint32_t id, const char *command)
+/*
+ * The answer is one line, whatever the command prints.  The command may take
+ * longer than the socket has room for packets.
+ */
+static void run_command(int tty, int fd, uint32_t id, const char *command)
 {
     char out[2000];
-    size_t length;
+    size_t length = 0;
+    ssize_t got = 1;
     FILE *pipe = popen(command, "r");
+    struct pollfd from = { .events = POLLIN };
 
     if (!pipe) {
         die(command);
     }
-    length = fread(out, 1, sizeof(out) - 1, pipe);
+    from.fd = fileno(pipe);
+    while (got > 0 && length < sizeof(out) - 1) {
+        if (poll(&from, 1, 200) > 0) {
+            got = read(from.fd, out + length, sizeof(out) - 1 - length);
+            length += got > 0 ? got : 0;
+        }
+        receive_all(fd);
+    }
     pclose(pipe);
     out[length] = '\0';
     for (char *c = out; *c; c++) {
@@ -226,7 +238,7 @@ static void run_command(int tty, uint32_t id, const char *command)
     dprintf(tty, "%u %s\n", id, out);
 }
 
-static void answer(int tty, const char *line)
+static void answer(int tty, int fd, const char *line)
 {
     uint32_t id, run, sent;
     int skip = 0;
@@ -245,7 +257,7 @@ static void answer(int tty, const char *line)
     } else if (sscanf(line, "order %u", &run) == 1 && run < RUNS) {
         dprintf(tty, "%u %u %u\n", id, late[run], depth[run]);
     } else if (!strncmp(line, "run ", 4)) {
-        run_command(tty, id, line + 4);
+        run_command(tty, fd, id, line + 4);
     } else {
         dprintf(tty, "%u unknown: %s\n", id, line);
     }
@@ -278,7 +290,7 @@ static void receive_packets(int port, const char *tty_name)
         }
         line[length] = '\0';
         length = 0;
-        answer(tty.fd, line);
+        answer(tty.fd, fd, line);
     }
 }
 

@@ -31,7 +31,7 @@ RATE = 50
 QUEUE = 30000
 
 # In seconds, for a machine that is busy with something else, too.
-ANSWER_LIMIT = PACKETS_LIMIT = MIGRATION_LIMIT = 300
+LIMIT = 300
 
 # A NIC that not all guests have.
 SECOND_MAC, SECOND_ADDRESS = '52:54:00:00:00:03', '198.51.100.2'
@@ -68,7 +68,9 @@ class Bridge:
         run('ip', 'link', 'add', name, 'type', 'bridge', 'stp_state', '0',
             'forward_delay', '0', 'mcast_snooping', '0',
             # An address that is forgotten would be flooded.
-            'ageing_time', '360000')
+            'ageing_time', '360000',
+            # Without it there is one entry of an address for each VLAN.
+            'vlan_default_pvid', '0')
         run('ip', 'address', 'add', f'{address}/24', 'dev', name)
         run('ip', 'link', 'set', name, 'address', HOST_MAC, 'up')
         self.expect(guest_mac)
@@ -105,7 +107,7 @@ class Bridge:
 
     def await_port(self, tap):
         wait_for(f'{self.name} to learn that the guest is behind {tap}',
-                 lambda: self.port() == tap, 60)
+                 lambda: self.port() == tap, LIMIT)
 
 
 class Vm(Qemu):
@@ -134,7 +136,7 @@ class Vm(Qemu):
                          '-incoming', 'defer', *options)
         self.connect()
 
-    def ask(self, request, limit=ANSWER_LIMIT):
+    def ask(self, request, limit=LIMIT):
         return super().ask(request, limit)
 
     def set_capabilities(self, *names):
@@ -207,7 +209,7 @@ class Vm(Qemu):
                     + self.qmp('query-migrate').get('error-desc', ''))
             return status if status in wanted else None
         return wait_for(f'the migration to be {wanted[0]}', reached,
-                        MIGRATION_LIMIT)
+                        LIMIT)
 
     def guest_runs(self, command):
         """Run COMMAND in the guest and return what it prints."""
@@ -245,13 +247,13 @@ def begin(source, target, *capabilities, redirector=True, status='on',
 def await_copying(source):
     """Wait until some of the memory is copied."""
     wait_for('some memory to be copied', lambda: source.qmp('query-migrate')
-             .get('ram', {}).get('transferred', 0) > 1 << 20, MIGRATION_LIMIT)
+             .get('ram', {}).get('transferred', 0) > 1 << 20, LIMIT)
 
 
 def complete(source, target):
     """Wait for the end of the migration; return the downtime in ms."""
     source.await_status('completed')
-    wait_for('the target to run', target.running, 60)
+    wait_for('the target to run', target.running, LIMIT)
     return source.qmp('query-migrate')['downtime']
 
 
@@ -265,7 +267,7 @@ def await_transfer(source, target):
                    for i, _ in enumerate(source.taps)]
         idle.append(not any(pending))
         return idle[-2:] == [True, True]
-    wait_for('the last packets of the source', done, PACKETS_LIMIT, 1)
+    wait_for('the last packets of the source', done, LIMIT, 1)
 
 
 def clean_up(source, target, redirector=True):
@@ -297,7 +299,7 @@ class Packets:
         """Wait until the packets of so many SECONDS came to the guest."""
         wanted = self.count(vm) + seconds * self.rate
         wait_for(f'packets at the guest in QEMU {vm.name}',
-                 lambda: self.count(vm) >= wanted, PACKETS_LIMIT, 1)
+                 lambda: self.count(vm) >= wanted, LIMIT, 1)
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -314,8 +316,10 @@ class Packets:
         def quiet():
             counts.append(self.count(vm))
             return counts[-1] == counts[-2] == counts[-3]
-        wait_for('the last packets', quiet, PACKETS_LIMIT, 1)
-        return Result(sent,
+        wait_for('the last packets', quiet, LIMIT, 1)
+        # The guest itself may drop packets if it gets no time.
+        dropped = vm.guest_runs("awk 'NR > 1 { print $NF }' /proc/net/udp")
+        return Result(sent, dropped,
                       *map(int, vm.ask(f'report {self.number} {sent}'
                                        ).split()),
                       *map(int, vm.ask(f'order {self.number}').split()))
@@ -327,12 +331,13 @@ class Packets:
 
 
 class Result:
-    def __init__(self, sent, lost, twice, first, last, late, depth):
+    def __init__(self, sent, dropped, lost, twice, first, last, late, depth):
         self.sent, self.lost, self.twice = sent, lost, twice
         self.late, self.depth = late, depth
         self.text = f'{sent} sent, {lost} lost, {twice} twice, {late} late'
         if lost:
-            self.text += f', lost {first}..{last}'
+            self.text += f', lost {first}..{last}, the guest\'s socket ' \
+                         f'dropped {dropped}'
         if late:
             self.text += f', by up to {depth} packets'
 
@@ -352,7 +357,7 @@ class Lines(threading.Thread):
         super().__init__(daemon=True)
         self.port = port
         self.connection = wait_for('the guest to listen', self.connect,
-                                   ANSWER_LIMIT, 1)
+                                   LIMIT, 1)
         self.sent = []          # when
         self.received = 0
         self.slowest = 0        # in seconds, from line to echo
@@ -365,7 +370,7 @@ class Lines(threading.Thread):
     def connect(self):
         try:
             return socket.create_connection((GUEST_ADDRESS, self.port),
-                                            ANSWER_LIMIT)
+                                            LIMIT)
         except ConnectionRefusedError:
             return None
 
@@ -396,13 +401,13 @@ class Lines(threading.Thread):
     def await_more(self, number):
         wanted = self.received + number
         wait_for('lines from the guest', lambda:
-                 self.wrong or self.received >= wanted, PACKETS_LIMIT)
+                 self.wrong or self.received >= wanted, LIMIT)
 
     def result(self):
         """Stop; return (what was sent, what came back, what went wrong)."""
         self.quit.set()
         self.join()
-        self.reader.join(ANSWER_LIMIT)
+        self.reader.join(LIMIT)
         self.connection.close()
         return len(self.sent), self.received, self.wrong
 
@@ -412,7 +417,7 @@ class Lines(threading.Thread):
 
 def start_guest(state, vm, bridge):
     vm.qmp('migrate-incoming', uri=f'file:{state}')
-    wait_for('the guest to run', vm.running, MIGRATION_LIMIT)
+    wait_for('the guest to run', vm.running, LIMIT)
     vm.ask('hello')
     bridge.await_port(vm.tap)
 
@@ -433,7 +438,7 @@ def plug_second(vm, bridge):
     """Plug in the second NIC and have the guest use both of its queues."""
     vm.qmp('device_add', **SECOND_NIC)
     wait_for('the guest to find its second NIC', lambda: vm.guest_runs(
-        'cat /sys/class/net/eth1/address') == SECOND_MAC, ANSWER_LIMIT, 1)
+        'cat /sys/class/net/eth1/address') == SECOND_MAC, LIMIT, 1)
     said = vm.guest_runs(' && '.join((
         f'ip address add {SECOND_ADDRESS}/24 dev eth1', 'ip link set eth1 up',
         f'arp -s {SECOND_HOST} {HOST_MAC}', 'demo-packets queues eth1 2',
