@@ -705,80 +705,67 @@ static void test_packed(void)
 }
 
 /* The last filter that goes brings vhost back. */
-static void test_last(void)
+static void test_last(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "");
-    expect_datapath(&f, "userspace", "the driver is not ready");
-    guest_start(&f);
-    expect_datapath(&f, "vhost", "");
+    expect_datapath(f, "userspace", "the driver is not ready");
+    guest_start(f);
+    expect_datapath(f, "vhost", "");
     /* This one does not need it. */
-    add_capture(&f);
-    expect_datapath(&f, "vhost", "");
-    add_object(&f, "filter-buffer", "a", ", 'interval': 1000");
-    expect_datapath(&f, "userspace", "filter 'a' is on");
-    add_object(&f, "filter-rewriter", "b", "");
-    add_object(&f, "filter-rewriter", "c", ", 'status': 'off'");
-    set_status(&f, "a", "off");
-    expect_datapath(&f, "userspace", "filter 'b' is on");
-    del_object(&f, "b");
-    expect_datapath(&f, "vhost", "");
-    set_status(&f, "c", "on");
-    expect_datapath(&f, "userspace", "filter 'c' is on");
-    vm_stop(&f);
-    set_status(&f, "c", "off");
-    expect_datapath(&f, "userspace", "the VM is stopped");
-    vm_cont(&f);
-    expect_datapath(&f, "vhost", "");
-    vm_stop(&f);
-    set_status(&f, "a", "on");
-    vm_cont(&f);
-    expect_datapath(&f, "userspace", "filter 'a' is on");
-    fixture_close(&f);
+    add_capture(f);
+    expect_datapath(f, "vhost", "");
+    add_object(f, "filter-buffer", "a", ", 'interval': 1000");
+    expect_datapath(f, "userspace", "filter 'a' is on");
+    add_object(f, "filter-rewriter", "b", "");
+    add_object(f, "filter-rewriter", "c", ", 'status': 'off'");
+    set_status(f, "a", "off");
+    expect_datapath(f, "userspace", "filter 'b' is on");
+    del_object(f, "b");
+    expect_datapath(f, "vhost", "");
+    set_status(f, "c", "on");
+    expect_datapath(f, "userspace", "filter 'c' is on");
+    vm_stop(f);
+    set_status(f, "c", "off");
+    expect_datapath(f, "userspace", "the VM is stopped");
+    vm_cont(f);
+    expect_datapath(f, "vhost", "");
+    vm_stop(f);
+    set_status(f, "a", "on");
+    vm_cont(f);
+    expect_datapath(f, "userspace", "filter 'a' is on");
 }
 
 /* Filters of the command line, before there is a NIC */
-static void test_command_line(void)
+static void test_command_line(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "-object filter-rewriter,id=rew,netdev=n0");
-    guest_start(&f);
-    guest_post(&f, 10);
-    expect_datapath(&f, "userspace", "filter 'rew' is on");
-    host_send(&f, 0, 10);
-    expect_guest(&f, 0, 10);
-    guest_send(&f, 10, 10);
-    expect_host(&f, 10, 10);
-    fixture_close(&f);
+    guest_post(f, 10);
+    expect_datapath(f, "userspace", "filter 'rew' is on");
+    host_send(f, 0, 10);
+    expect_guest(f, 0, 10);
+    guest_send(f, 10, 10);
+    expect_host(f, 10, 10);
 }
 
 /* What a filter holds comes before what comes behind, on whatever way. */
-static void test_held(void)
+static void test_held(Fixture *f)
 {
-    Fixture f;
     uint32_t n = 0;
 
-    fixture_start(&f, "");
-    guest_start(&f);
-    guest_post(&f, 60);
+    guest_post(f, 60);
     for (int i = 0; i < 3; i++) {
-        add_object(&f, "filter-buffer", "buf", ", 'interval': 1000");
-        host_send(&f, n, 10);
-        guest_send(&f, 1000 + n, 10);
+        add_object(f, "filter-buffer", "buf", ", 'interval': 1000");
+        host_send(f, n, 10);
+        guest_send(f, 1000 + n, 10);
         if (i == 1) {
-            set_status(&f, "buf", "off");
+            set_status(f, "buf", "off");
         }
-        del_object(&f, "buf");
-        wait_vhost(&f);
-        host_send(&f, n + 10, 10);
-        guest_send(&f, 1000 + n + 10, 10);
-        expect_guest(&f, n, 20);
-        expect_host(&f, 1000 + n, 20);
+        del_object(f, "buf");
+        wait_vhost(f);
+        host_send(f, n + 10, 10);
+        guest_send(f, 1000 + n + 10, 10);
+        expect_guest(f, n, 20);
+        expect_host(f, 1000 + n, 20);
         n += 20;
     }
-    fixture_close(&f);
 }
 
 /*
@@ -811,74 +798,64 @@ static void test_left_over(void)
 }
 
 /* The guest has no buffers: vhost waits for the packets that QEMU has read. */
-static void test_delayed(void)
+static void test_delayed(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "");
-    guest_start(&f);
     for (int i = 0; i < 3; i++) {
         uint32_t n = i * 20;
 
-        add_object(&f, "filter-rewriter", "rew", "");
-        host_send_taken(&f, n, 10);
+        add_object(f, "filter-rewriter", "rew", "");
+        host_send_taken(f, n, 10);
         /* A stop drops what QEMU has read, and reading goes on then. */
-        guest_send(&f, 1000 + n, 1);
-        expect_host(&f, 1000 + n, 1);
-        del_object(&f, "rew");
-        expect_datapath(&f, "userspace", "packets wait in QEMU");
-        guest_send(&f, 1001 + n, 1);
-        expect_host(&f, 1001 + n, 1);
+        guest_send(f, 1000 + n, 1);
+        expect_host(f, 1000 + n, 1);
+        del_object(f, "rew");
+        expect_datapath(f, "userspace", "packets wait in QEMU");
+        guest_send(f, 1001 + n, 1);
+        expect_host(f, 1001 + n, 1);
         if (i == 1) {
-            add_object(&f, "filter-rewriter", "rew", "");
-            del_object(&f, "rew");
-            expect_datapath(&f, "userspace", "packets wait in QEMU");
+            add_object(f, "filter-rewriter", "rew", "");
+            del_object(f, "rew");
+            expect_datapath(f, "userspace", "packets wait in QEMU");
         }
-        guest_post(&f, 20);
-        wait_vhost(&f);
-        host_send(&f, n + 10, 10);
-        expect_guest(&f, n, 20);
+        guest_post(f, 20);
+        wait_vhost(f);
+        host_send(f, n + 10, 10);
+        expect_guest(f, n, 20);
     }
-    fixture_close(&f);
 }
 
 /* A stop drops the one that waits, but not if a redirector takes it. */
-static void test_delayed_stop(void)
+static void test_delayed_stop(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "");
-    guest_start(&f);
     for (int take = 0; take < 2; take++) {
         uint32_t n = take * 20;
 
-        add_object(&f, "filter-rewriter", "rew", "");
-        host_send_taken(&f, n, 10);
-        del_object(&f, "rew");
-        expect_datapath(&f, "userspace", "packets wait in QEMU");
+        add_object(f, "filter-rewriter", "rew", "");
+        host_send_taken(f, n, 10);
+        del_object(f, "rew");
+        expect_datapath(f, "userspace", "packets wait in QEMU");
         if (take) {
-            add_object(&f, "filter-redirector", "red",
+            add_object(f, "filter-redirector", "red",
                        ", 'queue': 'tx', 'outdev': 'out',"
                        " 'vnet_hdr_support': true,"
                        " 'enable_when_running': false,"
                        " 'enable_when_stopped': true");
         }
-        vm_stop(&f);
+        vm_stop(f);
         if (take) {
-            expect_out(&f, n, 10);
+            expect_out(f, n, 10);
         }
-        vm_cont(&f);
+        vm_cont(f);
         /* It shall have no buffer left then. */
-        guest_post(&f, take ? 10 : 19);
-        wait_vhost(&f);
-        host_send(&f, n + 10, 10);
+        guest_post(f, take ? 10 : 19);
+        wait_vhost(f);
+        host_send(f, n + 10, 10);
         if (take) {
-            expect_guest(&f, n + 10, 10);
+            expect_guest(f, n + 10, 10);
         } else {
-            expect_guest(&f, n + 1, 19);
+            expect_guest(f, n + 1, 19);
         }
     }
-    fixture_close(&f);
 }
 
 /* What QEMU has taken before there is a driver does not come, but all else. */
@@ -997,30 +974,25 @@ static void test_injected_before_migration_no_vhost(void)
 }
 
 /* The same at a continuation: without a filter, too, nothing is lost. */
-static void test_continued(void)
+static void test_continued(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "");
-    guest_start(&f);
     for (int i = 0; i < 5; i++) {
-        vm_stop(&f);
-        host_send_taken(&f, 20 * i, 10);
+        vm_stop(f);
+        host_send_taken(f, 20 * i, 10);
         if (i & 1) {
-            guest_post(&f, 20);
+            guest_post(f, 20);
             /* What it told at last, QEMU may handle when it has stopped. */
-            f.dev->vdev.bus->virtqueue_kick(&f.dev->vdev, f.guest.rx);
-            vm_cont(&f);
+            f->dev->vdev.bus->virtqueue_kick(&f->dev->vdev, f->guest.rx);
+            vm_cont(f);
         } else {
-            vm_cont(&f);
-            expect_datapath(&f, "userspace", "packets wait in QEMU");
-            guest_post(&f, 20);
+            vm_cont(f);
+            expect_datapath(f, "userspace", "packets wait in QEMU");
+            guest_post(f, 20);
         }
-        wait_vhost(&f);
-        host_send(&f, 20 * i + 10, 10);
-        expect_guest(&f, 20 * i, 20);
+        wait_vhost(f);
+        host_send(f, 20 * i + 10, 10);
+        expect_guest(f, 20 * i, 20);
     }
-    fixture_close(&f);
 }
 
 static void test_stop_cont(void)
@@ -1561,27 +1533,22 @@ static void test_queue_disabled_no_ioeventfd(void)
 }
 
 /* vhost waits until there is room for a packet: in another ring, then. */
-static void test_queue_reset_delayed(void)
+static void test_queue_reset_delayed(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "-object filter-rewriter,id=flt,netdev=n0");
-    guest_start(&f);
-    host_send_taken(&f, 0, 10);
-    set_status(&f, "flt", "off");
-    expect_datapath(&f, "userspace", "packets wait in QEMU");
-    f.guest.rx = guest_move_queue(&f, f.guest.rx);
-    f.guest.tx = guest_move_queue(&f, f.guest.tx);
-    expect_datapath(&f, "userspace", "packets wait in QEMU");
-    guest_send(&f, 1000, 5);
-    expect_host(&f, 1000, 5);
-    guest_post(&f, 20);
-    wait_vhost(&f);
-    host_send(&f, 10, 10);
-    expect_guest(&f, 0, 20);
-    guest_send(&f, 1005, 5);
-    expect_host(&f, 1005, 5);
-    fixture_close(&f);
+    host_send_taken(f, 0, 10);
+    set_status(f, "flt", "off");
+    expect_datapath(f, "userspace", "packets wait in QEMU");
+    f->guest.rx = guest_move_queue(f, f->guest.rx);
+    f->guest.tx = guest_move_queue(f, f->guest.tx);
+    expect_datapath(f, "userspace", "packets wait in QEMU");
+    guest_send(f, 1000, 5);
+    expect_host(f, 1000, 5);
+    guest_post(f, 20);
+    wait_vhost(f);
+    host_send(f, 10, 10);
+    expect_guest(f, 0, 20);
+    guest_send(f, 1005, 5);
+    expect_host(f, 1005, 5);
 }
 
 /*
@@ -1692,50 +1659,41 @@ static void test_machine_reset_held(void)
 }
 
 /* What the filter has taken without a driver has another header. */
-static void test_held_before_driver(void)
+static void test_held_before_driver(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "-object filter-buffer,id=buf,netdev=n0,interval=1000");
-    host_send(&f, 0, 10);
-    wait_taken(&f, 10);
-    guest_start(&f);
-    guest_post(&f, 20);
-    host_send(&f, 10, 10);
-    wait_taken(&f, 20);
-    set_status(&f, "buf", "off");
-    wait_vhost(&f);
-    expect_guest(&f, 10, 10);
-    fixture_close(&f);
+    host_send(f, 0, 10);
+    wait_taken(f, 10);
+    guest_start(f);
+    guest_post(f, 20);
+    host_send(f, 10, 10);
+    wait_taken(f, 20);
+    set_status(f, "buf", "off");
+    wait_vhost(f);
+    expect_guest(f, 10, 10);
 }
 
 /* A mirror that has been added while the machine ran mirrors on. */
-static void test_machine_reset_mirror(void)
+static void test_machine_reset_mirror(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "");
-    guest_start(&f);
-    add_object(&f, "filter-mirror", "mir", ", 'outdev': 'out', 'queue': 'all',"
+    add_object(f, "filter-mirror", "mir", ", 'outdev': 'out', 'queue': 'all',"
                " 'vnet_hdr_support': true");
     for (int i = 0; i < 3; i++) {
         uint32_t n = 100 * i;
 
-        expect_datapath(&f, "vhost", "");
-        expect_source(&f, "mir", "packet-socket");
-        guest_post(&f, 10);
-        host_send(&f, n, 10);
-        expect_guest(&f, n, 10);
-        expect_out(&f, n, 10);
-        guest_send(&f, n + 10, 10);
-        expect_host(&f, n + 10, 10);
-        expect_out(&f, n + 10, 10);
-        vm_reset(&f);
-        expect_datapath(&f, "userspace", "the driver is not ready");
-        guest_start(&f);
+        expect_datapath(f, "vhost", "");
+        expect_source(f, "mir", "packet-socket");
+        guest_post(f, 10);
+        host_send(f, n, 10);
+        expect_guest(f, n, 10);
+        expect_out(f, n, 10);
+        guest_send(f, n + 10, 10);
+        expect_host(f, n + 10, 10);
+        expect_out(f, n + 10, 10);
+        vm_reset(f);
+        expect_datapath(f, "userspace", "the driver is not ready");
+        guest_start(f);
     }
-    g_assert_cmpuint(counter(&f, "mir", "capture-packets"), ==, 60);
-    fixture_close(&f);
+    g_assert_cmpuint(counter(f, "mir", "capture-packets"), ==, 60);
 }
 
 /*
@@ -1963,29 +1921,25 @@ static void test_refused(void)
 }
 
 /* A filter that is on goes with its netdev. */
-static void test_unplug(void)
+static void test_unplug(Fixture *f)
 {
-    Fixture f;
-
-    fixture_start(&f, "");
-    guest_start(&f);
-    add_object(&f, "filter-rewriter", "rew", "");
-    expect_datapath(&f, "userspace", "filter 'rew' is on");
-    qtest_qmp_assert_success(f.qts, "{'execute': 'netdev_del', 'arguments':"
+    add_object(f, "filter-rewriter", "rew", "");
+    expect_datapath(f, "userspace", "filter 'rew' is on");
+    qtest_qmp_assert_success(f->qts, "{'execute': 'netdev_del', 'arguments':"
                              " {'id': 'n0'}}");
-    expect_datapath(&f, "userspace", "the link is down");
-    fixture_close(&f);
+    expect_datapath(f, "userspace", "the link is down");
 }
 
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-fallback");
-    rig_add("last", test_last);
-    rig_add("command-line", test_command_line);
-    rig_add("held", test_held);
+    rig_add_vm("last", "", test_last);
+    rig_add_guest("command-line", "-object filter-rewriter,id=rew,netdev=n0",
+                  test_command_line);
+    rig_add_guest("held", "", test_held);
     rig_add("left-over", test_left_over);
-    rig_add("delayed", test_delayed);
-    rig_add("delayed-stop", test_delayed_stop);
+    rig_add_guest("delayed", "", test_delayed);
+    rig_add_guest("delayed-stop", "", test_delayed_stop);
     rig_add("before-driver/vhost", test_before_driver);
     rig_add("before-driver/filter", test_before_driver_filter);
     rig_add("before-driver/no-vhost", test_before_driver_no_vhost);
@@ -1993,7 +1947,7 @@ int main(int argc, char **argv)
     rig_add("injected-before-migration", test_injected_before_migration);
     rig_add("injected-before-migration-no-vhost",
             test_injected_before_migration_no_vhost);
-    rig_add("continued", test_continued);
+    rig_add_guest("continued", "", test_continued);
     rig_add("switch/plain", test_switch);
     rig_add("switch/event-idx", test_switch_event_idx);
     rig_add("switch/indirect", test_switch_indirect);
@@ -2013,17 +1967,21 @@ int main(int argc, char **argv)
     rig_add("queue-reset-first/multiqueue", test_queue_reset_first_multiqueue);
     rig_add("queue-reset-link-down", test_queue_reset_link_down);
     rig_add("queue-reset-control", test_queue_reset_control);
-    rig_add("queue-reset-delayed", test_queue_reset_delayed);
+    rig_add_guest("queue-reset-delayed",
+                  "-object filter-rewriter,id=flt,netdev=n0",
+                  test_queue_reset_delayed);
     rig_add("queue-disabled/ioeventfd", test_queue_disabled);
     rig_add("queue-disabled/no-ioeventfd", test_queue_disabled_no_ioeventfd);
     rig_add("queues-deleted", test_queues_deleted);
     rig_add("machine-reset/held", test_machine_reset_held);
-    rig_add("machine-reset/held-before-driver", test_held_before_driver);
-    rig_add("machine-reset/mirror", test_machine_reset_mirror);
+    rig_add_vm("machine-reset/held-before-driver",
+               "-object filter-buffer,id=buf,netdev=n0,interval=1000",
+               test_held_before_driver);
+    rig_add_guest("machine-reset/mirror", "", test_machine_reset_mirror);
     rig_add("snapshot/save", test_snapshot);
     rig_add("snapshot/load", test_snapshot_load);
     rig_add("other-nic", test_other_nic);
     rig_add("refused", test_refused);
-    rig_add("unplug", test_unplug);
+    rig_add_guest("unplug", "", test_unplug);
     return g_test_run();
 }

@@ -532,28 +532,26 @@ static void traffic_peer_comes(Traffic *t)
 /* Peers of outdev */
 
 /* Slow, stalled, gone in the middle of a frame, not there, and well again */
-static void test_peer_all(void)
+static void test_peer_all(Vm *vm)
 {
     g_autofree Traffic *t = g_new0(Traffic, 1);
     size_t before, most = 0, cut_off = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "tx");
-    ip("link set %s txqueuelen 10000", vm.f.ifname);
-    guest_start(&vm.f);
-    guest_map(&vm.f);
-    t->vm = &vm;
-    expect_source(&vm.f, "cap", "packet-socket");
-    before = memory(&vm);
-    monitor_begin(&vm);
+    ip("link set %s txqueuelen 10000", vm->f.ifname);
+    guest_start(&vm->f);
+    guest_map(&vm->f);
+    t->vm = vm;
+    expect_source(&vm->f, "cap", "packet-socket");
+    before = memory(vm);
+    monitor_begin(vm);
 
     traffic_run(t, amount(1000, 10000), 4096, true);
     for (int i = 0; i < amount(6, 120); i++) {
         traffic_run(t, 500, 0, true);
-        most = MAX(most, memory(&vm));
+        most = MAX(most, memory(vm));
         g_assert_cmpuint(socket_memory(), <=, BUFFER_SIZE);
     }
-    g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), >, 0);
+    g_assert_cmpuint(counter(&vm->f, "cap", "capture-kernel-drops"), >, 0);
     traffic_settle(t);
 
     for (int i = 0; i < amount(3, 30); i++) {
@@ -568,32 +566,31 @@ static void test_peer_all(void)
         traffic_run(t, 50, 0, true);
         if (i % 3 == 1) {
             /* It comes on again while there is much from before. */
-            set_status(&vm.f, "cap", "off");
+            set_status(&vm->f, "cap", "off");
             traffic_run(t, 50, 0, false);
-            set_status(&vm.f, "cap", "on");
+            set_status(&vm->f, "cap", "on");
             traffic_run(t, 50, 0, true);
         } else if (i % 3 == 2) {
             /* The peer leaves meanwhile. */
-            set_status(&vm.f, "cap", "off");
+            set_status(&vm->f, "cap", "off");
             traffic_run(t, 50, 0, false);
         }
         cut_off += traffic_peer_leaves(t);
         traffic_run(t, 300, 0, false);
         if (i % 3 == 2) {
-            set_status(&vm.f, "cap", "on");
+            set_status(&vm->f, "cap", "on");
         }
         traffic_peer_comes(t);
     }
-    most = MAX(most, memory(&vm));
+    most = MAX(most, memory(vm));
     traffic_run(t, 300, sizeof(t->buf), true);
     traffic_settle(t);
-    monitor_end(&vm);
+    monitor_end(vm);
 
     g_test_message("%zu KiB more memory at most", (most - before) / KiB);
     g_assert_cmpuint(cut_off, >, 0);
     /* A quarter of this is for the peer; the monitors need some as well. */
     g_assert_cmpuint(most - before, <, BUFFER_SIZE);
-    vm_quit(&vm);
 }
 
 static int bind_at(Vm *vm, const char *name)
@@ -632,106 +629,96 @@ static void add_capture_to(Vm *vm, const char *outdev, const char *queue)
 }
 
 /* Nobody ever comes. */
-static void test_peer_never(void)
+static void test_peer_never(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, "");
-    guest_start(&vm.f);
-    guest_post(&vm.f, 20);
-    add_chardev(&vm, "lonely", true);
-    add_capture_to(&vm, "lonely", "all");
-    monitor_begin(&vm);
+    guest_start(&vm->f);
+    guest_post(&vm->f, 20);
+    add_chardev(vm, "lonely", true);
+    add_capture_to(vm, "lonely", "all");
+    monitor_begin(vm);
     for (int i = 0; i < amount(10, 600); i++) {
-        host_send(&vm.f, 0, 500);
+        host_send(&vm->f, 0, 500);
         g_assert_cmpuint(socket_memory(), ==, 0);
     }
-    monitor_end(&vm);
-    expect_source(&vm.f, "cap", "none");
-    g_assert_cmpuint(counter(&vm.f, "cap", "capture-packets"), ==, 0);
-    g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), ==, 0);
-    expect_guest(&vm.f, 0, 20);
-    expect_idle(&vm, "nobody listens");
-    unlisten(&vm, -1, "lonely");
-    vm_quit(&vm);
+    monitor_end(vm);
+    expect_source(&vm->f, "cap", "none");
+    g_assert_cmpuint(counter(&vm->f, "cap", "capture-packets"), ==, 0);
+    g_assert_cmpuint(counter(&vm->f, "cap", "capture-kernel-drops"), ==, 0);
+    expect_guest(&vm->f, 0, 20);
+    expect_idle(vm, "nobody listens");
+    unlisten(vm, -1, "lonely");
 }
 
 /* QEMU reconnects by itself, again and again. */
-static void test_peer_reconnect(void)
+static void test_peer_reconnect(Vm *vm)
 {
     const int rounds = amount(50, 1000);
     uint8_t part[100];
     uint32_t n = 0;
     int listener, fds = 0;
-    Vm vm;
 
-    vm_start(&vm, "");
-    guest_start(&vm.f);
-    listener = listen_at(&vm, "client");
-    add_chardev(&vm, "client", false);
-    add_capture_to(&vm, "client", "tx");
-    close(vm.f.out);
-    monitor_begin(&vm);
+    guest_start(&vm->f);
+    listener = listen_at(vm, "client");
+    add_chardev(vm, "client", false);
+    add_capture_to(vm, "client", "tx");
+    close(vm->f.out);
+    monitor_begin(vm);
     for (int i = 0; i < rounds; i++) {
         wait_readable(listener);
-        vm.f.out = accept(listener, NULL, NULL);
-        g_assert_cmpint(vm.f.out, >=, 0);
-        expect_source(&vm.f, "cap", "packet-socket");
+        vm->f.out = accept(listener, NULL, NULL);
+        g_assert_cmpint(vm->f.out, >=, 0);
+        expect_source(&vm->f, "cap", "packet-socket");
         if (i == 0) {
-            fds = count_fds(&vm.f);
+            fds = count_fds(&vm->f);
         }
         /* The first bytes are a frame's; the last may be any. */
-        host_send(&vm.f, n, 6);
-        expect_out(&vm.f, n, i % 5);
-        read_full(vm.f.out, part, i % sizeof(part));
+        host_send(&vm->f, n, 6);
+        expect_out(&vm->f, n, i % 5);
+        read_full(vm->f.out, part, i % sizeof(part));
         n += 6;
-        close(vm.f.out);
+        close(vm->f.out);
     }
     wait_readable(listener);
-    vm.f.out = accept(listener, NULL, NULL);
-    expect_source(&vm.f, "cap", "packet-socket");
-    g_assert_cmpint(count_fds(&vm.f), ==, fds);
-    host_send(&vm.f, n, 10);
-    expect_out(&vm.f, n, 10);
+    vm->f.out = accept(listener, NULL, NULL);
+    expect_source(&vm->f, "cap", "packet-socket");
+    g_assert_cmpint(count_fds(&vm->f), ==, fds);
+    host_send(&vm->f, n, 10);
+    expect_out(&vm->f, n, 10);
     g_test_message("%d reconnects", rounds);
-    monitor_end(&vm);
-    unlisten(&vm, listener, "client");
-    vm_quit(&vm);
+    monitor_end(vm);
+    unlisten(vm, listener, "client");
 }
 
 /*
  * QEMU tries to connect and is refused, since there is no socket, and then
  * since nobody listens; at last somebody does.
  */
-static void test_peer_refuses(void)
+static void test_peer_refuses(Vm *vm)
 {
     int listener;
-    Vm vm;
 
-    vm_start(&vm, "");
-    guest_start(&vm.f);
-    monitor_begin(&vm);
+    guest_start(&vm->f);
+    monitor_begin(vm);
     /* The tries before one that is made to fail were real ones. */
     fail_after(FAULT_CONNECT, ECONNREFUSED, 10, 1);
-    add_chardev(&vm, "client", false);
-    add_capture_to(&vm, "client", "tx");
+    add_chardev(vm, "client", false);
+    add_capture_to(vm, "client", "tx");
     expect_failed(FAULT_CONNECT, 1);
-    listener = bind_at(&vm, "client");
+    listener = bind_at(vm, "client");
     fail_after(FAULT_CONNECT, ECONNREFUSED, 10, 1);
     expect_failed(FAULT_CONNECT, 1);
-    expect_source(&vm.f, "cap", "none");
-    expect_other(&vm);
+    expect_source(&vm->f, "cap", "none");
+    expect_other(vm);
 
     g_assert_cmpint(listen(listener, 1), ==, 0);
     wait_readable(listener);
-    close(vm.f.out);
-    vm.f.out = accept(listener, NULL, NULL);
-    expect_source(&vm.f, "cap", "packet-socket");
-    host_send(&vm.f, 0, 10);
-    expect_out(&vm.f, 0, 10);
-    monitor_end(&vm);
-    unlisten(&vm, listener, "client");
-    vm_quit(&vm);
+    close(vm->f.out);
+    vm->f.out = accept(listener, NULL, NULL);
+    expect_source(&vm->f, "cap", "packet-socket");
+    host_send(&vm->f, 0, 10);
+    expect_out(&vm->f, 0, 10);
+    monitor_end(vm);
+    unlisten(vm, listener, "client");
 }
 
 /*
@@ -834,32 +821,29 @@ static void leave_ring(Fixture *f)
  * The filter goes off, or on, while frames come faster than they are thrown
  * away.  (An error of this kind is one frame.)
  */
-static void test_peer_flood(void)
+static void test_peer_flood(Vm *vm)
 {
     static const int errors[] = { EINVAL, EMSGSIZE, ENETDOWN };
     const unsigned flood = 1000 * 1000;
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "all");
-    guest_start(&vm.f);
-    leave_ring(&vm.f);
-    monitor_begin(&vm);
+    guest_start(&vm->f);
+    leave_ring(&vm->f);
+    monitor_begin(vm);
     for (int i = 0; i < ARRAY_SIZE(errors); i++) {
-        host_send(&vm.f, n, 10);
-        expect_out(&vm.f, n, 10);
+        host_send(&vm->f, n, 10);
+        expect_out(&vm->f, n, 10);
         n += 10;
         fail(FAULT_RECVMSG, errors[i], flood);
-        set_status(&vm.f, "cap", "off");
-        set_status(&vm.f, "cap", "on");
-        set_status(&vm.f, "cap", "off");
+        set_status(&vm->f, "cap", "off");
+        set_status(&vm->f, "cap", "on");
+        set_status(&vm->f, "cap", "off");
         g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), <, flood / 100);
-        set_status(&vm.f, "cap", "on");
+        set_status(&vm->f, "cap", "on");
     }
-    monitor_end(&vm);
-    host_send(&vm.f, n, 10);
-    expect_out(&vm.f, n, 10);
-    vm_quit(&vm);
+    monitor_end(vm);
+    host_send(&vm->f, n, 10);
+    expect_out(&vm->f, n, 10);
 }
 
 /* The interface */
@@ -951,31 +935,27 @@ static void test_interface_down(void)
 }
 
 /* Toward the network: what the TAP refuses has not been injected. */
-static void test_interface_down_network(void)
+static void test_interface_down_network(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, INJECT "rx");
-    guest_begin(&vm);
-    monitor_begin(&vm);
+    guest_begin(vm);
+    monitor_begin(vm);
     for (int i = 0; i < amount(2, 20); i++) {
-        set_interface_up(vm.f.ifname, false);
-        in_send(&vm.f, 0, 3);
-        wait_counter(&vm.f, "inj", "inject-interface-drops", 3 * (i + 1));
-        g_assert_cmpuint(counter(&vm.f, "inj", "inject-packets"), ==, 5 * i);
-        g_assert_cmpuint(counter(&vm.f, "inj", "inject-bytes"), ==,
+        set_interface_up(vm->f.ifname, false);
+        in_send(&vm->f, 0, 3);
+        wait_counter(&vm->f, "inj", "inject-interface-drops", 3 * (i + 1));
+        g_assert_cmpuint(counter(&vm->f, "inj", "inject-packets"), ==, 5 * i);
+        g_assert_cmpuint(counter(&vm->f, "inj", "inject-bytes"), ==,
                          5 * i * FRAME_LEN);
-        set_interface_up(vm.f.ifname, true);
-        close(vm.f.host);
-        vm.f.host = open_host(vm.f.ifname);
-        in_send(&vm.f, 10 * i, 5);
-        expect_host(&vm.f, 10 * i, 5);
-        wait_counter(&vm.f, "inj", "inject-packets", 5 * (i + 1));
-        g_assert_cmpuint(counter(&vm.f, "inj", "inject-interface-drops"), ==,
+        set_interface_up(vm->f.ifname, true);
+        close(vm->f.host);
+        vm->f.host = open_host(vm->f.ifname);
+        in_send(&vm->f, 10 * i, 5);
+        expect_host(&vm->f, 10 * i, 5);
+        wait_counter(&vm->f, "inj", "inject-packets", 5 * (i + 1));
+        g_assert_cmpuint(counter(&vm->f, "inj", "inject-interface-drops"), ==,
                          3 * (i + 1));
     }
-    monitor_end(&vm);
-    vm_quit(&vm);
+    monitor_end(vm);
 }
 
 static void test_interface_deleted(void)
@@ -1013,26 +993,22 @@ static void test_interface_deleted(void)
     messages_end(messages);
 }
 
-static void test_interface_renamed(void)
+static void test_interface_renamed(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, BOTH);
-    guest_begin(&vm);
-    expect_working(&vm);
-    ip("link set %s down", vm.f.ifname);
-    ip("link set %s name renamed", vm.f.ifname);
+    guest_begin(vm);
+    expect_working(vm);
+    ip("link set %s down", vm->f.ifname);
+    ip("link set %s name renamed", vm->f.ifname);
     ip("link set renamed up");
-    pstrcpy(vm.f.ifname, sizeof(vm.f.ifname), "renamed");
-    close(vm.f.host);
-    vm.f.host = open_host(vm.f.ifname);
-    expect_working(&vm);
-    guest_stop(&vm.f);
-    del_object(&vm.f, "cap");
-    add_capture(&vm.f);
-    host_send(&vm.f, 5000, 10);
-    expect_out(&vm.f, 5000, 10);
-    vm_quit(&vm);
+    pstrcpy(vm->f.ifname, sizeof(vm->f.ifname), "renamed");
+    close(vm->f.host);
+    vm->f.host = open_host(vm->f.ifname);
+    expect_working(vm);
+    guest_stop(&vm->f);
+    del_object(&vm->f, "cap");
+    add_capture(&vm->f);
+    host_send(&vm->f, 5000, 10);
+    expect_out(&vm->f, 5000, 10);
 }
 
 /* A frame of @len bytes to the interface, or as a record to "in" */
@@ -1050,53 +1026,46 @@ static void send_long(Vm *vm, uint32_t number, size_t len, bool record)
     }
 }
 
-static void test_interface_mtu(void)
+static void test_interface_mtu(Vm *vm)
 {
     g_autofree uint8_t *frame = g_malloc(64 * KiB);
     uint8_t header[24];
     uint32_t header_len;
-    Vm vm;
 
-    vm_start(&vm, BOTH);
-    guest_begin(&vm);
-    expect_working(&vm);
-    guest_stop(&vm.f);
+    guest_begin(vm);
+    expect_working(vm);
+    guest_stop(&vm->f);
 
-    ip("link set %s mtu 9000", vm.f.ifname);
-    send_long(&vm, 1, 9000, false);
-    g_assert_cmpuint(read_stream(vm.f.out, frame, 64 * KiB, header,
+    ip("link set %s mtu 9000", vm->f.ifname);
+    send_long(vm, 1, 9000, false);
+    g_assert_cmpuint(read_stream(vm->f.out, frame, 64 * KiB, header,
                                  &header_len), ==, 9000);
     g_assert_cmpuint(frame_number(frame), ==, 1);
-    send_long(&vm, 2, 9000, true);
-    wait_counter(&vm.f, "inj", "inject-packets", 6);
+    send_long(vm, 2, 9000, true);
+    wait_counter(&vm->f, "inj", "inject-packets", 6);
 
-    ip("link set %s mtu 500", vm.f.ifname);
-    send_long(&vm, 3, 1000, true);
-    wait_counter(&vm.f, "inj", "inject-skipped", 1);
-    send_long(&vm, 4, 400, false);
-    g_assert_cmpuint(read_stream(vm.f.out, frame, 64 * KiB, header,
+    ip("link set %s mtu 500", vm->f.ifname);
+    send_long(vm, 3, 1000, true);
+    wait_counter(&vm->f, "inj", "inject-skipped", 1);
+    send_long(vm, 4, 400, false);
+    g_assert_cmpuint(read_stream(vm->f.out, frame, 64 * KiB, header,
                                  &header_len), ==, 400);
-    in_send(&vm.f, 5, 1);
-    wait_counter(&vm.f, "inj", "inject-packets", 7);
-    g_assert_cmpuint(counter(&vm.f, "cap", "capture-skipped"), ==, 0);
-    vm_quit(&vm);
+    in_send(&vm->f, 5, 1);
+    wait_counter(&vm->f, "inj", "inject-packets", 7);
+    g_assert_cmpuint(counter(&vm->f, "cap", "capture-skipped"), ==, 0);
 }
 
-static void test_interface_mac(void)
+static void test_interface_mac(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, BOTH);
-    guest_begin(&vm);
-    expect_working(&vm);
-    ip("link set %s address 02:00:00:12:34:57", vm.f.ifname);
-    expect_working(&vm);
-    del_object(&vm.f, "cap");
-    del_object(&vm.f, "inj");
-    add_capture(&vm.f);
-    add_inject(&vm.f);
-    expect_working(&vm);
-    vm_quit(&vm);
+    guest_begin(vm);
+    expect_working(vm);
+    ip("link set %s address 02:00:00:12:34:57", vm->f.ifname);
+    expect_working(vm);
+    del_object(&vm->f, "cap");
+    del_object(&vm->f, "inj");
+    add_capture(&vm->f);
+    add_inject(&vm->f);
+    expect_working(vm);
 }
 
 /* To another network namespace, and back */
@@ -1147,24 +1116,21 @@ static void test_interface_netns(void)
 }
 
 /* The guest does not read: what is injected waits, and QEMU with it. */
-static void test_interface_full(void)
+static void test_interface_full(Vm *vm)
 {
     const uint32_t count = 200;
-    Vm vm;
 
-    vm_start(&vm, BOTH);
-    ip("link set %s txqueuelen 20", vm.f.ifname);
-    guest_start(&vm.f);
-    in_send(&vm.f, 0, count);
-    while (!counter(&vm.f, "inj", "inject-packets")) {
+    ip("link set %s txqueuelen 20", vm->f.ifname);
+    guest_start(&vm->f);
+    in_send(&vm->f, 0, count);
+    while (!counter(&vm->f, "inj", "inject-packets")) {
         /* until some are in the TAP */
     }
-    expect_idle(&vm, "the TAP's queue is full");
-    expect_other(&vm);
-    guest_map(&vm.f);
-    expect_taken(&vm, 0, count);
-    expect_working(&vm);
-    vm_quit(&vm);
+    expect_idle(vm, "the TAP's queue is full");
+    expect_other(vm);
+    guest_map(&vm->f);
+    expect_taken(vm, 0, count);
+    expect_working(vm);
 }
 
 /* System calls that fail */
@@ -1253,31 +1219,27 @@ static void check_setup(Vm *vm, const char *role, const char *id, bool capture)
     g_assert_cmpint(packet_sockets(vm->f.ifname, ETH_P_ALL, 1), ==, 0);
 }
 
-static void test_error_setup(void)
+static void test_error_setup(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, "");
-    expect_other(&vm);
-    check_setup(&vm, "'outdev': 'out', 'queue': 'tx'", "cap", true);
-    check_setup(&vm, "'outdev': 'out', 'queue': 'all'", "cap", true);
-    check_setup(&vm, "'indev': 'in', 'queue': 'tx'", "inj", false);
+    expect_other(vm);
+    check_setup(vm, "'outdev': 'out', 'queue': 'tx'", "cap", true);
+    check_setup(vm, "'outdev': 'out', 'queue': 'all'", "cap", true);
+    check_setup(vm, "'indev': 'in', 'queue': 'tx'", "inj", false);
     /* The last of all closes what they share. */
-    del_object(&vm.f, "other");
-    check_setup(&vm, "'outdev': 'out', 'queue': 'tx'", "cap", true);
-    add_capture(&vm.f);
-    add_inject(&vm.f);
-    guest_begin(&vm);
-    expect_working(&vm);
-    qtest_qmp_assert_success(vm.f.qts, "{'execute': 'object-add',"
+    del_object(&vm->f, "other");
+    check_setup(vm, "'outdev': 'out', 'queue': 'tx'", "cap", true);
+    add_capture(&vm->f);
+    add_inject(&vm->f);
+    guest_begin(vm);
+    expect_working(vm);
+    qtest_qmp_assert_success(vm->f.qts, "{'execute': 'object-add',"
         " 'arguments': {'qom-type': 'filter-redirector', 'id': 'other',"
         "  'netdev': 'other', 'outdev': 'other', 'queue': 'tx',"
         "  'vnet_hdr_support': true, 'packet-socket': 'on'}}");
-    vm_quit(&vm);
 }
 
 /* Reading from the packet socket: no frame is lost with the error. */
-static void test_error_capture(void)
+static void test_error_capture(Vm *vm)
 {
     static const ErrorCase table[] = {
         { EINTR }, { ENETDOWN }, { ENOBUFS }, { ENOMEM }, { EIO },
@@ -1285,74 +1247,68 @@ static void test_error_capture(void)
     };
     uint64_t skipped;
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "all");
-    guest_start(&vm.f);
-    leave_ring(&vm.f);
+    guest_start(&vm->f);
+    leave_ring(&vm->f);
     for (int i = 0; i < ARRAY_SIZE(table); i++) {
-        skipped = counter(&vm.f, "cap", "capture-skipped");
+        skipped = counter(&vm->f, "cap", "capture-skipped");
         fail(FAULT_RECVMSG, table[i].error, 50);
-        host_send(&vm.f, n, 10);
-        expect_out(&vm.f, n, 10);
+        host_send(&vm->f, n, 10);
+        expect_out(&vm->f, n, 10);
         g_assert_cmpuint(fail_no_more(FAULT_RECVMSG), ==, 50);
         if (table[i].counter) {
-            g_assert_cmpuint(counter(&vm.f, "cap", table[i].counter) - skipped,
+            g_assert_cmpuint(counter(&vm->f, "cap", table[i].counter) - skipped,
                              ==, 50);
         }
         n += 10;
     }
-    g_assert_cmpuint(counter(&vm.f, "cap", "capture-packets"), ==, n);
+    g_assert_cmpuint(counter(&vm->f, "cap", "capture-packets"), ==, n);
 
     /* It goes on and on; the others do not suffer. */
-    monitor_begin(&vm);
+    monitor_begin(vm);
     for (int i = 1; i < 5; i++) {
         g_autofree char *what = g_strdup_printf("recvmsg: %s",
                                                 strerror(table[i].error));
 
         fail(FAULT_RECVMSG, table[i].error, FOREVER);
-        host_send(&vm.f, n, 10);
+        host_send(&vm->f, n, 10);
         expect_failed(FAULT_RECVMSG, 1);
-        expect_idle(&vm, what);
+        expect_idle(vm, what);
         g_test_message("%u calls failed", fail_no_more(FAULT_RECVMSG));
-        expect_out(&vm.f, n, 10);
-        expect_other(&vm);
+        expect_out(&vm->f, n, 10);
+        expect_other(vm);
         n += 10;
     }
-    monitor_end(&vm);
+    monitor_end(vm);
 
     /* The filter goes off while it lasts. */
     fail(FAULT_RECVMSG, EIO, FOREVER);
-    host_send(&vm.f, n, 10);
-    set_status(&vm.f, "cap", "off");
+    host_send(&vm->f, n, 10);
+    set_status(&vm->f, "cap", "off");
     fail_no_more(FAULT_RECVMSG);
-    set_status(&vm.f, "cap", "on");
-    host_send(&vm.f, n + 10, 10);
-    expect_out(&vm.f, n + 10, 10);
-    vm_quit(&vm);
+    set_status(&vm->f, "cap", "on");
+    host_send(&vm->f, n + 10, 10);
+    expect_out(&vm->f, n + 10, 10);
 }
 
 /* With a ring it is asked for errors. */
-static void test_error_capture_ring(void)
+static void test_error_capture_ring(Vm *vm)
 {
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "tx");
-    guest_start(&vm.f);
+    guest_start(&vm->f);
     fail(FAULT_GETSOCKOPT, ENOBUFS, FOREVER);
     for (int i = 0; i < 10; i++) {
-        host_send(&vm.f, n, 50);
-        expect_out(&vm.f, n, 50);
+        host_send(&vm->f, n, 50);
+        expect_out(&vm->f, n, 50);
         n += 50;
-        g_assert_cmpuint(counter(&vm.f, "cap", "capture-kernel-drops"), ==, 0);
+        g_assert_cmpuint(counter(&vm->f, "cap", "capture-kernel-drops"), ==, 0);
     }
-    expect_idle(&vm, "getsockopt fails");
+    expect_idle(vm, "getsockopt fails");
     g_assert_cmpuint(fail_no_more(FAULT_GETSOCKOPT), >, 0);
-    vm_quit(&vm);
 }
 
-static void test_error_inject(void)
+static void test_error_inject(Vm *vm)
 {
     static const ErrorCase table[] = {
         { EAGAIN }, { ENOBUFS }, { EINTR }, { ENETDOWN },
@@ -1361,84 +1317,79 @@ static void test_error_inject(void)
         { EINVAL, "inject-skipped" },
     };
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, INJECT "tx");
-    guest_start(&vm.f);
+    guest_start(&vm->f);
     for (int i = 0; i < ARRAY_SIZE(table); i++) {
         const unsigned errors = 10;
         const unsigned lost = table[i].counter ? errors : 0;
-        const uint64_t before = lost ? counter(&vm.f, "inj",
+        const uint64_t before = lost ? counter(&vm->f, "inj",
                                                table[i].counter) : 0;
 
-        guest_post(&vm.f, 10);
+        guest_post(&vm->f, 10);
         fail(FAULT_SENDMMSG, table[i].error, errors);
-        in_send(&vm.f, n, 10 + lost);
-        expect_guest(&vm.f, n + lost, 10);
+        in_send(&vm->f, n, 10 + lost);
+        expect_guest(&vm->f, n + lost, 10);
         g_assert_cmpuint(fail_no_more(FAULT_SENDMMSG), ==, errors);
         if (lost) {
-            g_assert_cmpuint(counter(&vm.f, "inj", table[i].counter), ==,
+            g_assert_cmpuint(counter(&vm->f, "inj", table[i].counter), ==,
                              before + lost);
         }
         n += 10 + lost;
     }
 
-    monitor_begin(&vm);
-    guest_post(&vm.f, 10);
+    monitor_begin(vm);
+    guest_post(&vm->f, 10);
     fail(FAULT_SENDMMSG, ENOBUFS, FOREVER);
-    in_send(&vm.f, n, 10);
+    in_send(&vm->f, n, 10);
     expect_failed(FAULT_SENDMMSG, 1);
-    expect_idle(&vm, "sendmmsg: ENOBUFS");
+    expect_idle(vm, "sendmmsg: ENOBUFS");
     g_test_message("%u calls failed", fail_no_more(FAULT_SENDMMSG));
-    expect_guest(&vm.f, n, 10);
+    expect_guest(&vm->f, n, 10);
     n += 10;
 
     fail(FAULT_SENDMMSG, ENXIO, FOREVER);
-    in_send(&vm.f, n, 10);
-    wait_counter(&vm.f, "inj", "inject-interface-drops", 20);
-    expect_idle(&vm, "sendmmsg: ENXIO");
+    in_send(&vm->f, n, 10);
+    wait_counter(&vm->f, "inj", "inject-interface-drops", 20);
+    expect_idle(vm, "sendmmsg: ENXIO");
     fail_no_more(FAULT_SENDMMSG);
-    monitor_end(&vm);
-    guest_post(&vm.f, 10);
-    in_send(&vm.f, n, 10);
-    expect_guest(&vm.f, n, 10);
-    vm_quit(&vm);
+    monitor_end(vm);
+    guest_post(&vm->f, 10);
+    in_send(&vm->f, n, 10);
+    expect_guest(&vm->f, n, 10);
 }
 
 /* Toward the network QEMU writes to the TAP. */
-static void test_error_inject_network(void)
+static void test_error_inject_network(Vm *vm)
 {
     static const int errors[] = { EIO, ENOBUFS, ENETDOWN, EMSGSIZE };
     const unsigned each = 5;
     uint32_t n = 20;
-    Vm vm;
 
-    vm_start(&vm, INJECT "rx");
-    guest_start(&vm.f);
+    guest_start(&vm->f);
     fail(FAULT_WRITE_TAP, EINTR, 5);
-    in_send(&vm.f, 0, 10);
-    expect_host(&vm.f, 0, 10);
+    in_send(&vm->f, 0, 10);
+    expect_host(&vm->f, 0, 10);
     g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, 5);
     /* It is net.c's queue then where they wait. */
     fail(FAULT_WRITE_TAP, EAGAIN, 5);
-    in_send(&vm.f, 10, 10);
-    expect_host(&vm.f, 10, 10);
+    in_send(&vm->f, 10, 10);
+    expect_host(&vm->f, 10, 10);
     g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, 5);
-    wait_counter(&vm.f, "inj", "inject-packets", n);
-    g_assert_cmpuint(counter(&vm.f, "inj", "inject-interface-drops"), ==, 0);
+    wait_counter(&vm->f, "inj", "inject-packets", n);
+    g_assert_cmpuint(counter(&vm->f, "inj", "inject-interface-drops"), ==, 0);
 
     /* And these are lost, and told. */
-    monitor_begin(&vm);
+    monitor_begin(vm);
     for (int i = 0; i < ARRAY_SIZE(errors); i++) {
         fail(FAULT_WRITE_TAP, errors[i], each);
-        in_send(&vm.f, n, each + 10);
-        expect_host(&vm.f, n + each, 10);
+        in_send(&vm->f, n, each + 10);
+        expect_host(&vm->f, n + each, 10);
         g_assert_cmpuint(fail_no_more(FAULT_WRITE_TAP), ==, each);
         n += each + 10;
-        wait_counter(&vm.f, "inj", "inject-packets", n - each * (i + 1));
-        g_assert_cmpuint(counter(&vm.f, "inj", "inject-bytes"), ==,
+        wait_counter(&vm->f, "inj", "inject-packets", n - each * (i + 1));
+        g_assert_cmpuint(counter(&vm->f, "inj", "inject-bytes"), ==,
                          (n - each * (i + 1)) * FRAME_LEN);
-        g_assert_cmpuint(counter(&vm.f, "inj", "inject-interface-drops"), ==,
+        g_assert_cmpuint(counter(&vm->f, "inj", "inject-interface-drops"), ==,
                          each * (i + 1));
     }
     /* However long it lasts */
@@ -1447,19 +1398,18 @@ static void test_error_inject_network(void)
                                                 strerror(errors[i]));
 
         fail(FAULT_WRITE_TAP, errors[i], FOREVER);
-        in_send(&vm.f, n, 10);
-        wait_counter(&vm.f, "inj", "inject-interface-drops",
+        in_send(&vm->f, n, 10);
+        wait_counter(&vm->f, "inj", "inject-interface-drops",
                      ARRAY_SIZE(errors) * each + 10 * (i + 1));
-        expect_idle(&vm, what);
+        expect_idle(vm, what);
         fail_no_more(FAULT_WRITE_TAP);
-        in_send(&vm.f, n + 10, 1);
-        expect_host(&vm.f, n + 10, 1);
+        in_send(&vm->f, n + 10, 1);
+        expect_host(&vm->f, n + 10, 1);
         n += 11;
     }
-    wait_counter(&vm.f, "inj", "inject-packets",
+    wait_counter(&vm->f, "inj", "inject-packets",
                  n - ARRAY_SIZE(errors) * (each + 10));
-    monitor_end(&vm);
-    vm_quit(&vm);
+    monitor_end(vm);
 }
 
 /* GSO frames toward the guest */
@@ -1547,7 +1497,7 @@ static void expect_injected(Vm *vm, uint64_t packets, uint64_t skipped)
  * The kernel says the same of a full TAP and of a GSO frame that it cannot send
  * whole, so after it the segments are tried: each second error is about these.
  */
-static void test_error_inject_gso(void)
+static void test_error_inject_gso(Vm *vm)
 {
     static const struct {
         int error;
@@ -1557,61 +1507,50 @@ static void test_error_inject_gso(void)
         { ENOBUFS, 4, 1 }, { EAGAIN, 4, 1 },
         { ENOBUFS, 5, GSO_SEGMENTS }, { EAGAIN, 5, GSO_SEGMENTS },
     };
-    Vm vm;
 
-    vm_start(&vm, "");
     for (int i = 0; i < ARRAY_SIZE(table); i++) {
-        add_inject(&vm.f);
-        guest_begin_gso(&vm, GSO_WHOLE);
+        add_inject(&vm->f);
+        guest_begin_gso(vm, GSO_WHOLE);
         fail(FAULT_SENDMMSG, table[i].error, table[i].times);
-        g_assert_cmpuint(inject_gso(&vm, false), ==, table[i].frames);
+        g_assert_cmpuint(inject_gso(vm, false), ==, table[i].frames);
         g_assert_cmpuint(fail_no_more(FAULT_SENDMMSG), ==, table[i].times);
-        g_assert_cmpuint(inject_gso(&vm, false), ==, 1);
-        guest_stop(&vm.f);
-        guest_begin_gso(&vm, GSO_NONE);
-        g_assert_cmpuint(inject_gso(&vm, false), ==, GSO_SEGMENTS);
-        guest_stop(&vm.f);
-        expect_injected(&vm, 6, 0);
-        del_object(&vm.f, "inj");
+        g_assert_cmpuint(inject_gso(vm, false), ==, 1);
+        guest_stop(&vm->f);
+        guest_begin_gso(vm, GSO_NONE);
+        g_assert_cmpuint(inject_gso(vm, false), ==, GSO_SEGMENTS);
+        guest_stop(&vm->f);
+        expect_injected(vm, 6, 0);
+        del_object(&vm->f, "inj");
     }
-    vm_quit(&vm);
 }
 
 /* Somebody else has switched off what the guest's driver has negotiated. */
-static void test_inject_gso_switched_off(void)
+static void test_inject_gso_switched_off(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, "");
-    add_inject(&vm.f);
-    guest_begin_gso(&vm, GSO_WHOLE);
-    g_assert_cmpuint(inject_gso(&vm, false), ==, 1);
-    if (!set_tso(vm.f.ifname, false)) {
+    add_inject(&vm->f);
+    guest_begin_gso(vm, GSO_WHOLE);
+    g_assert_cmpuint(inject_gso(vm, false), ==, 1);
+    if (!set_tso(vm->f.ifname, false)) {
         g_test_skip("could not switch TSO off");
     } else {
-        g_assert_cmpuint(inject_gso(&vm, false), ==, GSO_SEGMENTS);
-        set_tso(vm.f.ifname, true);
-        g_assert_cmpuint(inject_gso(&vm, false), ==, 1);
-        expect_injected(&vm, 6, 0);
+        g_assert_cmpuint(inject_gso(vm, false), ==, GSO_SEGMENTS);
+        set_tso(vm->f.ifname, true);
+        g_assert_cmpuint(inject_gso(vm, false), ==, 1);
+        expect_injected(vm, 6, 0);
     }
-    guest_stop(&vm.f);
-    vm_quit(&vm);
+    guest_stop(&vm->f);
 }
 
 /* A kind that is not segmented here, and that no TAP takes whole */
-static void test_inject_gso_unknown(void)
+static void test_inject_gso_unknown(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, "");
-    add_inject(&vm.f);
-    guest_begin_gso(&vm, GSO_WHOLE);
+    add_inject(&vm->f);
+    guest_begin_gso(vm, GSO_WHOLE);
     for (unsigned i = 1; i <= 3; i++) {
-        g_assert_cmpuint(inject_gso(&vm, true), ==, 0);
-        expect_injected(&vm, i, i);
+        g_assert_cmpuint(inject_gso(vm, true), ==, 0);
+        expect_injected(vm, i, i);
     }
-    guest_stop(&vm.f);
-    vm_quit(&vm);
+    guest_stop(&vm->f);
 }
 
 /* Read up to frame @last; returns how many came. */
@@ -1634,17 +1573,15 @@ static unsigned read_up_to(Vm *vm, uint32_t first, uint32_t last)
 }
 
 /* Writing to the peer: what is refused for good is dropped and counted. */
-static void test_error_out(void)
+static void test_error_out(Vm *vm)
 {
     static const int errors[] = {
         EAGAIN, EINTR, ENOBUFS, ENOMEM, ENETDOWN, EMSGSIZE,
     };
     uint32_t n = 0, received = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "tx");
-    guest_start(&vm.f);
-    monitor_begin(&vm);
+    guest_start(&vm->f);
+    monitor_begin(vm);
     for (int i = 0; i < 2 * ARRAY_SIZE(errors); i++) {
         int error = errors[i % ARRAY_SIZE(errors)];
         bool again = error == EAGAIN || error == EINTR;
@@ -1655,164 +1592,150 @@ static void test_error_out(void)
             continue;           /* The kernel does not do that. */
         }
         fail(FAULT_WRITE_OUT, error, forever ? FOREVER : 3);
-        host_send(&vm.f, n, 100);
+        host_send(&vm->f, n, 100);
         n += 100;
         expect_failed(FAULT_WRITE_OUT, 1);
         if (forever) {
             g_autofree char *what = g_strdup_printf("sendmsg: %s",
                                                     strerror(error));
 
-            expect_idle(&vm, what);
+            expect_idle(vm, what);
         }
         while (!again && !forever &&
                qatomic_read(&faults->fault[FAULT_WRITE_OUT].failed) < 3) {
-            host_send(&vm.f, n++, 1);
-            counter(&vm.f, "cap", "capture-packets");
+            host_send(&vm->f, n++, 1);
+            counter(&vm->f, "cap", "capture-packets");
         }
         if (again) {
             expect_failed(FAULT_WRITE_OUT, 3);
         }
         fail_no_more(FAULT_WRITE_OUT);
-        host_send(&vm.f, n, 1);
-        received += read_up_to(&vm, first, n);
+        host_send(&vm->f, n, 1);
+        received += read_up_to(vm, first, n);
         n++;
         g_assert_cmpuint(received +
-                         counter(&vm.f, "cap", "capture-peer-drops"), ==, n);
+                         counter(&vm->f, "cap", "capture-peer-drops"), ==, n);
         if (again) {
             g_assert_cmpuint(received, ==, n);
         }
-        expect_source(&vm.f, "cap", "packet-socket");
+        expect_source(&vm->f, "cap", "packet-socket");
     }
-    monitor_end(&vm);
-    vm_quit(&vm);
+    monitor_end(vm);
 }
 
 /* What was taken from the guest is not dropped, whatever the peer does. */
-static void test_error_out_taken(void)
+static void test_error_out_taken(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, CAPTURE STOPPED_ONLY);
-    guest_start(&vm.f);
-    vm_stop(&vm.f);
+    guest_start(&vm->f);
+    vm_stop(&vm->f);
     fail(FAULT_WRITE_OUT, ENOBUFS, 3);
-    host_send(&vm.f, 0, 10);
-    expect_out(&vm.f, 0, 10);
+    host_send(&vm->f, 0, 10);
+    expect_out(&vm->f, 0, 10);
     g_assert_cmpuint(fail_no_more(FAULT_WRITE_OUT), ==, 3);
 
     fail(FAULT_WRITE_OUT, EPIPE, FOREVER);
-    host_send(&vm.f, 10, 10);
-    wait_counter(&vm.f, "cap", "capture-packets", 20);
+    host_send(&vm->f, 10, 10);
+    wait_counter(&vm->f, "cap", "capture-packets", 20);
     expect_failed(FAULT_WRITE_OUT, 1);
-    expect_idle(&vm, "sendmsg: EPIPE");
-    close(vm.f.out);
-    expect_connected(&vm.f, "out", false);
+    expect_idle(vm, "sendmsg: EPIPE");
+    close(vm->f.out);
+    expect_connected(&vm->f, "out", false);
     fail_no_more(FAULT_WRITE_OUT);
-    vm.f.out = connect_to(&vm.f, "out");
-    expect_out(&vm.f, 10, 10);
-    g_assert_cmpuint(counter(&vm.f, "cap", "capture-peer-drops"), ==, 0);
-    vm_cont(&vm.f);
-    vm_quit(&vm);
+    vm->f.out = connect_to(&vm->f, "out");
+    expect_out(&vm->f, 10, 10);
+    g_assert_cmpuint(counter(&vm->f, "cap", "capture-peer-drops"), ==, 0);
+    vm_cont(&vm->f);
 }
 
 /* Reading from the peer: what is no wait is the end of the connection. */
-static void test_error_in(void)
+static void test_error_in(Vm *vm)
 {
     static const int errors[] = {
         EAGAIN, EINTR, ENOBUFS, ENETDOWN, EMSGSIZE,
     };
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, INJECT "tx");
-    guest_start(&vm.f);
+    guest_start(&vm->f);
     for (int i = 0; i < ARRAY_SIZE(errors); i++) {
-        guest_post(&vm.f, 10);
+        guest_post(&vm->f, 10);
         fail(FAULT_READ_IN, errors[i], i < 2 ? 3 : 1);
-        in_send(&vm.f, n, 10);
+        in_send(&vm->f, n, 10);
         if (i >= 2) {
             uint8_t byte;
 
-            wait_readable(vm.f.in);
-            g_assert_cmpint(read(vm.f.in, &byte, 1), <=, 0);
-            close(vm.f.in);
-            vm.f.in = connect_to(&vm.f, "in");
-            in_send(&vm.f, n, 10);
+            wait_readable(vm->f.in);
+            g_assert_cmpint(read(vm->f.in, &byte, 1), <=, 0);
+            close(vm->f.in);
+            vm->f.in = connect_to(&vm->f, "in");
+            in_send(&vm->f, n, 10);
         }
-        expect_guest(&vm.f, n, 10);
+        expect_guest(&vm->f, n, 10);
         n += 10;
     }
-    vm_quit(&vm);
 }
 
 /* The guest */
 
-static void test_guest_reset(void)
+static void test_guest_reset(Vm *vm)
 {
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "all " INJECT "tx");
     for (int i = 0; i < amount(3, 50); i++) {
-        guest_begin(&vm);
-        host_send(&vm.f, n, 10);
-        expect_out(&vm.f, n, 10);
-        in_send(&vm.f, n + 10, 10);
-        expect_taken(&vm, n, 20);
-        guest_put(&vm.f, n + 20);
-        expect_out(&vm.f, n + 20, 1);
+        guest_begin(vm);
+        host_send(&vm->f, n, 10);
+        expect_out(&vm->f, n, 10);
+        in_send(&vm->f, n + 10, 10);
+        expect_taken(vm, n, 20);
+        guest_put(&vm->f, n + 20);
+        expect_out(&vm->f, n + 20, 1);
         /* In the middle of all that */
-        in_send(&vm.f, n + 1000, 300);
-        host_send(&vm.f, n + 1000, 300);
-        qtest_system_reset(vm.f.qts);
-        expect_out(&vm.f, n + 1000, 300);
-        wait_counter(&vm.f, "inj", "inject-packets", 310 * (i + 1));
-        qvirtio_pci_device_enable(vm.f.dev);
-        guest_stop(&vm.f);
+        in_send(&vm->f, n + 1000, 300);
+        host_send(&vm->f, n + 1000, 300);
+        qtest_system_reset(vm->f.qts);
+        expect_out(&vm->f, n + 1000, 300);
+        wait_counter(&vm->f, "inj", "inject-packets", 310 * (i + 1));
+        qvirtio_pci_device_enable(vm->f.dev);
+        guest_stop(&vm->f);
         n += 2000;
     }
-    expect_idle(&vm, "no driver");
-    guest_begin(&vm);
-    expect_working(&vm);
-    vm_quit(&vm);
+    expect_idle(vm, "no driver");
+    guest_begin(vm);
+    expect_working(vm);
 }
 
 /* S3 by the PIIX4's registers, as a guest's firmware and system do it */
-static void test_guest_suspend(void)
+static void test_guest_suspend(Vm *vm)
 {
     const uint16_t base = 0x600, sleep_enable = 1 << 13, s3 = 1 << 10;
     QPCIDevice *pm;
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, CAPTURE "tx " INJECT "all");
-    pm = qpci_device_find(vm.f.bus, QPCI_DEVFN(1, 3));
+    pm = qpci_device_find(vm->f.bus, QPCI_DEVFN(1, 3));
     g_assert_nonnull(pm);
     for (int i = 0; i < 3; i++) {
-        guest_begin(&vm);
+        guest_begin(vm);
         qpci_config_writel(pm, 0x40, base | 1);
         qpci_config_writeb(pm, 0x80, 1);
-        qtest_outw(vm.f.qts, base + 4, sleep_enable | s3);
-        qtest_qmp_eventwait(vm.f.qts, "SUSPEND");
-        expect_status(&vm.f, "query-status", "suspended");
-        host_send(&vm.f, n, 10);
-        expect_out(&vm.f, n, 10);
-        in_send(&vm.f, n + 10, 10);
-        expect_idle(&vm, "suspended");
-        expect_other(&vm);
-        qtest_qmp_assert_success(vm.f.qts, "{'execute': 'system_wakeup'}");
-        qtest_qmp_eventwait(vm.f.qts, "WAKEUP");
-        expect_host(&vm.f, n + 10, 10);
+        qtest_outw(vm->f.qts, base + 4, sleep_enable | s3);
+        qtest_qmp_eventwait(vm->f.qts, "SUSPEND");
+        expect_status(&vm->f, "query-status", "suspended");
+        host_send(&vm->f, n, 10);
+        expect_out(&vm->f, n, 10);
+        in_send(&vm->f, n + 10, 10);
+        expect_idle(vm, "suspended");
+        expect_other(vm);
+        qtest_qmp_assert_success(vm->f.qts, "{'execute': 'system_wakeup'}");
+        qtest_qmp_eventwait(vm->f.qts, "WAKEUP");
+        expect_host(&vm->f, n + 10, 10);
         /* The machine was reset by that. */
-        qvirtio_pci_device_enable(vm.f.dev);
-        guest_stop(&vm.f);
+        qvirtio_pci_device_enable(vm->f.dev);
+        guest_stop(&vm->f);
         n += 20;
     }
     g_free(pm);
-    guest_begin(&vm);
-    in_send(&vm.f, n, 10);
-    expect_taken(&vm, n, 10);
-    vm_quit(&vm);
+    guest_begin(vm);
+    in_send(&vm->f, n, 10);
+    expect_taken(vm, n, 10);
 }
 
 static void set_link(Vm *vm, const char *name, bool up)
@@ -1821,35 +1744,32 @@ static void set_link(Vm *vm, const char *name, bool up)
                              " {'name': %s, 'up': %i}}", name, up);
 }
 
-static void test_guest_set_link(void)
+static void test_guest_set_link(Vm *vm)
 {
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, BOTH);
-    guest_begin(&vm);
-    expect_working(&vm);
+    guest_begin(vm);
+    expect_working(vm);
     for (int i = 0; i < 4; i++) {
         const char *name = i & 1 ? "n0" : "nic";
 
         /* A copy is made before the cable. */
-        set_link(&vm, name, false);
-        host_send(&vm.f, n, 10);
-        expect_out(&vm.f, n, 10);
-        in_send(&vm.f, n, 10);
-        wait_counter(&vm.f, "inj", "inject-packets", 5 + 15 * i + 10);
+        set_link(vm, name, false);
+        host_send(&vm->f, n, 10);
+        expect_out(&vm->f, n, 10);
+        in_send(&vm->f, n, 10);
+        wait_counter(&vm->f, "inj", "inject-packets", 5 + 15 * i + 10);
         if (i & 1) {
-            vm_stop(&vm.f);
-            vm_cont(&vm.f);
+            vm_stop(&vm->f);
+            vm_cont(&vm->f);
         }
-        expect_idle(&vm, "the link is down");
-        expect_other(&vm);
-        set_link(&vm, name, true);
-        g_assert_true(vhost_started(&vm.f));
-        expect_working(&vm);
+        expect_idle(vm, "the link is down");
+        expect_other(vm);
+        set_link(vm, name, true);
+        g_assert_true(vhost_started(&vm->f));
+        expect_working(vm);
         n += 10;
     }
-    vm_quit(&vm);
 }
 
 static void expect_nic(Vm *vm, const char *property, const char *value)
@@ -1873,33 +1793,30 @@ static bool check_datapath(Vm *vm, const char *reason)
 }
 
 /* Whichever step of vhost's start fails: QEMU moves the packets instead. */
-static void test_guest_vhost_fails(void)
+static void test_guest_vhost_fails(Vm *vm)
 {
     unsigned skip = 0, failed, userspace = 0;
-    Vm vm;
 
-    vm_start(&vm, BOTH);
     do {
         fail_after(FAULT_VHOST, ENOMEM, skip, 1);
-        guest_begin(&vm);
+        guest_begin(vm);
         failed = fail_no_more(FAULT_VHOST);
-        if (!check_datapath(&vm, "vhost could not be started")) {
+        if (!check_datapath(vm, "vhost could not be started")) {
             g_assert_cmpuint(failed, ==, 1);
             userspace++;
         }
-        expect_working(&vm);
-        vm_stop(&vm.f);
-        g_assert_false(check_datapath(&vm, "the VM is stopped"));
-        vm_cont(&vm.f);
-        g_assert_true(check_datapath(&vm, NULL));
-        expect_working(&vm);
-        guest_stop(&vm.f);
+        expect_working(vm);
+        vm_stop(&vm->f);
+        g_assert_false(check_datapath(vm, "the VM is stopped"));
+        vm_cont(&vm->f);
+        g_assert_true(check_datapath(vm, NULL));
+        expect_working(vm);
+        guest_stop(&vm->f);
         skip += amount(5, 1);
     } while (failed);
     g_test_message("one of %u calls failed; %u times vhost was not started",
                    skip, userspace);
     g_assert_cmpuint(userspace, >, 0);
-    vm_quit(&vm);
 }
 
 /*
@@ -1959,35 +1876,31 @@ static void test_queue_reset_blocked(void)
 }
 
 /* The same when the VM stops: the others come when it goes on. */
-static void test_guest_stop_blocked(void)
+static void test_guest_stop_blocked(Vm *vm)
 {
-    Vm vm;
-
-    vm_start(&vm, "-object filter-rewriter,id=flt,netdev=n0");
-    guest_start(&vm.f);
+    guest_start(&vm->f);
     for (int i = 0; i < 6; i++) {
         uint32_t n = 20 * i;
         bool off = i & 1;
 
         fail(FAULT_WRITE_TAP, EAGAIN, FOREVER);
         for (int j = 0; j < 10; j++) {
-            guest_send_begin(&vm.f, n + j);
+            guest_send_begin(&vm->f, n + j);
         }
         expect_failed(FAULT_WRITE_TAP, 1);
-        vm_stop(&vm.f);
+        vm_stop(&vm->f);
         fail_no_more(FAULT_WRITE_TAP);
         if (off) {
-            set_status(&vm.f, "flt", "off");
+            set_status(&vm->f, "flt", "off");
         }
-        vm_cont(&vm.f);
-        expect_host(&vm.f, n + 1, 9);
-        g_assert_cmpint(vhost_started(&vm.f), ==, off);
-        vm.f.guest.tx = guest_move_queue(&vm.f, vm.f.guest.tx);
-        guest_send(&vm.f, n + 10, 10);
-        expect_host(&vm.f, n + 10, 10);
-        set_status(&vm.f, "flt", "on");
+        vm_cont(&vm->f);
+        expect_host(&vm->f, n + 1, 9);
+        g_assert_cmpint(vhost_started(&vm->f), ==, off);
+        vm->f.guest.tx = guest_move_queue(&vm->f, vm->f.guest.tx);
+        guest_send(&vm->f, n + 10, 10);
+        expect_host(&vm->f, n + 10, 10);
+        set_status(&vm->f, "flt", "on");
     }
-    vm_quit(&vm);
 }
 
 static void test_guest_no_vhost(void)
@@ -2005,22 +1918,20 @@ static void test_guest_no_vhost(void)
 }
 
 /* A guest that writes anything to its rings, and is reset after that */
-static void test_guest_ring_errors(void)
+static void test_guest_ring_errors(Vm *vm)
 {
     uint32_t n = 0;
-    Vm vm;
 
-    vm_start(&vm, BOTH);
     for (int i = 0; i < amount(4, 60); i++) {
         static const uint64_t addresses[] = { 1ull << 50, -4096ull, 0 };
         QVirtQueue *queue;
         uint8_t *desc, *avail;
 
-        guest_begin(&vm);
-        expect_working(&vm);
-        queue = i & 1 ? vm.f.guest.tx : vm.f.guest.rx;
-        desc = vm.f.guest.ram + queue->desc;
-        avail = vm.f.guest.ram + queue->avail;
+        guest_begin(vm);
+        expect_working(vm);
+        queue = i & 1 ? vm->f.guest.tx : vm->f.guest.rx;
+        desc = vm->f.guest.ram + queue->desc;
+        avail = vm->f.guest.ram + queue->avail;
         for (int j = 0; j < queue->size; j++) {
             /* Memory that is not there, and loops of descriptors */
             stq_le_p(desc + 16 * j, addresses[i % 3]);
@@ -2032,21 +1943,20 @@ static void test_guest_ring_errors(void)
         }
         /* More than there are */
         stw_le_p(avail + 2, lduw_le_p(avail + 2) + 30000);
-        vm.f.dev->vdev.bus->virtqueue_kick(&vm.f.dev->vdev, queue);
-        host_send(&vm.f, n, 20);
-        expect_out(&vm.f, n, 20);
-        in_send(&vm.f, n, 20);
-        wait_counter(&vm.f, "inj", "inject-packets", 25 * (i + 1));
+        vm->f.dev->vdev.bus->virtqueue_kick(&vm->f.dev->vdev, queue);
+        host_send(&vm->f, n, 20);
+        expect_out(&vm->f, n, 20);
+        in_send(&vm->f, n, 20);
+        wait_counter(&vm->f, "inj", "inject-packets", 25 * (i + 1));
         if (i < 2) {
-            expect_idle(&vm, "ring error");
+            expect_idle(vm, "ring error");
         }
-        expect_other(&vm);
-        guest_stop(&vm.f);
+        expect_other(vm);
+        guest_stop(&vm->f);
         n += 20;
     }
-    guest_begin(&vm);
-    expect_working(&vm);
-    vm_quit(&vm);
+    guest_begin(vm);
+    expect_working(vm);
 }
 
 /* Memory */
@@ -2136,6 +2046,29 @@ static char *begin_faults(void)
     return path;
 }
 
+typedef struct VmTest {
+    const char *args;
+    void (*func)(Vm *vm);
+} VmTest;
+
+static void run_vm_test(const void *data)
+{
+    const VmTest *test = data;
+    Vm vm;
+
+    vm_start(&vm, test->args);
+    test->func(&vm);
+    vm_quit(&vm);
+}
+
+static void add_vm(const char *path, const char *args, void (*func)(Vm *vm))
+{
+    VmTest *test = g_new(VmTest, 1);
+
+    *test = (VmTest) { .args = args, .func = func };
+    rig_add_data(path, test, run_vm_test);
+}
+
 int main(int argc, char **argv)
 {
     g_autofree char *path = NULL;
@@ -2144,41 +2077,42 @@ int main(int argc, char **argv)
     rig_init(&argc, &argv, "filter-redirector-faults");
     path = begin_faults();
 
-    rig_add("peer/all", test_peer_all);
-    rig_add("peer/never", test_peer_never);
-    rig_add("peer/reconnect", test_peer_reconnect);
-    rig_add("peer/refuses", test_peer_refuses);
+    add_vm("peer/all", CAPTURE "tx", test_peer_all);
+    add_vm("peer/never", "", test_peer_never);
+    add_vm("peer/reconnect", "", test_peer_reconnect);
+    add_vm("peer/refuses", "", test_peer_refuses);
     rig_add("peer/nothing-stale", test_peer_nothing_stale);
-    rig_add("peer/flood", test_peer_flood);
+    add_vm("peer/flood", CAPTURE "all", test_peer_flood);
     rig_add("interface/down", test_interface_down);
-    rig_add("interface/down-network", test_interface_down_network);
+    add_vm("interface/down-network", INJECT "rx", test_interface_down_network);
     rig_add("interface/deleted", test_interface_deleted);
-    rig_add("interface/renamed", test_interface_renamed);
-    rig_add("interface/mtu", test_interface_mtu);
-    rig_add("interface/mac", test_interface_mac);
+    add_vm("interface/renamed", BOTH, test_interface_renamed);
+    add_vm("interface/mtu", BOTH, test_interface_mtu);
+    add_vm("interface/mac", BOTH, test_interface_mac);
     rig_add("interface/netns", test_interface_netns);
-    rig_add("interface/full", test_interface_full);
-    rig_add("error/setup", test_error_setup);
-    rig_add("error/capture", test_error_capture);
-    rig_add("error/capture-ring", test_error_capture_ring);
-    rig_add("error/inject", test_error_inject);
-    rig_add("error/inject-network", test_error_inject_network);
-    rig_add("error/inject-gso", test_error_inject_gso);
-    rig_add("inject/gso-switched-off", test_inject_gso_switched_off);
-    rig_add("inject/gso-unknown", test_inject_gso_unknown);
-    rig_add("error/out", test_error_out);
-    rig_add("error/out-taken", test_error_out_taken);
-    rig_add("error/in", test_error_in);
-    rig_add("guest/reset", test_guest_reset);
-    rig_add("guest/suspend", test_guest_suspend);
-    rig_add("guest/set-link", test_guest_set_link);
+    add_vm("interface/full", BOTH, test_interface_full);
+    add_vm("error/setup", "", test_error_setup);
+    add_vm("error/capture", CAPTURE "all", test_error_capture);
+    add_vm("error/capture-ring", CAPTURE "tx", test_error_capture_ring);
+    add_vm("error/inject", INJECT "tx", test_error_inject);
+    add_vm("error/inject-network", INJECT "rx", test_error_inject_network);
+    add_vm("error/inject-gso", "", test_error_inject_gso);
+    add_vm("inject/gso-switched-off", "", test_inject_gso_switched_off);
+    add_vm("inject/gso-unknown", "", test_inject_gso_unknown);
+    add_vm("error/out", CAPTURE "tx", test_error_out);
+    add_vm("error/out-taken", CAPTURE STOPPED_ONLY, test_error_out_taken);
+    add_vm("error/in", INJECT "tx", test_error_in);
+    add_vm("guest/reset", CAPTURE "all " INJECT "tx", test_guest_reset);
+    add_vm("guest/suspend", CAPTURE "tx " INJECT "all", test_guest_suspend);
+    add_vm("guest/set-link", BOTH, test_guest_set_link);
     if (HAS_FALLBACK) {
-        rig_add("guest/vhost-fails", test_guest_vhost_fails);
+        add_vm("guest/vhost-fails", BOTH, test_guest_vhost_fails);
         rig_add("guest/queue-reset-blocked", test_queue_reset_blocked);
-        rig_add("guest/stop-blocked", test_guest_stop_blocked);
+        add_vm("guest/stop-blocked", "-object filter-rewriter,id=flt,netdev=n0",
+               test_guest_stop_blocked);
         rig_add("guest/no-vhost", test_guest_no_vhost);
     }
-    rig_add("guest/ring-errors", test_guest_ring_errors);
+    add_vm("guest/ring-errors", BOTH, test_guest_ring_errors);
     rig_add("memory/allocations", test_allocations);
     ret = g_test_run();
     unlink(path);

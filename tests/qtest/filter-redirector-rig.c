@@ -1015,6 +1015,57 @@ void rig_add(const char *path, void (*func)(void))
     qtest_add_func(full, have_vhost ? func : skip);
 }
 
+void rig_add_data(const char *path, void *data, void (*func)(const void *data))
+{
+    g_autofree char *full = g_strdup_printf("/%s/%s", test_name, path);
+
+    if (have_vhost) {
+        qtest_add_data_func_full(full, data, func, g_free);
+    } else {
+        g_free(data);
+        qtest_add_func(full, skip);
+    }
+}
+
+/* A test with a VM */
+typedef struct VmTest {
+    const char *args;
+    bool driver;
+    void (*func)(Fixture *f);
+} VmTest;
+
+static void run_vm_test(const void *data)
+{
+    const VmTest *test = data;
+    Fixture f;
+
+    fixture_start(&f, test->args);
+    if (test->driver) {
+        guest_start(&f);
+    }
+    test->func(&f);
+    fixture_close(&f);
+}
+
+static void add_vm_test(const char *path, const char *args, bool driver,
+                        void (*func)(Fixture *f))
+{
+    VmTest *test = g_new(VmTest, 1);
+
+    *test = (VmTest) { .args = args, .driver = driver, .func = func };
+    rig_add_data(path, test, run_vm_test);
+}
+
+void rig_add_vm(const char *path, const char *args, void (*func)(Fixture *f))
+{
+    add_vm_test(path, args, false, func);
+}
+
+void rig_add_guest(const char *path, const char *args, void (*func)(Fixture *f))
+{
+    add_vm_test(path, args, true, func);
+}
+
 bool rig_has(const char *option, const char *property)
 {
     g_autofree char *command = g_strdup_printf("%s %s,help",

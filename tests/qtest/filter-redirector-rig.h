@@ -64,6 +64,15 @@ typedef struct Fixture {
 void rig_init(int *argc, char ***argv, const char *name);
 void rig_add(const char *path, void (*func)(void));
 
+/* @data is freed after the test. */
+void rig_add_data(const char *path, void *data,
+                  void (*func)(const void *data));
+
+/* With QEMU running, started with @args, and without or with a driver */
+void rig_add_vm(const char *path, const char *args, void (*func)(Fixture *f));
+void rig_add_guest(const char *path, const char *args,
+                   void (*func)(Fixture *f));
+
 /*
  * What not every QEMU with the redirector has.  The help of @option, "-object
  * TYPE" or "-device TYPE", tells whether there is @property.
