@@ -229,7 +229,7 @@ class Vm(Qemu):
 
 
 def begin(source, target, *capabilities, redirector=True, status='on',
-          slow=False, while_stopped=False):
+          slow=False, while_stopped=True):
     """
     Steps 2 to 4 of the user's page.  SLOW leaves time while the memory is
     copied; WHILE_STOPPED has the target inject before its guest runs.
