@@ -45,6 +45,15 @@ class Failure(Exception):
     """What was to run could not; the text says why."""
 
 
+def run(*command):
+    """Return what COMMAND prints; raise Failure if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise Failure(f'{" ".join(command)}: {done.stdout.strip()}')
+    return done.stdout
+
+
 def wait_for(what, condition, limit, pause=0.2):
     """Poll until CONDITION() returns something, and return that.  A poll
     takes time of the machine that the guest lacks, so PAUSE in between."""

@@ -22,7 +22,7 @@ import demo_guest
 import guest
 from demo_guest import (
     GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC, PORT)
-from guest import Failure, Qemu, wait_for
+from guest import Failure, Qemu, run, wait_for
 
 # Packets per second.  A guest of a QEMU that runs under TCG within TCG
 # handles 400 on an idle machine.
@@ -49,14 +49,6 @@ def make_state(scratch, say):
         'handover', demo_guest.INIT, demo_guest.NIC,
         'ipv6.disable_ipv6=1 ipv6.autoconf=0',
         {'bin/demo-packets': demo_guest.PROGRAM.read_bytes()}, say, scratch)
-
-
-def run(*command):
-    done = subprocess.run(command, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise Failure(f'{" ".join(command)}: {done.stdout.strip()}')
-    return done.stdout
 
 
 class Bridge:
