@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 
-from rig import say
+from lib.common import say
 
 # Section: metric, its title, and how to show a value.
 METRICS = {

@@ -17,15 +17,15 @@ import os
 import pathlib
 import re
 import select
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 
-TOP = pathlib.Path(__file__).resolve().parents[2]
-BUILD = pathlib.Path(os.environ.get('BUILD', TOP / 'build'))
+from lib import common
+from lib.common import (
+    BUILD, TOP, Failure, die_with_parent, run)
+
 BENCH = BUILD / 'bench'
 TRAFFIC = BENCH / 'traffic'
 
@@ -41,10 +41,6 @@ SENDER_CPU, RECEIVER_CPU = 0, 1
 START_LIMIT = 20
 
 
-class Failure(Exception):
-    """One message for the user: what happened, and what to do."""
-
-
 class Mismatch(Failure):
     """The numbers of a run do not add up."""
 
@@ -52,27 +48,8 @@ class Mismatch(Failure):
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def run(*command):
-    done = subprocess.run(command, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise Failure(f'{" ".join(map(str, command))}: {done.stdout.strip()}')
-    return done.stdout
-
-
-def wait_for(what, condition, limit=START_LIMIT, pause=0.002):
-    end = time.monotonic() + limit
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise Failure(f'waited {limit} s in vain for {what}')
-        time.sleep(pause)
-
-
-def die_with_parent():
-    libc.prctl(1, signal.SIGKILL)
+def wait_for(what, condition):
+    return common.wait_for(what, condition, START_LIMIT, 0.002)
 
 
 def enter_namespace():
@@ -357,7 +334,3 @@ def environment():
     return {'kernel': os.uname().release, 'cpus': os.cpu_count(),
             'cpu': model[1] if model else os.uname().machine,
             'date': time.strftime('%Y-%m-%d')}
-
-
-def say(text):
-    print('>>>', text, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 
-from qemu_source import TOP, Failure
+from lib.common import TOP, Failure
 
 PATCHES = TOP / 'patches'
 

@@ -5,7 +5,7 @@
 
 set -euo pipefail
 
-TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 BUILD=${BUILD:-$TOP/build}
 # Downloads and unpacked packages; outside the clone, so that they survive it.
 CACHE=${VHOST_NETFILTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-netfilter}

@@ -16,21 +16,9 @@ import pathlib
 import re
 import struct
 
-TOP = pathlib.Path(__file__).resolve().parent.parent
-BUILD = pathlib.Path(os.environ.get('BUILD') or TOP / 'build')
-CACHE = pathlib.Path(
-    os.environ.get('VHOST_NETFILTER_CACHE')
-    or pathlib.Path(os.environ.get('XDG_CACHE_HOME')
-                    or pathlib.Path.home() / '.cache') / 'vhost-netfilter')
-# Unpacked packages; dev/apt-other-suites makes both.
-ROOT = CACHE / 'packages'
-KERNELS = CACHE / 'kernels'
+from lib.common import BUILD, KERNELS, ROOT, Failure
 
 DIRECTORIES = ('bin', 'dev', 'lib', 'mnt', 'proc', 'run', 'sys', 'tmp')
-
-
-class Missing(Exception):
-    """Something is not in the cache; the text says what to do."""
 
 
 def find_kernel(version=None):
@@ -54,8 +42,8 @@ def find_kernel(version=None):
              if version in (None, 'newest', name)
              or re.match(re.escape(version) + r'\b', name)]
     if not found:
-        raise Missing(f'no kernel {version or ""} in the cache: run '
-                      f'dev/apt-other-suites{" --kernels" if version else ""} '
+        raise Failure(f'no kernel {version or ""} in the cache: run '
+                      f'dev/build/apt-other-suites{" --kernels" if version else ""} '
                       'to fetch one')
     name = max(found, key=numbers)
     return name, uncompressed_kernel(name, images[name])
@@ -99,7 +87,7 @@ def firmware_options():
 def busybox():
     path = ROOT / 'bin/busybox'
     if not path.exists():
-        raise Missing(f'no busybox in {ROOT}/bin: run dev/apt-other-suites '
+        raise Failure(f'no busybox in {ROOT}/bin: run dev/build/apt-other-suites '
                       'to fetch it')
     return path.read_bytes()
 
@@ -115,7 +103,7 @@ def directory_of(version):
         for place in ('lib/modules', 'usr/lib/modules'):
             if (root / place / version).exists():
                 return root / place / version
-    raise Missing(f'no modules of the kernel {version} in the cache')
+    raise Failure(f'no modules of the kernel {version} in the cache')
 
 
 def modules(version, wanted):

@@ -6,20 +6,13 @@ is set up with.
 
 import hashlib
 import os
-import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import urllib.request
 
-TOP = pathlib.Path(__file__).resolve().parent.parent
-BUILD = pathlib.Path(os.environ.get('BUILD', TOP / 'build'))
-CACHE = pathlib.Path(
-    os.environ.get('VHOST_NETFILTER_CACHE')
-    or pathlib.Path(os.environ.get('XDG_CACHE_HOME')
-                    or pathlib.Path.home() / '.cache') / 'vhost-netfilter')
+from lib.common import BUILD, CACHE, Failure, say
 
 # The first of them is the base, and the next one to use if it cannot be had.
 # All of a release's files must have the sum.  The last is what Debian's index
@@ -45,14 +38,6 @@ DEBIAN = {
     'qemu_11.1.1+ds-1.debian.tar.xz':
     '870a1193f28ce522ac91f68100d75dce5527e08d8958344b389c9fa24b44968f',
 }
-
-
-class Failure(Exception):
-    """One message for the user: what happened, and what to do."""
-
-
-def say(text):
-    print('>>>', text, file=sys.stderr, flush=True)
 
 
 def sha256(path):

@@ -5,10 +5,10 @@ The guest of the demonstration: a Linux that counts numbered UDP packets.
 
 import subprocess
 
-import guest
-import initramfs
+from lib import guest
+from lib.common import BUILD, TOP, Failure
 
-PROGRAM = initramfs.BUILD / 'demo/demo-packets'
+PROGRAM = BUILD / 'demo/demo-packets'
 
 GUEST_MAC, GUEST_ADDRESS = '52:54:00:00:00:02', '192.0.2.2'
 HOST_MAC, HOST_ADDRESS = '52:54:00:00:00:01', '192.0.2.1'
@@ -40,7 +40,7 @@ NIC = f'virtio-net-pci,id=nic,netdev=n0,mac={GUEST_MAC},romfile=,' \
 
 
 def compile_program():
-    source = initramfs.TOP / 'dev/demo-packets.c'
+    source = TOP / 'dev/demo/demo-packets.c'
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
     if PROGRAM.exists() and \
             PROGRAM.stat().st_mtime >= source.stat().st_mtime:
@@ -48,7 +48,7 @@ def compile_program():
     run = subprocess.run(['gcc', '-std=gnu11', '-static', '-O2', '-Wall',
                           '-o', PROGRAM, source], check=False)
     if run.returncode:
-        raise guest.Failure('cannot compile dev/demo-packets.c: install gcc '
+        raise Failure('cannot compile dev/demo/demo-packets.c: install gcc '
                             'and libc6-dev')
 
 

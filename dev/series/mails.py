@@ -11,7 +11,7 @@ debian/                         all for debian/patches of Debian's qemu
 Each series is mailed by itself, and builds on the one before.  A cover letter
 begins with the subject of its series' first patch, whose number may change.
 
-Usage: series
+Usage: mails.py
 The result depends on this repository's contents and the date of its last
 commit (or SOURCE_DATE_EPOCH) alone.
 """
@@ -26,11 +26,10 @@ import sys
 import tempfile
 import textwrap
 
-sys.dont_write_bytecode = True
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-import overlay  # noqa: E402
-from qemu_source import (  # noqa: E402
-    BUILD, PINNED, TOP, Failure, release_files)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from lib import overlay  # noqa: E402
+from lib.common import BUILD, TOP, Failure  # noqa: E402
+from lib.qemu_source import PINNED, release_files  # noqa: E402
 
 SERIES = BUILD / 'series'
 COVERS = overlay.PATCHES / 'cover'

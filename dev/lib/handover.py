@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 A guest that migrates, with or without the redirector, while numbered packets
-come to it; for dev/test-handover, in the test machine.
+come to it; for dev/tests/test-handover, in the test machine.
 
     sender -- br0 -+- tap0 -- vhost -- QEMU 0 (source)
                    +- tap1 -- vhost -- QEMU 1 (target)
@@ -18,11 +18,11 @@ import subprocess
 import threading
 import time
 
-import demo_guest
-import guest
-from demo_guest import (
+from lib import demo_guest, guest
+from lib.demo_guest import (
     GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC, PORT)
-from guest import Failure, Qemu, run, wait_for
+from lib.common import Failure, run, wait_for
+from lib.guest import Qemu
 
 # Packets per second.  A guest of a QEMU that runs under TCG within TCG
 # handles 400 on an idle machine.

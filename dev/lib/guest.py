@@ -11,23 +11,16 @@ each, and writes an answer to each.  A number before the request comes back
 before the answer.  The answer to "hello" is "ready".
 """
 
-import ctypes
 import hashlib
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 
-import initramfs
-
-sys.path.append(str(initramfs.ROOT / 'usr/lib/python3/dist-packages'))
-
-QEMU = os.environ.get('VM_QEMU') or \
-    str(initramfs.BUILD / 'qemu/qemu-system-x86_64')
+from lib import common, initramfs
+from lib.common import Failure, die_with_parent, wait_for
 
 # The same for every QEMU, or the state of one does not fit another.
 MACHINE = (
@@ -41,45 +34,14 @@ BOOT_LIMIT = 120
 ANSWER_LIMIT = 90
 
 
-class Failure(Exception):
-    """What was to run could not; the text says why."""
-
-
-def run(*command):
-    """Return what COMMAND prints; raise Failure if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise Failure(f'{" ".join(command)}: {done.stdout.strip()}')
-    return done.stdout
-
-
-def wait_for(what, condition, limit, pause=0.2):
-    """Poll until CONDITION() returns something, and return that.  A poll
-    takes time of the machine that the guest lacks, so PAUSE in between."""
-    end = time.monotonic() + limit
-    while True:
-        result = condition()
-        if result:
-            return result
-        if time.monotonic() > end:
-            raise Failure(f'waited {limit} s in vain for {what}')
-        time.sleep(pause)
-
-
-def die_with_parent(signum=signal.SIGKILL):
-    """In a child: get SIGNUM when the parent ends, however it does."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signum)
-
-
 class Qemu:
     """
     A QEMU with the guest's machine and the network device NIC; its sockets
-    are in DIRECTORY.
+    are in DIRECTORY.  PREFIX is
+    a command that runs it.
     """
 
-    def __init__(self, name, directory, nic, *options):
+    def __init__(self, name, directory, nic, *options, prefix=()):
         self.name = name
         self.directory = pathlib.Path(directory)
         self.log = self.path('log')
@@ -89,7 +51,7 @@ class Qemu:
         self.asked = 0
         with open(self.log, 'wb') as log:
             self.process = subprocess.Popen(
-                [QEMU, '-name', f'guest-{name}', *MACHINE,
+                [*prefix, common.QEMU, '-name', f'guest-{name}', *MACHINE,
                  *initramfs.firmware_options(),
                  '-chardev', f'file,id=console,path={self.path("console")}',
                  '-serial', 'chardev:console',
@@ -208,13 +170,13 @@ def make_state(kind, init, nic, append, extra, say, scratch):
     besides.  SAY is called with a text before it is booted; SCRATCH is a
     directory for the time of that.
     """
-    if not shutil.which(QEMU):
-        raise Failure(f"no QEMU at {QEMU}: run 'make qemu'")
+    if not shutil.which(common.QEMU):
+        raise Failure(f"no QEMU at {common.QEMU}: run 'make qemu'")
     version, kernel = initramfs.find_kernel()
     initrd = initramfs.cached(kind, version, ('virtio_pci', 'virtio_net'),
                               init, extra)
     append = f'{APPEND} {append}'
-    release = subprocess.run([QEMU, '--version'], stdout=subprocess.PIPE,
+    release = subprocess.run([common.QEMU, '--version'], stdout=subprocess.PIPE,
                              check=True).stdout
     key = hashlib.sha256(repr((release, initrd.name, MACHINE, nic,
                                append)).encode()).hexdigest()
