@@ -23,8 +23,6 @@
 #include "qemu/cutils.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
-#include "standard-headers/linux/virtio_config.h"
-#include "standard-headers/linux/virtio_net.h"
 #include "standard-headers/linux/virtio_pci.h"
 #include "standard-headers/linux/virtio_ring.h"
 
@@ -36,6 +34,17 @@ static bool have_vhost;
 static const char *test_name;
 
 /* The host's side */
+
+void run_command(const char *format, ...)
+{
+    g_autofree char *command = NULL;
+    va_list ap;
+
+    va_start(ap, format);
+    command = g_strdup_vprintf(format, ap);
+    va_end(ap);
+    g_assert_cmpint(system(command), ==, 0);
+}
 
 void set_interface_up(const char *ifname, bool up)
 {
@@ -103,7 +112,6 @@ void wait_readable(int fd)
     g_assert_cmpint(poll(&pfd, 1, TIMEOUT_US / 1000), ==, 1);
 }
 
-/* Frames that came in from the guest; what we sent ourselves does not count. */
 void expect_host(Fixture *f, uint32_t first, uint32_t count)
 {
     uint8_t frame[BUFFER_LEN];
@@ -144,19 +152,14 @@ uint64_t statistic(const char *ifname, const char *name)
     return g_ascii_strtoull(text, NULL, 10);
 }
 
-/* QEMU, which cannot pass them on, takes one and leaves the rest in the TAP. */
 void host_send_taken(Fixture *f, uint32_t first, uint32_t count)
 {
     uint64_t taken = statistic(f->ifname, "tx_packets");
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
 
     host_send(f, first, count);
-    while (statistic(f->ifname, "tx_packets") == taken) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+    WAIT_UNTIL(statistic(f->ifname, "tx_packets") != taken);
 }
 
-/* The number of packet sockets on the interface, by protocol and hook. */
 int packet_sockets(const char *ifname, unsigned protocol, int hooked)
 {
     g_autofree char *text = NULL;
@@ -183,13 +186,23 @@ int connect_to(Fixture *f, const char *name)
     g_autofree char *path = g_build_filename(f->dir, name, NULL);
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
 
     pstrcpy(addr.sun_path, sizeof(addr.sun_path), path);
-    while (connect(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        g_usleep(1000);
-    }
+    WAIT_UNTIL(connect(fd, (struct sockaddr *)&addr, sizeof(addr)) == 0);
+    return fd;
+}
+
+int add_peer(Fixture *f, const char *id)
+{
+    g_autofree char *path = g_build_filename(f->dir, id, NULL);
+    int fd;
+
+    qtest_qmp_assert_success(f->qts, "{'execute': 'chardev-add', 'arguments':"
+        " {'id': %s, 'backend': {'type': 'socket', 'data': {"
+        "  'addr': {'type': 'unix', 'data': {'path': %s}},"
+        "  'server': true, 'wait': false}}}}", id, path);
+    fd = connect_to(f, id);
+    expect_connected(f, id, true);
     return fd;
 }
 
@@ -205,7 +218,6 @@ void read_full(int fd, void *buf, size_t size)
     }
 }
 
-/* Read one frame of the stream, which has vnet_hdr_support=on. */
 size_t read_stream(int fd, uint8_t *frame, size_t size,
                    uint8_t *header, uint32_t *header_len)
 {
@@ -223,17 +235,22 @@ size_t read_stream(int fd, uint8_t *frame, size_t size,
     return len - *header_len;
 }
 
-void expect_out(Fixture *f, uint32_t first, uint32_t count)
+void expect_stream(int fd, uint32_t first, uint32_t count)
 {
     uint8_t frame[BUFFER_LEN], header[24];
     uint32_t header_len;
 
     for (uint32_t i = 0; i < count; i++) {
-        g_assert_cmpuint(read_stream(f->out, frame, sizeof(frame), header,
+        g_assert_cmpuint(read_stream(fd, frame, sizeof(frame), header,
                                      &header_len), ==, FRAME_LEN);
         g_assert_cmpuint(frame_number(frame), ==, first + i);
         g_assert_cmphex(frame[FRAME_LEN - 1], ==, 0x5a);
     }
+}
+
+void expect_out(Fixture *f, uint32_t first, uint32_t count)
+{
+    expect_stream(f->out, first, count);
 }
 
 void in_send(Fixture *f, uint32_t first, uint32_t count)
@@ -247,14 +264,6 @@ void in_send(Fixture *f, uint32_t first, uint32_t count)
         g_assert_cmpint(write(f->in, record, sizeof(record)), ==,
                         sizeof(record));
     }
-}
-
-void swap_peers(Fixture *f)
-{
-    int out = f->out;
-
-    f->out = f->in;
-    f->in = out;
 }
 
 /* The files of filter-dump and tcpdump */
@@ -362,8 +371,7 @@ void guest_start_queues(Fixture *f, uint64_t features)
 
 void guest_start(Fixture *f)
 {
-    guest_start_queues(f, 1ull << VIRTIO_F_VERSION_1 |
-                          1ull << VIRTIO_NET_F_MRG_RXBUF);
+    guest_start_queues(f, GUEST_FEATURES);
     qvirtio_set_driver_ok(&f->dev->vdev);
 }
 
@@ -390,13 +398,11 @@ QVirtQueue *guest_move_queue(Fixture *f, QVirtQueue *vq)
     return moved;
 }
 
-/* Turn on both queue pairs; the control queue is the fifth. */
 /* Send a command through the control queue. */
 static void guest_control(Fixture *f, QVirtQueue *control, uint8_t class,
                           uint8_t cmd, const void *data, size_t size)
 {
     struct virtio_net_ctrl_hdr hdr = { .class = class, .cmd = cmd };
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
     uint64_t addr = guest_alloc(&f->alloc, 16);
     uint64_t status = addr + sizeof(hdr) + size;
     uint32_t head, len;
@@ -408,9 +414,7 @@ static void guest_control(Fixture *f, QVirtQueue *control, uint8_t class,
     qvirtqueue_add(f->qts, control, addr + sizeof(hdr), size, false, true);
     qvirtqueue_add(f->qts, control, status, 1, true, false);
     qvirtqueue_kick(f->qts, &f->dev->vdev, control, head);
-    while (!qvirtqueue_get_buf(f->qts, control, &head, &len)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+    WAIT_UNTIL(qvirtqueue_get_buf(f->qts, control, &head, &len));
     g_assert_cmphex(qtest_readb(f->qts, status), ==, VIRTIO_NET_OK);
     guest_free(&f->alloc, addr);
 }
@@ -420,9 +424,7 @@ void guest_start_address(Fixture *f, const uint8_t *address)
     QVirtioDevice *vdev = &f->dev->vdev;
     QVirtQueue *control;
 
-    guest_start_queues(f, 1ull << VIRTIO_F_VERSION_1 |
-                          1ull << VIRTIO_NET_F_MRG_RXBUF |
-                          1ull << VIRTIO_NET_F_CTRL_VQ |
+    guest_start_queues(f, GUEST_FEATURES | 1ull << VIRTIO_NET_F_CTRL_VQ |
                           1ull << VIRTIO_NET_F_CTRL_MAC_ADDR);
     control = guest_setup_queue(f, 2);
     qvirtio_set_driver_ok(vdev);
@@ -438,8 +440,7 @@ void guest_start_multiqueue(Fixture *f, QVirtQueue *queues[5])
 
     qvirtio_start_device(vdev);
     qvirtio_set_features(vdev, qvirtio_get_features(vdev) &
-                               (1ull << VIRTIO_F_VERSION_1 |
-                                1ull << VIRTIO_NET_F_MRG_RXBUF |
+                               (GUEST_FEATURES |
                                 1ull << VIRTIO_NET_F_CTRL_VQ |
                                 1ull << VIRTIO_NET_F_MQ));
     for (int i = 0; i < 5; i++) {
@@ -477,12 +478,9 @@ void guest_post(Fixture *f, int count)
 
 size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
     uint32_t head, len;
 
-    while (!qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+    WAIT_UNTIL(qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len));
     g_assert_cmpuint(len, >=, 12);
     g_assert_cmpuint(len - 12, <=, size);
     qtest_memread(f->qts, f->guest.buffer[head] + 12, frame, len - 12);
@@ -501,27 +499,33 @@ void expect_guest(Fixture *f, uint32_t first, uint32_t count)
     }
 }
 
+/* Returns the packet's address. */
+static uint64_t guest_add_packet(Fixture *f, const uint8_t *packet, size_t size)
+{
+    uint64_t addr = guest_alloc(&f->alloc, size);
+    uint32_t head;
+
+    qtest_memwrite(f->qts, addr, packet, size);
+    head = qvirtqueue_add(f->qts, f->guest.tx, addr, size, false, false);
+    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
+    return addr;
+}
+
+void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size)
+{
+    uint64_t addr = guest_add_packet(f, packet, size);
+    uint32_t head, len;
+
+    WAIT_UNTIL(qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len));
+    guest_free(&f->alloc, addr);
+}
+
 void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size)
 {
     g_autofree uint8_t *packet = g_malloc0(12 + size);
 
     memcpy(packet + 12, frame, size);
     guest_send_packet(f, packet, 12 + size);
-}
-
-void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    uint64_t addr = guest_alloc(&f->alloc, size);
-    uint32_t head, len;
-
-    qtest_memwrite(f->qts, addr, packet, size);
-    head = qvirtqueue_add(f->qts, f->guest.tx, addr, size, false, false);
-    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
-    while (!qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-    guest_free(&f->alloc, addr);
 }
 
 void guest_send(Fixture *f, uint32_t first, uint32_t count)
@@ -536,15 +540,10 @@ void guest_send(Fixture *f, uint32_t first, uint32_t count)
 
 void guest_send_begin(Fixture *f, uint32_t number)
 {
-    uint64_t addr = guest_alloc(&f->alloc, 12 + FRAME_LEN);
     uint8_t packet[12 + FRAME_LEN] = { };
-    uint32_t head;
 
     make_frame(packet + 12, number);
-    qtest_memwrite(f->qts, addr, packet, sizeof(packet));
-    head = qvirtqueue_add(f->qts, f->guest.tx, addr, sizeof(packet), false,
-                          false);
-    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
+    guest_add_packet(f, packet, sizeof(packet));
 }
 
 static int open_guest_memory(pid_t pid)
@@ -650,100 +649,113 @@ unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
     return count;
 }
 
+void guest_send_head(Fixture *f, uint16_t head)
+{
+    QVirtQueue *tx = f->guest.tx;
+
+    guest_make_available(&f->guest, tx, head);
+    guest_notify(f, tx);
+    WAIT_UNTIL(guest_used_idx(&f->guest, tx) != tx->last_used_idx);
+    tx->last_used_idx++;
+}
+
 void guest_put(Fixture *f, uint32_t number)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
     Guest *guest = &f->guest;
-    QVirtQueue *tx = guest->tx;
-    struct vring_desc *desc = (void *)(guest->ram + tx->desc);
+    struct vring_desc *desc = (void *)(guest->ram + guest->tx->desc);
     uint8_t *packet = guest->ram + le64_to_cpu(desc[guest->tx_head].addr);
 
     memset(packet, 0, 12);
     make_frame(packet + 12, number);
-    guest_make_available(guest, tx, guest->tx_head);
-    guest_notify(f, tx);
-    while (tx->last_used_idx == guest_used_idx(guest, tx)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-    tx->last_used_idx++;
+    guest_send_head(f, guest->tx_head);
 }
 
 /* QEMU */
 
+static QDict *get_property(Fixture *f, const char *path, const char *name)
+{
+    return qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
+                     " {'path': %s, 'property': %s}}", path, name);
+}
+
+static QDict *object_property(Fixture *f, const char *id, const char *name)
+{
+    g_autofree char *path = g_strdup_printf("/objects/%s", id);
+
+    return get_property(f, path, name);
+}
+
 /* The query succeeds only while vhost has the queue. */
 bool vhost_started(Fixture *f)
 {
-    QDict *rsp = qtest_qmp(f->qts,
+    g_autoptr(QDict) rsp = qtest_qmp(f->qts,
         "{'execute': 'x-query-virtio-vhost-queue-status',"
         " 'arguments': {'path': %s, 'queue': 0}}", NIC_PATH);
-    bool started = qdict_haskey(rsp, "return");
 
-    qobject_unref(rsp);
-    return started;
+    return qdict_haskey(rsp, "return");
+}
+
+static void expect_nic_property(Fixture *f, const char *name,
+                                const char *value)
+{
+    g_autoptr(QDict) rsp = get_property(f, NIC_PATH, name);
+
+    g_assert_cmpstr(qdict_get_str(rsp, "return"), ==, value);
+}
+
+void expect_datapath(Fixture *f, const char *datapath, const char *reason)
+{
+    expect_nic_property(f, "datapath", datapath);
+    expect_nic_property(f, "datapath-reason", reason);
+    g_assert_cmpint(vhost_started(f), ==, g_str_equal(datapath, "vhost"));
+}
+
+void wait_vhost(Fixture *f)
+{
+    WAIT_UNTIL(vhost_started(f));
+    expect_datapath(f, "vhost", "");
 }
 
 uint64_t counter(Fixture *f, const char *id, const char *name)
 {
-    g_autofree char *path = g_strdup_printf("/objects/%s", id);
-    QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
-                           " {'path': %s, 'property': %s}}", path, name);
-    uint64_t value = qdict_get_uint(rsp, "return");
+    g_autoptr(QDict) rsp = object_property(f, id, name);
 
-    qobject_unref(rsp);
-    return value;
-}
-
-static bool bool_property(Fixture *f, const char *id, const char *name)
-{
-    g_autofree char *path = g_strdup_printf("/objects/%s", id);
-    QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
-                           " {'path': %s, 'property': %s}}", path, name);
-    bool value = qdict_get_bool(rsp, "return");
-
-    qobject_unref(rsp);
-    return value;
-}
-
-bool capture_pending(Fixture *f, const char *id)
-{
-    return bool_property(f, id, "capture-pending");
-}
-
-void wait_inject_pending(Fixture *f, const char *id, bool pending)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    while (bool_property(f, id, "inject-pending") != pending) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
-}
-
-void expect_source(Fixture *f, const char *id, const char *source)
-{
-    g_autofree char *path = g_strdup_printf("/objects/%s", id);
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    for (;;) {
-        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'qom-get', 'arguments':"
-                               " {'path': %s, 'property': 'source'}}", path);
-        bool same = g_str_equal(qdict_get_str(rsp, "return"), source);
-
-        qobject_unref(rsp);
-        if (same) {
-            return;
-        }
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+    return qdict_get_uint(rsp, "return");
 }
 
 void wait_counter(Fixture *f, const char *id, const char *name,
                   uint64_t value)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
+    WAIT_UNTIL(counter(f, id, name) == value);
+}
 
-    while (counter(f, id, name) != value) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+static bool is_pending(Fixture *f, const char *id, const char *name)
+{
+    g_autoptr(QDict) rsp = object_property(f, id, name);
+
+    return qdict_get_bool(rsp, "return");
+}
+
+bool capture_pending(Fixture *f, const char *id)
+{
+    return is_pending(f, id, "capture-pending");
+}
+
+void wait_inject_pending(Fixture *f, const char *id, bool pending)
+{
+    WAIT_UNTIL(is_pending(f, id, "inject-pending") == pending);
+}
+
+static bool source_is(Fixture *f, const char *id, const char *source)
+{
+    g_autoptr(QDict) rsp = object_property(f, id, "source");
+
+    return g_str_equal(qdict_get_str(rsp, "return"), source);
+}
+
+void expect_source(Fixture *f, const char *id, const char *source)
+{
+    WAIT_UNTIL(source_is(f, id, source));
 }
 
 void set_status(Fixture *f, const char *id, const char *status)
@@ -771,45 +783,56 @@ void vm_cont(Fixture *f)
     qtest_qmp_assert_success(f->qts, "{'execute': 'cont'}");
 }
 
+void object_add(Fixture *f, const char *format, ...)
+{
+    g_autofree char *args = NULL, *text = NULL;
+    va_list ap;
+
+    va_start(ap, format);
+    args = g_strdup_vprintf(format, ap);
+    va_end(ap);
+    g_assert_true(g_str_has_prefix(args, "-object "));
+    text = qtest_hmp(f->qts, "object_add %s", args + strlen("-object "));
+    g_assert_cmpstr(text, ==, "");
+}
+
 void add_capture(Fixture *f)
 {
-    qtest_qmp_assert_success(f->qts, "{'execute': 'object-add', 'arguments':"
-        " {'qom-type': 'filter-redirector', 'id': 'cap', 'netdev': 'n0',"
-        "  'outdev': 'out', 'queue': 'tx', 'vnet_hdr_support': true}}");
+    object_add(f, CAPTURE "tx");
 }
 
 void add_inject(Fixture *f)
 {
-    qtest_qmp_assert_success(f->qts, "{'execute': 'object-add', 'arguments':"
-        " {'qom-type': 'filter-redirector', 'id': 'inj', 'netdev': 'n0',"
-        "  'indev': 'in', 'queue': 'tx', 'vnet_hdr_support': true}}");
+    object_add(f, INJECT "tx");
+}
+
+static bool status_is(Fixture *f, const char *command, const char *status)
+{
+    g_autoptr(QDict) rsp = qtest_qmp(f->qts, "{'execute': %s}", command);
+
+    return !g_strcmp0(qdict_get_try_str(qdict_get_qdict(rsp, "return"),
+                                        "status"), status);
 }
 
 void expect_status(Fixture *f, const char *command, const char *status)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    bool same = false;
-
-    while (!same) {
-        QDict *rsp = qtest_qmp(f->qts, "{'execute': %s}", command);
-
-        same = !g_strcmp0(qdict_get_try_str(qdict_get_qdict(rsp, "return"),
-                                            "status"), status);
-        qobject_unref(rsp);
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+    WAIT_UNTIL(status_is(f, command, status));
 }
 
-/* Start a migration to nowhere, up to where the VM has stopped. */
-void migration_start(Fixture *f)
+void migration_start_to(Fixture *f, const char *uri)
 {
     qtest_qmp_assert_success(f->qts,
         "{'execute': 'migrate-set-capabilities', 'arguments':"
         " {'capabilities': [{'capability': 'pause-before-switchover',"
         "                    'state': true}]}}");
     qtest_qmp_assert_success(f->qts, "{'execute': 'migrate', 'arguments':"
-                             " {'uri': 'exec:cat > /dev/null'}}");
+                             " {'uri': %s}}", uri);
     expect_status(f, "query-migrate", "pre-switchover");
+}
+
+void migration_start(Fixture *f)
+{
+    migration_start_to(f, "exec:cat > /dev/null");
 }
 
 void migration_cancel(Fixture *f)
@@ -819,26 +842,23 @@ void migration_cancel(Fixture *f)
     expect_status(f, "query-status", "running");
 }
 
+static bool is_connected(Fixture *f, const char *label)
+{
+    g_autofree char *text = qtest_hmp(f->qts, "info chardev");
+    g_auto(GStrv) lines = g_strsplit(text, "\n", -1);
+    g_autofree char *start = g_strdup_printf("%s: filename=", label);
+    char **line = lines;
+
+    while (!g_str_has_prefix(*line, start)) {
+        line++;
+        g_assert_nonnull(*line);
+    }
+    return !g_str_has_prefix(*line + strlen(start), "disconnected:");
+}
+
 void expect_connected(Fixture *f, const char *label, bool connected)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    bool is_connected = !connected;
-
-    while (is_connected != connected) {
-        QDict *rsp = qtest_qmp(f->qts, "{'execute': 'query-chardev'}");
-        QListEntry *entry;
-
-        QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
-            QDict *chr = qobject_to(QDict, qlist_entry_obj(entry));
-
-            if (g_str_equal(qdict_get_str(chr, "label"), label)) {
-                is_connected = !g_str_has_prefix(qdict_get_str(chr, "filename"),
-                                                 "disconnected:");
-            }
-        }
-        qobject_unref(rsp);
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-    }
+    WAIT_UNTIL(is_connected(f, label) == connected);
 }
 
 int count_fds(Fixture *f)
@@ -855,12 +875,6 @@ int count_fds(Fixture *f)
 
 /* The whole */
 
-static void fixture_connect(Fixture *f)
-{
-    f->out = connect_to(f, "out");
-    f->in = connect_to(f, "in");
-}
-
 static void fixture_find_nic(Fixture *f)
 {
     QPCIAddress addr = { .devfn = QPCI_DEVFN(NIC_SLOT, 0) };
@@ -874,13 +888,6 @@ static void fixture_forget_nic(Fixture *f)
 {
     g_free(f->dev->pdev);
     g_free(f->dev);
-}
-
-static void fixture_attach_nic(Fixture *f)
-{
-    pc_alloc_init(&f->alloc, f->qts, 0);
-    f->bus = qpci_new_pc(f->qts, &f->alloc);
-    fixture_find_nic(f);
 }
 
 void vm_reset(Fixture *f)
@@ -922,8 +929,11 @@ void fixture_init_named(Fixture *f, const char *netdev, const char *nic_opts,
                          args);
     set_interface_up(f->ifname, true);
     f->host = open_host(f->ifname);
-    fixture_connect(f);
-    fixture_attach_nic(f);
+    f->out = connect_to(f, "out");
+    f->in = connect_to(f, "in");
+    pc_alloc_init(&f->alloc, f->qts, 0);
+    f->bus = qpci_new_pc(f->qts, &f->alloc);
+    fixture_find_nic(f);
 }
 
 void fixture_init(Fixture *f, const char *netdev_opts,
@@ -944,7 +954,8 @@ void fixture_start(Fixture *f, const char *args)
 
 void fixture_close(Fixture *f)
 {
-    const char *names[] = { "out", "in" };
+    g_autoptr(GDir) dir = g_dir_open(f->dir, 0, NULL);
+    const char *name;
 
     if (f->guest.rx) {
         guest_stop(f);
@@ -961,8 +972,8 @@ void fixture_close(Fixture *f)
     close(f->host);
     close(f->out);
     close(f->in);
-    for (int i = 0; i < ARRAY_SIZE(names); i++) {
-        g_autofree char *path = g_build_filename(f->dir, names[i], NULL);
+    while ((name = g_dir_read_name(dir))) {
+        g_autofree char *path = g_build_filename(f->dir, name, NULL);
 
         unlink(path);
     }
@@ -971,20 +982,6 @@ void fixture_close(Fixture *f)
 }
 
 /* The program */
-
-/* Run @func in a child that has its own namespaces and capabilities. */
-void in_child(void (*func)(void))
-{
-    int status;
-    pid_t pid = fork();
-
-    if (!pid) {
-        func();
-        _exit(0);
-    }
-    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
-    g_assert_cmpint(status, ==, 0);
-}
 
 static void skip(void)
 {

@@ -21,6 +21,8 @@
 #include <net/if.h>
 #include "libqtest.h"
 #include "libqos/virtio-pci.h"
+#include "standard-headers/linux/virtio_config.h"
+#include "standard-headers/linux/virtio_net.h"
 
 #define TEST_ETHERTYPE 0x88b5   /* local experimental */
 #define FRAME_LEN 64
@@ -28,13 +30,22 @@
 #define RING_LEN 256
 #define TIMEOUT_US (20 * G_USEC_PER_SEC)
 
+/* Try until it is so.  The CPU may be needed for what makes it so. */
+#define WAIT_UNTIL(condition) do {                              \
+        gint64 end_ = g_get_monotonic_time() + TIMEOUT_US;      \
+        while (!(condition)) {                                  \
+            g_assert_cmpint(g_get_monotonic_time(), <, end_);   \
+            g_thread_yield();                                   \
+        }                                                       \
+    } while (0)
+
 /* VIRTIO_NET_F_MQ guests put their queue pairs at 2i (rx) and 2i+1 (tx). */
 typedef struct Guest {
     QVirtQueue *rx;
     QVirtQueue *tx;
     uint64_t buffer[RING_LEN];
     uint32_t high_features;     /* from bit 64 on, for the driver's start */
-    uint8_t *ram;   /* see guest_map() */
+    uint8_t *ram;               /* see guest_map() */
     uint32_t tx_head;
 } Guest;
 
@@ -46,12 +57,12 @@ typedef struct Fixture {
     Guest guest;
     char *dir;
     char ifname[IFNAMSIZ];
-    int host;       /* the host's packet socket on the TAP */
-    int out;        /* peer of outdev */
-    int in;         /* peer of indev */
+    int host;                   /* the host's packet socket on the TAP */
+    int out;                    /* peer of outdev */
+    int in;                     /* peer of indev */
 } Fixture;
 
-/* Objects for the command line; the direction comes behind. */
+/* For the command line or object_add(); the direction comes behind. */
 #define CAPTURE "-object filter-redirector,id=cap,netdev=n0,outdev=out," \
                 "vnet_hdr_support=on,queue="
 #define INJECT "-object filter-redirector,id=inj,netdev=n0,indev=in," \
@@ -81,9 +92,6 @@ bool rig_has(const char *option, const char *property);
 #define HAS_DUMP rig_has("-object filter-dump", "packet-socket")
 #define HAS_FALLBACK rig_has("-device virtio-net-pci", "datapath")
 
-/* Run @func in a child that has its own namespaces and capabilities. */
-void in_child(void (*func)(void));
-
 /* The whole */
 
 /*
@@ -102,17 +110,19 @@ void fixture_start(Fixture *f, const char *args);
 void fixture_name(Fixture *f);
 void fixture_init_named(Fixture *f, const char *netdev, const char *nic_opts,
                         const char *args);
+/* ... and remove the directory with all that is in it. */
 void fixture_close(Fixture *f);
 
 /* The host's side */
 
+/* It must succeed. */
+void run_command(const char *format, ...) G_GNUC_PRINTF(1, 2);
 void set_interface_up(const char *ifname, bool up);
 int open_host(const char *ifname);
 int open_host_protocol(const char *ifname, uint16_t protocol);
 int open_tap(const char *ifname);
 /* One of the interface's counters in /sys */
 uint64_t statistic(const char *ifname, const char *name);
-void host_send_taken(Fixture *f, uint32_t first, uint32_t count);
 
 /* FRAME_LEN bytes */
 void make_frame(uint8_t *frame, uint32_t number);
@@ -120,6 +130,8 @@ uint32_t frame_number(const uint8_t *frame);
 
 void wait_readable(int fd);
 void host_send(Fixture *f, uint32_t first, uint32_t count);
+/* To a QEMU that cannot pass them on: it takes one, the TAP keeps the rest. */
+void host_send_taken(Fixture *f, uint32_t first, uint32_t count);
 /* Frames that came in from the guest; what we sent ourselves does not count. */
 void expect_host(Fixture *f, uint32_t first, uint32_t count);
 
@@ -129,14 +141,15 @@ int packet_sockets(const char *ifname, unsigned protocol, int hooked);
 /* The chardevs' peers */
 
 int connect_to(Fixture *f, const char *name);
+/* Returns the peer of a new chardev, a server's socket. */
+int add_peer(Fixture *f, const char *id);
 void read_full(int fd, void *buf, size_t size);
 /* Read one frame of the stream, which has vnet_hdr_support=on. */
 size_t read_stream(int fd, uint8_t *frame, size_t size,
                    uint8_t *header, uint32_t *header_len);
+void expect_stream(int fd, uint32_t first, uint32_t count);
 void expect_out(Fixture *f, uint32_t first, uint32_t count);
 void in_send(Fixture *f, uint32_t first, uint32_t count);
-/* Exchange what f->out and f->in are. */
-void swap_peers(Fixture *f);
 
 /* The files of filter-dump and tcpdump, which may be being written */
 
@@ -153,6 +166,10 @@ FILE *open_pcap(const char *path);
 void read_pcap(FILE *file, PcapPacket *packet, uint8_t *frame, size_t size);
 
 /* The guest's driver */
+
+/* What is usual, from bit 0 on */
+#define GUEST_FEATURES (1ull << VIRTIO_F_VERSION_1 | \
+                        1ull << VIRTIO_NET_F_MRG_RXBUF)
 
 /* Start the driver with those of @features that there are ... */
 void guest_start_queues(Fixture *f, uint64_t features);
@@ -197,6 +214,8 @@ void guest_map_ram(Fixture *f);
 uint16_t guest_used_idx(Guest *guest, QVirtQueue *vq);
 void guest_make_available(Guest *guest, QVirtQueue *vq, uint16_t head);
 void guest_notify(Fixture *f, QVirtQueue *vq);
+/* Have the device send what the descriptor @head of the queue has. */
+void guest_send_head(Fixture *f, uint16_t head);
 /* Take what there is; call @func for each frame with its number. */
 unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
                     void *opaque);
@@ -205,6 +224,10 @@ void guest_put(Fixture *f, uint32_t number);
 /* QEMU */
 
 bool vhost_started(Fixture *f);
+/* Which way the NIC's packets go, and why not through vhost if so */
+void expect_datapath(Fixture *f, const char *datapath, const char *reason);
+/* vhost comes back, though it may have to wait for packets on their way. */
+void wait_vhost(Fixture *f);
 uint64_t counter(Fixture *f, const char *id, const char *name);
 bool capture_pending(Fixture *f, const char *id);
 void wait_inject_pending(Fixture *f, const char *id, bool pending);
@@ -212,8 +235,10 @@ void wait_counter(Fixture *f, const char *id, const char *name,
                   uint64_t value);
 void expect_source(Fixture *f, const char *id, const char *source);
 void set_status(Fixture *f, const char *id, const char *status);
-void add_capture(Fixture *f);   /* "cap", queue=tx */
-void add_inject(Fixture *f);    /* "inj", queue=tx */
+/* As on the command line: "-object type,id=..." */
+void object_add(Fixture *f, const char *format, ...) G_GNUC_PRINTF(2, 3);
+void add_capture(Fixture *f);   /* CAPTURE "tx" */
+void add_inject(Fixture *f);    /* INJECT "tx" */
 void del_object(Fixture *f, const char *id);
 void vm_stop(Fixture *f);
 void vm_cont(Fixture *f);
@@ -223,7 +248,9 @@ void expect_status(Fixture *f, const char *command, const char *status);
 void expect_connected(Fixture *f, const char *label, bool connected);
 int count_fds(Fixture *f);
 
-/* Start a migration to nowhere, up to where the VM has stopped. */
+/* Start a migration, up to where the VM has stopped ... */
+void migration_start_to(Fixture *f, const char *uri);
+/* ... to nowhere */
 void migration_start(Fixture *f);
 void migration_cancel(Fixture *f);
 
