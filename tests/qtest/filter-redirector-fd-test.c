@@ -80,8 +80,8 @@ static void install_qemu(void)
     install.bios = g_build_filename(install.dir, "bios", NULL);
     install.script = g_build_filename(install.dir, name, NULL);
     g_assert_cmpint(mkdir(install.qemu_dir, 0755), ==, 0);
-    g_assert_cmpint(mount(build, install.qemu_dir, NULL, MS_BIND, NULL),
-                    ==, 0);
+    g_assert_cmpint(mount(build, install.qemu_dir, NULL, MS_BIND | MS_REC,
+                          NULL), ==, 0);
     make_bios();
     g_setenv("QTEST_QEMU_BINARY", install.script, true);
     /* Nobody connects to the sockets of libqtest. */
