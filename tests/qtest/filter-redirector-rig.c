@@ -48,14 +48,7 @@ void run_command(const char *format, ...)
 
 void set_interface_up(const char *ifname, bool up)
 {
-    int fd = socket(AF_INET, SOCK_DGRAM, 0);
-    struct ifreq ifr = { };
-
-    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), ifname);
-    g_assert_cmpint(ioctl(fd, SIOCGIFFLAGS, &ifr), ==, 0);
-    ifr.ifr_flags = up ? ifr.ifr_flags | IFF_UP : ifr.ifr_flags & ~IFF_UP;
-    g_assert_cmpint(ioctl(fd, SIOCSIFFLAGS, &ifr), ==, 0);
-    close(fd);
+    run_command("ip link set %s %s", ifname, up ? "up" : "down");
 }
 
 int open_host(const char *ifname)
@@ -194,13 +187,10 @@ int connect_to(Fixture *f, const char *name)
 
 int add_peer(Fixture *f, const char *id)
 {
-    g_autofree char *path = g_build_filename(f->dir, id, NULL);
     int fd;
 
-    qtest_qmp_assert_success(f->qts, "{'execute': 'chardev-add', 'arguments':"
-        " {'id': %s, 'backend': {'type': 'socket', 'data': {"
-        "  'addr': {'type': 'unix', 'data': {'path': %s}},"
-        "  'server': true, 'wait': false}}}}", id, path);
+    hmp(f, "chardev-add socket,id=%s,path=%s/%s,server=on,wait=off", id,
+        f->dir, id);
     fd = connect_to(f, id);
     expect_connected(f, id, true);
     return fd;
@@ -253,14 +243,20 @@ void expect_out(Fixture *f, uint32_t first, uint32_t count)
     expect_stream(f->out, first, count);
 }
 
+void make_record(uint8_t *record, uint32_t number)
+{
+    memset(record, 0, RECORD_LEN);
+    stl_be_p(record, 12 + FRAME_LEN);
+    stl_be_p(record + 4, 12);
+    make_frame(record + 8 + 12, number);
+}
+
 void in_send(Fixture *f, uint32_t first, uint32_t count)
 {
-    uint8_t record[8 + 12 + FRAME_LEN] = { };
+    uint8_t record[RECORD_LEN];
 
     for (uint32_t i = 0; i < count; i++) {
-        stl_be_p(record, 12 + FRAME_LEN);
-        stl_be_p(record + 4, 12);
-        make_frame(record + 8 + 12, first + i);
+        make_record(record, first + i);
         g_assert_cmpint(write(f->in, record, sizeof(record)), ==,
                         sizeof(record));
     }
@@ -783,17 +779,27 @@ void vm_cont(Fixture *f)
     qtest_qmp_assert_success(f->qts, "{'execute': 'cont'}");
 }
 
+void hmp(Fixture *f, const char *format, ...)
+{
+    g_autofree char *text = NULL;
+    va_list ap;
+
+    va_start(ap, format);
+    text = qtest_vhmp(f->qts, format, ap);
+    va_end(ap);
+    g_assert_cmpstr(text, ==, "");
+}
+
 void object_add(Fixture *f, const char *format, ...)
 {
-    g_autofree char *args = NULL, *text = NULL;
+    g_autofree char *args = NULL;
     va_list ap;
 
     va_start(ap, format);
     args = g_strdup_vprintf(format, ap);
     va_end(ap);
     g_assert_true(g_str_has_prefix(args, "-object "));
-    text = qtest_hmp(f->qts, "object_add %s", args + strlen("-object "));
-    g_assert_cmpstr(text, ==, "");
+    hmp(f, "object_add %s", args + strlen("-object "));
 }
 
 void add_capture(Fixture *f)

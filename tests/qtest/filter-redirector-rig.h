@@ -26,6 +26,7 @@
 
 #define TEST_ETHERTYPE 0x88b5   /* local experimental */
 #define FRAME_LEN 64
+#define RECORD_LEN (8 + 12 + FRAME_LEN) /* of the stream */
 #define BUFFER_LEN 2048         /* of the guest */
 #define RING_LEN 256
 #define TIMEOUT_US (20 * G_USEC_PER_SEC)
@@ -147,6 +148,8 @@ void read_full(int fd, void *buf, size_t size);
 /* Read one frame of the stream, which has vnet_hdr_support=on. */
 size_t read_stream(int fd, uint8_t *frame, size_t size,
                    uint8_t *header, uint32_t *header_len);
+/* RECORD_LEN bytes: a frame of make_frame() with its header in the stream */
+void make_record(uint8_t *record, uint32_t number);
 void expect_stream(int fd, uint32_t first, uint32_t count);
 void expect_out(Fixture *f, uint32_t first, uint32_t count);
 void in_send(Fixture *f, uint32_t first, uint32_t count);
@@ -235,6 +238,8 @@ void wait_counter(Fixture *f, const char *id, const char *name,
                   uint64_t value);
 void expect_source(Fixture *f, const char *id, const char *source);
 void set_status(Fixture *f, const char *id, const char *status);
+/* A command of the human monitor, which must have nothing to say */
+void hmp(Fixture *f, const char *format, ...) G_GNUC_PRINTF(2, 3);
 /* As on the command line: "-object type,id=..." */
 void object_add(Fixture *f, const char *format, ...) G_GNUC_PRINTF(2, 3);
 void add_capture(Fixture *f);   /* CAPTURE "tx" */
