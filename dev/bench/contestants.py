@@ -5,6 +5,7 @@ own, and one trial is one load.  Every trial checks that what was sent came or
 was counted as dropped, in order and once.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -15,8 +16,9 @@ import struct
 import subprocess
 import time
 
-from rig import (Failure, Mismatch, Program, Qemu, Tap, RECEIVER_CPU,
-                 SENDER_CPU, cpu_ns, wait_for)
+from lib.common import Failure
+from rig import (Mismatch, Program, Qemu, Tap, RECEIVER_CPU, SENDER_CPU,
+                 cpu_ns, wait_for)
 
 
 # Of the kernel's headers; Python has no names for them.
@@ -24,6 +26,8 @@ SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
 PACKET_QDISC_BYPASS = 20
 SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
 ETH_P_ALL = 3
+
+CAPTURE_DROPS = 'kernel-drops', 'peer-drops', 'skipped'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +57,21 @@ class Load:
 
 @dataclasses.dataclass
 class Outcome:
-    sent: int
-    received: int
+    sender: dict                # what the program that sent has counted
+    tally: dict                 # and the one that received
     drops: int                  # that somebody has counted
     cpu_ns: int                 # of the contestant
-    seconds: float              # of sending
-    sender: dict
-    tally: dict
+    sent: int
+    received: int
 
     def metrics(self):
         latency = self.tally.get('latency', {})
-        size = self.tally.get('bytes', 0)
-        span = (self.tally.get('last_ns', 0)
-                - self.tally.get('first_ns', 0)) / 1e9
-        frames = max(self.received, 1)
+        size = self.tally['bytes']
+        span = (self.tally['last_ns'] - self.tally['first_ns']) / 1e9
         metrics = {
             'sent': self.sent, 'received': self.received, 'drops': self.drops,
-            'rate': self.sent / self.seconds,
-            'cpu_ns_per_packet': self.cpu_ns / frames,
+            'rate': self.sent / self.sender['ns'] * 1e9,
+            'cpu_ns_per_packet': self.cpu_ns / max(self.received, 1),
             'sender_ns_per_packet': self.sender['cpu_ns'] / max(self.sent, 1),
         }
         if span > 0:
@@ -84,20 +85,48 @@ class Outcome:
         return metrics
 
 
-def check(who, load, outcome):
-    """What was sent came, or was counted; in order, once."""
-    tally = outcome.tally
-    if outcome.received + outcome.drops != outcome.sent:
-        raise Mismatch(f'{who}: {outcome.sent} frames were sent, '
-                       f'{outcome.received} came and {outcome.drops} were '
-                       f'counted as dropped ({load})')
-    if tally.get('disorder') or tally.get('foreign'):
-        raise Mismatch(f'{who}: {tally["disorder"]} frames came late or '
-                       f'twice, {tally["foreign"]} are not the '
-                       f"benchmark's ({load})")
-    if tally.get('missing', 0) > outcome.drops:
-        raise Mismatch(f'{who}: {tally["missing"]} numbers are missing, '
-                       f'{outcome.drops} were counted as dropped ({load})')
+class Contestant:
+    """One with a TAP, of which nothing has to be ended."""
+
+    def __init__(self, name):
+        self.name = name
+        self.tap = Tap(name.replace('-', ''))
+        self.tap.offload()
+
+    def end(self):
+        pass
+
+    def outcome(self, load, sender, tally, drops, cpu, refused=0):
+        """What was sent came, or was counted; in order, once."""
+        sent, received = sender['sent'] + refused, tally['frames']
+        if received + drops != sent:
+            raise Mismatch(f'{self.name}: {sent} frames were sent, '
+                           f'{received} came and {drops} were counted as '
+                           f'dropped ({load})')
+        if tally.get('disorder') or tally.get('foreign'):
+            raise Mismatch(f'{self.name}: {tally["disorder"]} frames came '
+                           f'late or twice, {tally["foreign"]} are not the '
+                           f"benchmark's ({load})")
+        if tally.get('missing', 0) > drops:
+            raise Mismatch(f'{self.name}: {tally["missing"]} numbers are '
+                           f'missing, {drops} were counted as dropped '
+                           f'({load})')
+        return Outcome(sender, tally, drops, cpu, sent, received)
+
+    @contextlib.contextmanager
+    def tap_reader(self, load, *taps):
+        """The program that reads what comes out of TAPS, or of ours"""
+        fds = [tap.reader for tap in taps or [self.tap]]
+        with Program('tap', fds, fds=fds, **load.shape(),
+                     cpu=RECEIVER_CPU) as reader:
+            reader.ready()
+            yield reader
+
+
+def counted(load, frames, sender):
+    """The tally of one whose frames nobody looks at"""
+    return {'frames': frames, 'bytes': frames * load.size, 'first_ns': 0,
+            'last_ns': sender['ns']}
 
 
 def send(taps, load, **more):
@@ -110,7 +139,7 @@ def send(taps, load, **more):
         return sender.result(load.limit())
 
 
-class QemuContestant:
+class QemuContestant(Contestant):
     """
     A redirector.  SOURCE is 'product', 'straightforward' or 'chain'.  With
     GUEST QEMU is started by that class, and reads the TAP itself.
@@ -199,63 +228,56 @@ class QemuContestant:
             for dev in self.qemu.qmp('query-chardev')
             if dev['label'].startswith('out')))
 
+    @contextlib.contextmanager
+    def watched(self, kind):
+        """Yields a dict, and puts in by how much the counters have grown."""
+        before, cpu = self.counters(kind), self.qemu.cpu_ns()
+        grown = {}
+        yield grown
+        self.qemu.settle()
+        grown['cpu'] = self.qemu.cpu_ns() - cpu
+        after = self.counters(kind)
+        grown.update({name: after[name] - before[name] for name in after})
+
+    def outcome(self, load, sender, tally, drops, cpu, passed=None):
+        """PASSED is how many packets the redirector has counted, if it
+        does."""
+        if passed not in (None, tally['frames']):
+            raise Mismatch(f'{self.name}: {tally["frames"]} frames came, and '
+                           f'{passed} are counted ({load})')
+        return super().outcome(load, sender, tally, drops, cpu)
+
     def capture(self, load):
         with Program('read', self.out, **load.shape(),
                      cpu=RECEIVER_CPU) as reader:
             reader.ready()
             self.await_source('packet-socket')
-            before, cpu = self.counters('cap'), self.qemu.cpu_ns()
-            sender = send(self.taps, load)
-            reader.tell(sender['sent'])
-            tally = reader.result()
-            self.qemu.settle()
-            cpu = self.qemu.cpu_ns() - cpu
-            after = self.counters('cap')
+            with self.watched('cap') as grown:
+                sender = send(self.taps, load)
+                reader.tell(sender['sent'])
+                tally = reader.result()
         self.await_source('none')
-        delta = {name: after[name] - before[name] for name in after}
-        if self.source == 'chain':
-            drops = delta['tx_dropped']
-        else:
-            drops = sum(delta.get(f'capture-{name}', 0) for name in
-                        ('kernel-drops', 'peer-drops', 'skipped'))
-        outcome = Outcome(sender['sent'], tally['frames'], drops, cpu,
-                          sender['ns'] / 1e9, sender, tally)
-        check(self.name, load, outcome)
-        if self.product and self.source != 'chain' and \
-                delta['capture-packets'] != outcome.received:
-            raise Mismatch(f'{self.name}: {outcome.received} frames came, '
-                           'and capture-packets is '
-                           f'{delta["capture-packets"]} ({load})')
-        return outcome
+        drops = grown['tx_dropped'] if self.source == 'chain' else sum(
+            grown.get(f'capture-{name}', 0) for name in CAPTURE_DROPS)
+        return self.outcome(load, sender, tally, drops, grown['cpu'],
+                            grown['capture-packets'] if self.product and
+                            self.source != 'chain' else None)
 
     def inject(self, load):
         if self.source == 'chain':
             return self.inject_chain(load)
-        fds = [tap.reader for tap in self.taps]
-        with Program('tap', fds, fds=fds, **load.shape(),
-                     cpu=RECEIVER_CPU) as reader, \
-                Program('write', self.into, **load.options()) as writer:
-            reader.ready()
-            before, cpu = self.counters('inj'), self.qemu.cpu_ns()
+        with self.tap_reader(load, *self.taps) as reader, \
+                Program('write', self.into, **load.options()) as writer, \
+                self.watched('inj') as grown:
             writer.tell('')
             sender = writer.result(load.limit())
             reader.tell(sender['sent'])
             tally = reader.result()
-            self.qemu.settle()
-            cpu = self.qemu.cpu_ns() - cpu
-            after = self.counters('inj')
-        delta = {name: after[name] - before[name] for name in after}
-        drops = sum(value for name, value in delta.items()
+        drops = sum(value for name, value in grown.items()
                     if name.startswith('inject-skipped')
                     or name == 'inject-interface-drops')
-        outcome = Outcome(sender['sent'], tally['frames'], drops, cpu,
-                          sender['ns'] / 1e9, sender, tally)
-        check(self.name, load, outcome)
-        if delta.get('inject-packets', outcome.received) != outcome.received:
-            raise Mismatch(f'{self.name}: {outcome.received} frames came, '
-                           f'and inject-packets is {delta["inject-packets"]} '
-                           f'({load})')
-        return outcome
+        return self.outcome(load, sender, tally, drops, grown['cpu'],
+                            grown.get('inject-packets'))
 
     def inject_chain(self, load):
         """
@@ -263,25 +285,19 @@ class QemuContestant:
         it, and the interface counts it.
         """
         tap = self.taps[0]
-        with Program('write', self.into, **load.options()) as writer:
-            before, cpu = tap.statistic('rx_packets'), self.qemu.cpu_ns()
+        before = tap.statistic('rx_packets')
+        with Program('write', self.into, **load.options()) as writer, \
+                self.watched('inj') as grown:
             start = time.monotonic_ns()
             writer.tell('')
             sender = writer.result(load.limit())
-
-            def done():
-                return tap.statistic('rx_packets') - before >= sender['sent']
-            wait_for(f'{sender["sent"]} frames of {self.name}', done)
+            wait_for(f'{sender["sent"]} frames of {self.name}', lambda:
+                     tap.statistic('rx_packets') - before >= sender['sent'])
             end = time.monotonic_ns()
-            self.qemu.settle()
-            cpu = self.qemu.cpu_ns() - cpu
-            received = tap.statistic('rx_packets') - before
-        outcome = Outcome(sender['sent'], received, 0, cpu,
-                          sender['ns'] / 1e9, sender,
-                          {'bytes': received * load.size, 'first_ns': start,
-                           'last_ns': end})
-        check(self.name, load, outcome)
-        return outcome
+        received = tap.statistic('rx_packets') - before
+        return self.outcome(load, sender, {
+            'frames': received, 'bytes': received * load.size,
+            'first_ns': start, 'last_ns': end}, 0, grown['cpu'])
 
 
 class Dump(QemuContestant):
@@ -293,24 +309,22 @@ class Dump(QemuContestant):
 
     def capture(self, load):
         self.await_source('packet-socket')
-        before, cpu = self.counters('cap'), self.qemu.cpu_ns()
-        sender = send(self.taps, load)
+        with self.watched('cap') as grown:
+            before = self.counters('cap')
+            sender = send(self.taps, load)
 
-        def delta(*names):
-            after = self.counters('cap')
-            return sum(after[f'capture-{name}'] - before[f'capture-{name}']
-                       for name in names)
-        drops = 'kernel-drops', 'peer-drops', 'skipped'
-        wait_for(f'{sender["sent"]} frames of {self.name}',
-                 lambda: delta('packets', *drops) >= sender['sent'])
-        self.qemu.settle()
-        cpu = self.qemu.cpu_ns() - cpu
-        outcome = Outcome(sender['sent'], delta('packets'), delta(*drops), cpu,
-                          sender['ns'] / 1e9, sender,
-                          {'bytes': delta('bytes'), 'first_ns': 0,
-                           'last_ns': sender['ns']})
-        check(self.name, load, outcome)
-        return outcome
+            def done():
+                after = self.counters('cap')
+                return sender['sent'] <= sum(
+                    after[f'capture-{name}'] - before[f'capture-{name}']
+                    for name in ('packets', *CAPTURE_DROPS))
+            wait_for(f'{sender["sent"]} frames of {self.name}', done)
+        return self.outcome(
+            load, sender, {
+                **counted(load, grown['capture-packets'], sender),
+                'bytes': grown['capture-bytes']},
+            sum(grown[f'capture-{name}'] for name in CAPTURE_DROPS),
+            grown['cpu'])
 
 
 def attach_filter(packet_socket):
@@ -390,7 +404,7 @@ class Reuse(QemuContestant):
                 'inject-interface-drops': tap.statistic('tx_dropped')}
 
 
-class Tcpdump:
+class Tcpdump(Contestant):
     """tcpdump; with PIPE it writes to a cat, which is not counted."""
 
     # A block of the kernel's ring is handed over after a second at the
@@ -398,13 +412,8 @@ class Tcpdump:
     FLUSH = 1.1
 
     def __init__(self, name, pipe):
-        self.name = name
+        super().__init__(name)
         self.pipe = pipe
-        self.tap = Tap(name.replace('-', ''))
-        self.tap.offload()
-
-    def end(self):
-        pass
 
     def capture(self, load):
         cat = null = None
@@ -440,26 +449,14 @@ class Tcpdump:
             for process in filter(None, (tcpdump, cat)):
                 process.kill()
                 process.wait()
-        got = {name: int(re.search(rf'(\d+) packets? {name}', said)[1])
-               for name in ('captured', 'dropped by kernel')}
-        outcome = Outcome(sender['sent'], got['captured'],
-                          got['dropped by kernel'], cpu, sender['ns'] / 1e9,
-                          sender, {'bytes': got['captured'] * load.size,
-                                   'first_ns': 0, 'last_ns': sender['ns']})
-        check(self.name, load, outcome)
-        return outcome
+        captured, drops = (int(re.search(rf'(\d+) packets? {name}', said)[1])
+                           for name in ('captured', 'dropped by kernel'))
+        return self.outcome(load, sender, counted(load, captured, sender),
+                            drops, cpu)
 
 
-class Bare:
+class Bare(Contestant):
     """A loop around recvmmsg() or sendmmsg()."""
-
-    def __init__(self, name):
-        self.name = name
-        self.tap = Tap(name)
-        self.tap.offload()
-
-    def end(self):
-        pass
 
     def capture(self, load):
         with Program('capture', [self.tap.name], **load.shape(),
@@ -468,31 +465,24 @@ class Bare:
             sender = send([self.tap], load)
             reader.tell(sender['sent'])
             tally = reader.result()
-        outcome = Outcome(sender['sent'], tally['frames'], tally['drops'],
-                          tally['cpu_ns'], sender['ns'] / 1e9, sender, tally)
-        check(self.name, load, outcome)
-        return outcome
+        return self.outcome(load, sender, tally, tally['drops'],
+                            tally['cpu_ns'])
 
     def inject(self, load):
-        fds = [self.tap.reader]
-        with Program('tap', fds, fds=fds, **load.shape(),
-                     cpu=RECEIVER_CPU) as reader:
-            reader.ready()
+        with self.tap_reader(load) as reader:
             sender = send([self.tap], load, bypass=1)
             reader.tell(sender['sent'])
             tally = reader.result()
         refused = sender['refused'] if load.rate else 0
-        outcome = Outcome(sender['sent'] + refused, tally['frames'], refused,
-                          sender['cpu_ns'], sender['ns'] / 1e9, sender, tally)
-        check(self.name, load, outcome)
-        return outcome
+        return self.outcome(load, sender, tally, refused, sender['cpu_ns'],
+                            refused)
 
 
-class BareCat(Bare):
+class BareCat(Contestant):
     """The bare loop, which also writes each frame to a peer."""
 
     def __init__(self, name, directory):
-        super().__init__(name.replace('-', ''))
+        super().__init__(name)
         self.path = f'{directory}/{name}'
 
     def capture(self, load):
@@ -509,19 +499,15 @@ class BareCat(Bare):
                 reader.tell(sender['sent'])
                 tally = reader.result()
         os.unlink(self.path)
-        outcome = Outcome(sender['sent'], tally['frames'], result['drops'],
-                          result['cpu_ns'], sender['ns'] / 1e9, sender, tally)
-        check(self.name, load, outcome)
-        return outcome
+        return self.outcome(load, sender, tally, result['drops'],
+                            result['cpu_ns'])
 
 
-class Relay:
+class Relay(Contestant):
     """As the bare loop, but the frames come on a stream."""
 
     def __init__(self, name, directory):
-        self.name = name
-        self.tap = Tap(name)
-        self.tap.offload()
+        super().__init__(name)
         self.path = f'{directory}/relay'
         self.program = Program('relay', [self.path, self.tap.name]).ready()
 
@@ -530,21 +516,15 @@ class Relay:
         self.program.close()
 
     def inject(self, load):
-        fds = [self.tap.reader]
-        with Program('tap', fds, fds=fds, **load.shape(),
-                     cpu=RECEIVER_CPU) as reader, \
+        with self.tap_reader(load) as reader, \
                 Program('write', [self.path], **load.options()) as writer:
-            reader.ready()
             cpu = cpu_ns(self.program.process.pid)
             writer.tell('')
             sender = writer.result(load.limit())
             reader.tell(sender['sent'])
             tally = reader.result()
             cpu = cpu_ns(self.program.process.pid) - cpu
-        outcome = Outcome(sender['sent'], tally['frames'], 0, cpu,
-                          sender['ns'] / 1e9, sender, tally)
-        check(self.name, load, outcome)
-        return outcome
+        return self.outcome(load, sender, tally, 0, cpu)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,19 +17,16 @@ import os
 import pathlib
 import re
 import select
-import socket
 import struct
 import subprocess
 import time
 
-from lib import common
-from lib.common import (
-    BUILD, TOP, Failure, die_with_parent, run)
+from lib import common, qemu
+from lib.common import BUILD, TOP, Failure, libc, run
 
 BENCH = BUILD / 'bench'
 TRAFFIC = BENCH / 'traffic'
 
-CLONE_NEWNET = 0x40000000
 SYS_BPF = {'x86_64': 321, 'aarch64': 280}
 TUNSETIFF = 0x400454ca
 TUNSETOFFLOAD = 0x400454d0
@@ -45,9 +42,6 @@ class Mismatch(Failure):
     """The numbers of a run do not add up."""
 
 
-libc = ctypes.CDLL(None, use_errno=True)
-
-
 def wait_for(what, condition):
     return common.wait_for(what, condition, START_LIMIT, 0.002)
 
@@ -56,16 +50,7 @@ def enter_namespace():
     if os.geteuid() != 0:
         raise Failure('the benchmark makes a network namespace, TAPs and '
                       'packet sockets: run it as root')
-    if not os.path.exists('/dev/net/tun'):
-        raise Failure("there is no /dev/net/tun: run 'modprobe tun'")
-    if libc.unshare(CLONE_NEWNET) < 0:
-        raise Failure('could not make a network namespace: '
-                      + os.strerror(ctypes.get_errno()))
-    # The only frames shall be ours.
-    for scope in ('all', 'default'):
-        path = pathlib.Path(f'/proc/sys/net/ipv6/conf/{scope}/disable_ipv6')
-        if path.exists():
-            path.write_text('1')
+    common.enter_namespace()
 
 
 def compile_programs():
@@ -198,107 +183,38 @@ class Program:
         self.close()
 
 
-class Monitor:
-    """A client of QMP, with no more than is needed."""
+class Qemu(qemu.Qemu):
+    """A QEMU with one NIC for each of TAPS."""
 
-    def __init__(self, path):
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(START_LIMIT)
-        wait_for(f'a connection to {path}', lambda: self.connect(path))
-        self.file = self.socket.makefile('rw')
-        self.file.readline()
-        self.cmd('qmp_capabilities')
-
-    def connect(self, path):
-        try:
-            self.socket.connect(str(path))
-        except ConnectionRefusedError:
-            return False        # it is bound, and does not listen yet
-        return True
-
-    def cmd(self, name, **arguments):
-        self.file.write(json.dumps({'execute': name, 'arguments': arguments})
-                        + '\n')
-        self.file.flush()
-        while True:
-            try:
-                line = self.file.readline()
-            except TimeoutError as err:
-                raise Failure(f'QEMU did not answer {name}') from err
-            if not line:
-                raise Failure(f'QEMU hung up at {name}')
-            answer = json.loads(line)
-            if 'error' in answer:
-                raise Failure(f'{name}: {answer["error"]["desc"]}')
-            if 'return' in answer:
-                return answer['return']
-
-
-class Qemu:
-    """A QEMU with one NIC for each of TAPS; its files are in DIRECTORY."""
-
+    ANSWER_LIMIT = START_LIMIT
     VHOST = 'off'
     NIC = ''
 
-    def machine(self):
+    def machine(self, _):
         # The PIT would wake QEMU 36 times a second.
         return ['-machine', 'pc,pit=off,hpet=off', '-accel', 'tcg']
 
     def __init__(self, name, binary, directory, taps, options=(),
                  socket_env=False, fds=()):
-        self.name = name
         self.taps = taps
-        self.directory = pathlib.Path(directory)
-        self.log = self.path('log')
-        rom = self.directory / 'hlt.rom'
-        if not rom.exists():
-            # At the reset vector: cli; hlt; jmp to the hlt.
-            rom.write_bytes(bytes(0xfff0) + b'\xfa\xf4\xeb\xfd' + bytes(12))
-        command = [
-            binary, '-name', f'bench-{name}', '-nodefaults',
-            '-no-user-config', '-display', 'none', '-m', '16',
-            '-bios', str(rom), *self.machine(), '-qmp', f'unix:{self.path("qmp")},server=on,wait=off',
-            # For the program, which has to begin with a connection.
-            '-qmp', f'unix:{self.path("qmp2")},server=on,wait=off']
+        rom = pathlib.Path(directory, 'hlt.rom')
+        # At the reset vector: cli; hlt; jmp to the hlt.
+        rom.write_bytes(bytes(0xfff0) + b'\xfa\xf4\xeb\xfd' + bytes(12))
+        command = ['-m', '16', '-bios', str(rom),
+                   *self.machine(pathlib.Path(directory, name))]
         for i, tap in enumerate(taps):
             command += [
                 '-netdev', f'tap,id=n{i},fd={tap.qemu},vhost={self.VHOST}',
                 '-device', f'virtio-net-pci,netdev=n{i},romfile=,'
                 f'multifunction=on,addr={3 + i // 8:#x}.{i % 8}{self.NIC}']
-        env = dict(os.environ)
-        if socket_env:
-            env['BENCH_PACKET_SOCKET'] = '1'
-        with open(self.log, 'wb') as log:
-            self.process = subprocess.Popen(
-                [*command, *options],
-                pass_fds=[*(tap.qemu for tap in taps), *fds],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
-                preexec_fn=die_with_parent)
-        try:
-            wait_for(f'QEMU {name}', lambda: self.alive() and
-                     self.path('qmp').exists())
-            self.monitor = Monitor(self.path('qmp'))
-        except Exception:
-            self.end()
-            raise
+        env = dict(os.environ,
+                   **({'BENCH_PACKET_SOCKET': '1'} if socket_env else {}))
+        super().__init__(name, directory, *command, *options, program=binary,
+                         pass_fds=[*(tap.qemu for tap in taps), *fds],
+                         env=env)
+        self.connect(START_LIMIT)
         for tap in taps:
             tap.offload()
-
-    def path(self, kind):
-        return self.directory / f'{self.name}.{kind}'
-
-    def alive(self):
-        if self.process.poll() is not None:
-            said = self.log.read_text(errors='replace')[-2000:]
-            raise Failure(f'QEMU {self.name} ended by itself:\n{said}')
-        return True
-
-    def qmp(self, name, **arguments):
-        self.alive()
-        return self.monitor.cmd(name, **arguments)
-
-    def get(self, name, prop):
-        return self.qmp('qom-get', path=f'/objects/{name}', property=prop)
 
     def counters(self, name):
         """The numbers of packets that an object shows."""
@@ -320,11 +236,6 @@ class Qemu:
             if now - before < 50000:
                 break
             before = now
-
-    def end(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
 
 
 def environment():

@@ -9,10 +9,10 @@
  *       Remember how often each packet came.  Answer on TTY, a line each;
  *       a number before the request comes back before the answer: "ID hello"
  *       with "ID ready"; "ID count RUN" with the number of packets that came;
- *       "ID report RUN SENT" with "ID LOST DUPLICATED FIRST LAST", the last
- *       two being the numbers of the first and the last packet lost, or -1;
- *       "ID order RUN" with "ID LATE DEPTH": how many packets came after one
- *       with a higher number, and how much higher that was at most;
+ *       "ID report RUN SENT" with "ID LOST DUPLICATED FIRST LAST LATE DEPTH":
+ *       the numbers of the first and the last packet lost, or -1; how many
+ *       packets came after one with a higher number, and how much higher that
+ *       was at most;
  *       "ID run COMMAND" with what COMMAND, run by a shell, prints.
  *
  *   demo-packets own INTERFACE
@@ -204,7 +204,8 @@ static void report(int tty, uint32_t id, uint32_t run, uint32_t sent)
             last = i;
         }
     }
-    dprintf(tty, "%u %u %u %ld %ld\n", id, lost, duplicated, first, last);
+    dprintf(tty, "%u %u %u %ld %ld %u %u\n", id, lost, duplicated, first,
+            last, late[run], depth[run]);
 }
 
 /*
@@ -254,8 +255,6 @@ static void answer(int tty, int fd, const char *line)
     } else if (sscanf(line, "report %u %u", &run, &sent) == 2 &&
                run < RUNS && sent <= NUMBERS) {
         report(tty, id, run, sent);
-    } else if (sscanf(line, "order %u", &run) == 1 && run < RUNS) {
-        dprintf(tty, "%u %u %u\n", id, late[run], depth[run]);
     } else if (!strncmp(line, "run ", 4)) {
         run_command(tty, fd, id, line + 4);
     } else {

@@ -27,25 +27,42 @@ QEMU = os.environ.get('VM_QEMU') or str(BUILD / 'qemu/qemu-system-x86_64')
 PACKAGES = ROOT / 'usr/lib/python3/dist-packages'
 sys.path.append(str(PACKAGES))
 
-STARTED = time.monotonic()
+CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failure(Exception):
     """What was to be done could not be; the text says why, and what to do."""
 
 
+class Skip(Failure):
+    """It cannot be done on this machine."""
+
+
 def say(text):
     print('>>>', text, file=sys.stderr, flush=True)
 
 
-def run(*command, **options):
-    """Return what COMMAND prints; raise Failure if it fails."""
+def attempt(*command, **options):
+    """Return the exit status of COMMAND and what it prints."""
     done = subprocess.run(command, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True,
                           errors='replace', check=False, **options)
-    if done.returncode:
-        raise Failure(f'{" ".join(map(str, command))}: {done.stdout.strip()}')
-    return done.stdout
+    return done.returncode, done.stdout
+
+
+def run(*command, **options):
+    """Return what COMMAND prints; raise Failure if it fails."""
+    status, said = attempt(*command, **options)
+    if status:
+        raise Failure(f'{" ".join(map(str, command))}: {said.strip()}')
+    return said
+
+
+def clean_environment(*names, **more):
+    """The environment without NAMES, and with MORE"""
+    return {**{name: value for name, value in os.environ.items()
+               if name not in names}, **more}
 
 
 def wait_for(what, condition, limit=60, pause=0.2):
@@ -62,4 +79,32 @@ def wait_for(what, condition, limit=60, pause=0.2):
 def die_with_parent(signum=signal.SIGKILL):
     """In a child: get SIGNUM when the parent ends, however it does."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signum)
+    libc.prctl(pr_set_pdeathsig, signum)
+
+
+def read_number(path):
+    return int(pathlib.Path(path).read_text())
+
+
+def silence_ipv6():
+    """New interfaces shall not send anything by themselves."""
+    for scope in 'all', 'default':
+        path = pathlib.Path(f'/proc/sys/net/ipv6/conf/{scope}/disable_ipv6')
+        if path.exists():
+            path.write_text('1')
+
+
+def enter_namespace():
+    """Go to a network namespace of our own, whoever we are."""
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if uid else 0)):
+        raise Skip('no network namespace: ' + os.strerror(ctypes.get_errno()))
+    if uid:
+        for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {uid} 1'),
+                           ('gid_map', f'0 {gid} 1')):
+            pathlib.Path('/proc/self', name).write_text(text)
+    silence_ipv6()
+    try:
+        os.close(os.open('/dev/net/tun', os.O_RDWR))
+    except OSError as err:
+        raise Skip(f'/dev/net/tun: {err.strerror}') from err

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-The guest of the demonstration: a Linux that counts numbered UDP packets.
+The guest of the demonstration, a Linux that counts numbered UDP packets, and
+who sends them.
 """
 
+import signal
 import subprocess
 
 from lib import guest
-from lib.common import BUILD, TOP, Failure
+from lib.common import BUILD, TOP, Failure, die_with_parent, run, wait_for
+from lib.guest import LIMIT
 
 PROGRAM = BUILD / 'demo/demo-packets'
 
@@ -39,22 +42,99 @@ NIC = f'virtio-net-pci,id=nic,netdev=n0,mac={GUEST_MAC},romfile=,' \
       'queue_reset=off,rx_queue_size=1024'
 
 
-def compile_program():
+def make_state(kind, say, scratch, append='ipv6.disable=1'):
+    """Boot the guest unless its state is there; return the state's path."""
     source = TOP / 'dev/demo/demo-packets.c'
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
-    if PROGRAM.exists() and \
-            PROGRAM.stat().st_mtime >= source.stat().st_mtime:
-        return
-    run = subprocess.run(['gcc', '-std=gnu11', '-static', '-O2', '-Wall',
-                          '-o', PROGRAM, source], check=False)
-    if run.returncode:
-        raise Failure('cannot compile dev/demo/demo-packets.c: install gcc '
-                            'and libc6-dev')
-
-
-def make_state(scratch, say):
-    """Boot the guest unless its state is there; return the state's path."""
-    compile_program()
+    if not PROGRAM.exists() or \
+            PROGRAM.stat().st_mtime < source.stat().st_mtime:
+        run('gcc', '-std=gnu11', '-static', '-O2', '-Wall', '-o', PROGRAM,
+            source)
     return guest.make_state(
-        'demo', INIT, NIC, 'ipv6.disable=1',
+        kind, INIT, NIC, append,
         {'bin/demo-packets': PROGRAM.read_bytes()}, say, scratch)
+
+
+class Packets:
+    """
+    Numbered packets, sent to the guest from now on.  VM is what can ask() the
+    guest.
+    """
+
+    runs = 0
+
+    def __init__(self, address=GUEST_ADDRESS, rate=100):
+        self.number = Packets.runs
+        Packets.runs += 1
+        self.rate = rate
+        self.dropped = 0
+        self.process = subprocess.Popen(
+            [PROGRAM, 'send', address, str(PORT), str(rate),
+             str(self.number)], stdout=subprocess.PIPE, text=True,
+            preexec_fn=die_with_parent)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+
+    def begin(self, vm, seconds=1):
+        """The guest is in VM; wait until packets come to it."""
+        self.dropped = self.socket_drops(vm)
+        self.await_more(vm, seconds)
+
+    @staticmethod
+    def socket_drops(vm):
+        """
+        How many packets the guest's kernel dropped since its program got no
+        time to take them, which happens on a very busy machine.
+        """
+        return int(vm.ask("run awk 'NR == 2 { print $NF }' /proc/net/udp"))
+
+    def count(self, vm):
+        return int(vm.ask(f'count {self.number}'))
+
+    def await_more(self, vm, seconds=1):
+        """Wait until the packets of so many SECONDS came to the guest."""
+        wanted = self.count(vm) + seconds * self.rate
+        wait_for(f'packets at the guest in {vm.name}',
+                 lambda: self.count(vm) >= wanted, LIMIT, 1)
+
+    def result(self, vm):
+        """Stop sending; return what became of the packets."""
+        self.process.send_signal(signal.SIGTERM)
+        sent = int(self.process.communicate(timeout=20)[0] or -1)
+        if self.process.returncode:
+            raise Failure('the sender failed')
+        counts = [-1, -2]
+
+        def quiet():
+            counts.append(self.count(vm))
+            return counts[-1] == counts[-2] == counts[-3]
+        wait_for('the last packets', quiet, LIMIT, 1)
+        return Result(sent, self.socket_drops(vm) - self.dropped, *map(
+            int, vm.ask(f'report {self.number} {sent}').split()))
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Result:
+    def __init__(self, sent, dropped, lost, twice, first, last, late, depth):
+        self.sent, self.lost, self.twice = sent, lost, twice
+        self.dropped, self.late = dropped, late
+        self.range = f'{first}..{last}' if lost else '-'
+        self.text = f'{sent} sent, {lost} lost, {twice} twice, {late} late'
+        if lost:
+            self.text += f', lost {self.range}'
+        if dropped:
+            self.text += f', {dropped} dropped by the guest\'s socket'
+        if late:
+            self.text += f', by up to {depth} packets'
+
+    def clean(self):
+        """Did each packet come to the guest once?"""
+        return self.sent > 0 and self.lost == self.dropped and not self.twice

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-Guests that run Linux, for the tools that show or test traffic.
+Guests that run Linux, for the programs that show or test traffic.
 
 To boot one in a machine within a machine takes two minutes, so it is booted
 on the host, without privilege or network, and its state is put aside in a
@@ -11,120 +11,64 @@ each, and writes an answer to each.  A number before the request comes back
 before the answer.  The answer to "hello" is "ready".
 """
 
+import argparse
 import hashlib
 import os
-import pathlib
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 
 from lib import common, initramfs
-from lib.common import Failure, die_with_parent, wait_for
+from lib.common import TOP, Failure, die_with_parent, wait_for
+from lib.qemu import Qemu
 
 # The same for every QEMU, or the state of one does not fit another.
-MACHINE = (
-    '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot',
-    '-machine', 'pc', '-accel', 'tcg', '-cpu', 'qemu64', '-m', '128')
+MACHINE = ('-no-reboot', '-machine', 'pc', '-accel', 'tcg', '-cpu', 'qemu64',
+           '-m', '128')
 APPEND = 'console=ttyS0 panic=-1 nokaslr mitigations=off tsc=reliable ' \
          'random.trust_cpu=on loglevel=5'
 
 BOOT_LIMIT = 120
-# A guest that was just migrated is slow until QEMU has translated its code.
-ANSWER_LIMIT = 90
+# For a machine that is busy.  A guest that was just migrated is slow until
+# QEMU has translated its code.
+LIMIT = 300
 
 
-class Qemu:
-    """
-    A QEMU with the guest's machine and the network device NIC; its sockets
-    are in DIRECTORY.  PREFIX is
-    a command that runs it.
-    """
+class Line:
+    """The guest's second serial port, at PATH."""
 
-    def __init__(self, name, directory, nic, *options, prefix=()):
+    def __init__(self, name, path):
         self.name = name
-        self.directory = pathlib.Path(directory)
-        self.log = self.path('log')
-        self.monitor = None
-        self.line = None
-        self.received = b''
         self.asked = 0
-        with open(self.log, 'wb') as log:
-            self.process = subprocess.Popen(
-                [*prefix, common.QEMU, '-name', f'guest-{name}', *MACHINE,
-                 *initramfs.firmware_options(),
-                 '-chardev', f'file,id=console,path={self.path("console")}',
-                 '-serial', 'chardev:console',
-                 '-chardev', f'socket,id=control,server=on,wait=off,'
-                 f'path={self.path("control")}',
-                 '-serial', 'chardev:control',
-                 '-qmp', f'unix:{self.path("qmp")},server=on,wait=off',
-                 '-device', nic, *options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=die_with_parent)
+        self.received = b''
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))
 
-    def path(self, kind):
-        return self.directory / f'{self.name}.{kind}'
-
-    def failure(self, text):
-        said = ''
-        for log in (self.log, self.path('console')):
-            if log.exists():
-                said += log.read_text(errors='replace')[-2000:]
-        return Failure(f'{text}\n{said}'.rstrip())
-
-    def alive(self):
-        if self.process.poll() is not None:
-            raise self.failure(f'QEMU {self.name} ended by itself')
-        return True
-
-    def connect(self):
-        """Connect to the monitor and to the guest's second serial port."""
-        # Not found before apt-other-suites has run.
-        from qemu.qmp.legacy import QEMUMonitorProtocol
-
-        for kind in ('qmp', 'control'):
-            wait_for(f'the socket of {self.name}', lambda kind=kind:
-                     self.alive() and self.path(kind).exists(), 60)
-        self.monitor = QEMUMonitorProtocol(str(self.path('qmp')))
-        self.monitor.connect()
-        self.line = socket.socket(socket.AF_UNIX)
-        self.line.connect(str(self.path('control')))
-
-    def qmp(self, command, **arguments):
-        from qemu.qmp import QMPError
-
-        self.alive()
-        try:
-            return self.monitor.cmd(command, **arguments)
-        except QMPError as err:
-            raise self.failure(f'{command} on QEMU {self.name}: {err}'
-                               ) from err
-
-    def running(self):
-        return self.alive() and self.qmp('query-status')['running']
-
-    def ask(self, request, limit=ANSWER_LIMIT):
+    def ask(self, request, limit=LIMIT):
         """Send REQUEST to the program in the guest; return its answer."""
         # The number tells the answer from a late one to an earlier request.
         self.asked += 1
         end = time.monotonic() + limit
         try:
-            self.line.sendall(f'{self.asked} {request}\n'.encode())
+            self.socket.sendall(f'{self.asked} {request}\n'.encode())
             while True:
-                self.line.settimeout(max(end - time.monotonic(), 0.001))
+                self.socket.settimeout(max(end - time.monotonic(), 0.001))
                 number, _, answer = self.read_line().partition(' ')
                 if number == str(self.asked):
                     return answer
         except TimeoutError as err:
-            raise self.failure(f'the guest of {self.name} did not answer '
-                               f'"{request}" within {limit} s') from err
+            raise Failure(f'the guest of {self.name} did not answer '
+                          f'"{request}" within {limit} s') from err
 
     def read_line(self):
         while b'\n' not in self.received:
-            received = self.line.recv(100)
+            received = self.socket.recv(100)
             if not received:
-                raise self.failure(f'QEMU {self.name} hung up')
+                raise Failure(f'the QEMU of {self.name} hung up')
             self.received += received
         line, _, self.received = self.received.partition(b'\n')
         return line.decode(errors='replace').strip()
@@ -132,34 +76,56 @@ class Qemu:
     def greeted(self):
         """Is the program in the guest there?"""
         try:
-            return self.alive() and self.ask('hello', 1) == 'ready'
+            return self.ask('hello', 1) == 'ready'
         except Failure:
-            self.alive()
             return False
 
-    def migrate(self, uri, limit):
-        """Migrate to URI and return what the monitor says of it."""
-        self.qmp('migrate', uri=uri)
 
-        def done():
+class Guest(Qemu):
+    """A QEMU with the guest's machine and the network device NIC."""
+
+    def __init__(self, name, directory, nic, *options):
+        super().__init__(
+            name, directory, *MACHINE, *initramfs.firmware_options(),
+            '-chardev', f'file,id=console,path={directory}/{name}.console',
+            '-serial', 'chardev:console',
+            '-chardev', 'socket,id=control,server=on,wait=off,'
+            f'path={directory}/{name}.control',
+            '-serial', 'chardev:control', '-device', nic, *options)
+        self.connect()
+        self.line = Line(name, self.path('control'))
+
+    def said(self):
+        return super().said() + \
+            self.path('console').read_text(errors='replace')
+
+    def ask(self, request, limit=LIMIT):
+        try:
+            return self.line.ask(request, limit)
+        except Failure as err:
+            raise self.failure(err) from err
+
+    def greeted(self):
+        return self.alive() and self.line.greeted()
+
+    def start(self, state):
+        """Have the guest go on from the file STATE."""
+        self.qmp('migrate-incoming', uri=f'file:{state}')
+        wait_for(f'the guest to run in {self.name}', self.running, LIMIT)
+
+    def await_status(self, *wanted):
+        """Wait until the migration from here is in a state of WANTED."""
+        def reached():
             info = self.qmp('query-migrate')
-            if info['status'] in ('failed', 'cancelled'):
-                raise self.failure(f'the migration of {self.name} failed: '
+            status = info.get('status')
+            if status in ('failed', 'cancelled', 'completed') and \
+                    status not in wanted:
+                raise self.failure(f'the migration of {self.name} is {status} '
+                                   f'and not {wanted[0]}: '
                                    + info.get('error-desc', ''))
-            return info if info['status'] == 'completed' else None
-        return wait_for(f'the migration of {self.name}', done, limit)
-
-    def end(self):
-        if self.monitor:
-            try:
-                self.monitor.close()
-            except Exception:  # It may be gone already.
-                pass
-        if self.line:
-            self.line.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+            return status in wanted
+        wait_for(f'the migration of {self.name} to be {wanted[0]}', reached,
+                 LIMIT)
 
 
 def make_state(kind, init, nic, append, extra, say, scratch):
@@ -176,29 +142,67 @@ def make_state(kind, init, nic, append, extra, say, scratch):
     initrd = initramfs.cached(kind, version, ('virtio_pci', 'virtio_net'),
                               init, extra)
     append = f'{APPEND} {append}'
-    release = subprocess.run([common.QEMU, '--version'], stdout=subprocess.PIPE,
-                             check=True).stdout
+    release = subprocess.run([common.QEMU, '--version'], check=True,
+                             stdout=subprocess.PIPE).stdout
     key = hashlib.sha256(repr((release, initrd.name, MACHINE, nic,
                                append)).encode()).hexdigest()
     target = initrd.parent / f'guest-{key[:16]}.state'
-    if not target.exists():
-        say('booting the guest, once, to put its state aside')
-        for old in target.parent.glob('guest-*.state'):
-            old.unlink()
-        boot(scratch, target, nic, '-kernel', str(kernel),
-             '-initrd', str(initrd), '-append', append)
-    return target
-
-
-def boot(scratch, target, nic, *options):
-    qemu = Qemu('boot', scratch, nic, '-netdev', 'hubport,id=n0,hubid=0',
-                *options)
+    if target.exists():
+        return target
+    say('booting the guest, once, to put its state aside')
+    for old in target.parent.glob('guest-*.state'):
+        old.unlink()
     part = target.with_suffix(f'.{os.getpid()}')
+    qemu = Guest('boot', scratch, nic, '-netdev', 'hubport,id=n0,hubid=0',
+                 '-kernel', str(kernel), '-initrd', str(initrd),
+                 '-append', append)
     try:
-        qemu.connect()
         wait_for('the guest to boot', qemu.greeted, BOOT_LIMIT)
-        qemu.migrate(f'file:{part}', BOOT_LIMIT)
+        qemu.qmp('migrate', uri=f'file:{part}')
+        qemu.await_status('completed')
         part.rename(target)
     finally:
         part.unlink(missing_ok=True)
         qemu.end()
+    return target
+
+
+def run_parts(parser, make, inside, timeout, kernels=(None,)):
+    """
+    The main() of a program of two parts.  The one on the host has
+    MAKE(scratch) boot the guest, and runs the program again in the test
+    machine, on each of KERNELS; that part is INSIDE(options).  TIMEOUT and
+    KERNELS may be functions of the options.
+    """
+    parser.add_argument('--inside', metavar='STATE', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if options.inside:
+        return inside(options)
+    try:
+        with tempfile.TemporaryDirectory(prefix='guest-') as scratch:
+            state = make(scratch)
+    except (Failure, OSError) as err:
+        print(f'{parser.prog}: {err}', file=sys.stderr)
+        return 125
+    if callable(timeout):
+        timeout = timeout(options)
+    status = 0
+    for kernel in kernels(options) if callable(kernels) else kernels:
+        print(f'# starting the test machine, kernel {kernel or "6.1"}',
+              flush=True)
+        vm = subprocess.Popen(
+            [TOP / 'dev/vm', '--timeout', str(timeout),
+             *(['--kernel', kernel] if kernel else []), '--',
+             os.path.abspath(sys.argv[0]), '--inside', state, *sys.argv[1:]],
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM))
+        try:
+            status = vm.wait() or status
+        except KeyboardInterrupt:
+            # The terminal told dev/vm as well.
+            return vm.wait()
+        finally:
+            if vm.poll() is None:
+                vm.terminate()
+                vm.wait()
+    return status

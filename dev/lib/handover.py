@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 A guest that migrates, with or without the redirector, while numbered packets
-come to it; for dev/tests/test-handover, in the test machine.
+come to it, in the test machine.
 
     sender -- br0 -+- tap0 -- vhost -- QEMU 0 (source)
                    +- tap1 -- vhost -- QEMU 1 (target)
@@ -11,27 +11,18 @@ Each QEMU is the target of one migration and the source of the next one.
 """
 
 import json
-import pathlib
-import signal
 import socket
-import subprocess
 import threading
 import time
 
-from lib import demo_guest, guest
-from lib.demo_guest import (
-    GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC, PORT)
-from lib.common import Failure, run, wait_for
-from lib.guest import Qemu
+from lib import demo_guest
+from lib.common import Failure, read_number, run, silence_ipv6, wait_for
+from lib.demo_guest import GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC
+from lib.guest import LIMIT, Guest
 
-# Packets per second.  A guest of a QEMU that runs under TCG within TCG
-# handles 400 on an idle machine.
-RATE = 50
-# On a busy one the guest may be held up for minutes after the migration.
+# In packets.  Nobody reads the TAP of the source while QEMU saves the devices,
+# and on a busy machine the guest may be held up for minutes after that.
 QUEUE = 30000
-
-# In seconds, for a machine that is busy with something else, too.
-LIMIT = 300
 
 # A NIC that not all guests have.
 SECOND_MAC, SECOND_ADDRESS = '52:54:00:00:00:03', '198.51.100.2'
@@ -40,15 +31,6 @@ SECOND_NIC = {
     'driver': 'virtio-net-pci', 'id': 'nic1', 'netdev': 'n1',
     'mac': SECOND_MAC, 'romfile': '', 'queue_reset': False, 'mq': True,
     'vectors': 6, 'addr': '0x10'}
-
-
-def make_state(scratch, say):
-    """Boot the guest unless its state is there; return the state's path."""
-    demo_guest.compile_program()
-    return guest.make_state(
-        'handover', demo_guest.INIT, demo_guest.NIC,
-        'ipv6.disable_ipv6=1 ipv6.autoconf=0',
-        {'bin/demo-packets': demo_guest.PROGRAM.read_bytes()}, say, scratch)
 
 
 class Bridge:
@@ -102,7 +84,7 @@ class Bridge:
                  lambda: self.port() == tap, LIMIT)
 
 
-class Vm(Qemu):
+class Vm(Guest):
     """
     A QEMU with a TAP on each of BRIDGES, and its redirectors.  The second TAP
     has two queues.  Its NIC is there from the start unless PLUG_LATER.
@@ -110,13 +92,13 @@ class Vm(Qemu):
 
     made = 0
 
-    def __init__(self, directory, bridges, plug_later=False):
+    def __init__(self, directory, bridges, plug_later=False, name=None):
         self.taps = []
         options = []
-        number = Vm.made
+        name = name or str(Vm.made)
         Vm.made += 1
         for i, bridge in enumerate(bridges):
-            tap = f'tap{number}{"ab"[i]}'
+            tap = f'tap{name}{"b" * i}'
             bridge.add(tap, *(['multi_queue'] if i else []))
             self.taps.append(tap)
             options += ['-netdev', f'tap,id=n{i},ifname={tap},script=no,'
@@ -124,12 +106,8 @@ class Vm(Qemu):
             if i and not plug_later:
                 options += ['-device', json.dumps(SECOND_NIC)]
         self.tap = self.taps[0]
-        super().__init__(number, directory, demo_guest.NIC,
+        super().__init__(name, directory, demo_guest.NIC,
                          '-incoming', 'defer', *options)
-        self.connect()
-
-    def ask(self, request, limit=LIMIT):
-        return super().ask(request, limit)
 
     def set_capabilities(self, *names):
         self.qmp('migrate-set-capabilities', capabilities=[
@@ -139,16 +117,10 @@ class Vm(Qemu):
     def listen(self, redirector, while_stopped):
         """Be ready for a migration to here: step 2 of the user's page."""
         for i, _ in enumerate(self.taps if redirector else ()):
-            self.qmp('chardev-add', id=f'in{i}', backend={
-                'type': 'socket', 'data': {
-                    'addr': {'type': 'unix', 'data': {
-                        'path': str(self.path(f'stream{i}'))}},
-                    'server': True, 'wait': False}})
-            self.qmp('object-add', **{
-                'qom-type': 'filter-redirector', 'id': f'inj{i}',
-                'netdev': f'n{i}', 'queue': 'tx', 'indev': f'in{i}',
-                'vnet_hdr_support': True,
-                'enable_when_stopped': while_stopped})
+            self.add_socket(f'in{i}', self.path(f'stream{i}'), True)
+            self.add_filter('redirector', f'inj{i}', f'n{i}', queue='tx',
+                            indev=f'in{i}', vnet_hdr_support=True,
+                            enable_when_stopped=while_stopped)
         self.qmp('migrate-incoming', uri=self.uri())
 
     def uri(self):
@@ -157,60 +129,26 @@ class Vm(Qemu):
     def add_capture(self, target, status='on'):
         """Step 3."""
         for i, _ in enumerate(self.taps):
-            self.qmp('chardev-add', id=f'out{i}', backend={
-                'type': 'socket', 'data': {
-                    'addr': {'type': 'unix', 'data': {
-                        'path': str(target.path(f'stream{i}'))}},
-                    'server': False}})
-            self.qmp('object-add', **{
-                'qom-type': 'filter-redirector', 'id': f'cap{i}',
-                'netdev': f'n{i}', 'queue': 'tx', 'outdev': f'out{i}',
-                'vnet_hdr_support': True, 'enable_when_running': False,
-                'enable_when_stopped': True, 'status': status})
+            self.add_socket(f'out{i}', target.path(f'stream{i}'), False)
+            self.add_filter('redirector', f'cap{i}', f'n{i}', queue='tx',
+                            outdev=f'out{i}', vnet_hdr_support=True,
+                            enable_when_running=False,
+                            enable_when_stopped=True, status=status)
 
     def remove(self, filter_name, chardev):
         for i, _ in enumerate(self.taps):
             self.qmp('object-del', id=f'{filter_name}{i}')
             self.qmp('chardev-remove', id=f'{chardev}{i}')
 
-    def remove_capture(self):
-        self.remove('cap', 'out')
-
-    def remove_inject(self):
-        self.remove('inj', 'in')
-
-    def get(self, name, counter):
-        return self.qmp('qom-get', path=f'/objects/{name}', property=counter)
-
-    def switch_on_capture(self):
-        for i, _ in enumerate(self.taps):
-            self.qmp('qom-set', path=f'/objects/cap{i}', property='status',
-                     value='on')
-
-    def status(self):
-        return self.qmp('query-migrate').get('status')
-
-    def await_status(self, *wanted):
-        """Wait until the migration from here is in a state of WANTED."""
-        def reached():
-            status = self.status()
-            if status in ('failed', 'cancelled', 'completed') and \
-                    status not in wanted:
-                raise self.failure(
-                    f'the migration is {status} and not {wanted[0]}: '
-                    + self.qmp('query-migrate').get('error-desc', ''))
-            return status if status in wanted else None
-        return wait_for(f'the migration to be {wanted[0]}', reached,
-                        LIMIT)
+    def taken(self):
+        return self.get('cap0', 'capture-packets')
 
     def guest_runs(self, command):
         """Run COMMAND in the guest and return what it prints."""
         return self.ask(f'run {command}')
 
-    def tx_dropped(self):
-        """Packets that the queues of the TAPs had no room for."""
-        return sum(int(pathlib.Path(f'/sys/class/net/{tap}/statistics/'
-                                    'tx_dropped').read_text())
+    def statistic(self, name):
+        return sum(read_number(f'/sys/class/net/{tap}/statistics/{name}')
                    for tap in self.taps)
 
     def end(self):
@@ -265,91 +203,10 @@ def await_transfer(source, target):
 def clean_up(source, target, redirector=True):
     """Step 6."""
     if redirector:
-        source.remove_capture()
+        source.remove('cap', 'out')
     source.end()
     if redirector:
-        target.remove_inject()
-
-
-class Packets:
-    """Numbered packets, sent to the guest from now on."""
-
-    runs = 0
-
-    def __init__(self, address=GUEST_ADDRESS, rate=RATE):
-        self.number = Packets.runs
-        Packets.runs += 1
-        self.rate = rate
-        self.dropped = 0
-        self.process = subprocess.Popen(
-            [demo_guest.PROGRAM, 'send', address, str(PORT), str(rate),
-             str(self.number)], stdout=subprocess.PIPE, text=True)
-
-    def count(self, vm):
-        return int(vm.ask(f'count {self.number}'))
-
-    def await_more(self, vm, seconds=1):
-        """Wait until the packets of so many SECONDS came to the guest."""
-        wanted = self.count(vm) + seconds * self.rate
-        wait_for(f'packets at the guest in QEMU {vm.name}',
-                 lambda: self.count(vm) >= wanted, LIMIT, 1)
-
-    def begin(self, vm):
-        """The guest is in VM; wait until packets come to it."""
-        self.dropped = self.socket_drops(vm)
-        self.await_more(vm)
-
-    @staticmethod
-    def socket_drops(vm):
-        """
-        How many packets the guest's kernel dropped since its program got no
-        time to take them, which happens on a very busy machine.
-        """
-        return int(vm.guest_runs("awk 'NR == 2 { print $NF }' /proc/net/udp"))
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        out = self.process.communicate(timeout=20)[0]
-        if self.process.returncode:
-            raise Failure('the sender failed')
-        return int(out)
-
-    def result(self, vm):
-        """Stop sending; return what became of the packets."""
-        sent = self.stop()
-        counts = [-1, -2]
-
-        def quiet():
-            counts.append(self.count(vm))
-            return counts[-1] == counts[-2] == counts[-3]
-        wait_for('the last packets', quiet, LIMIT, 1)
-        return Result(sent, self.socket_drops(vm) - self.dropped,
-                      *map(int, vm.ask(f'report {self.number} {sent}'
-                                       ).split()),
-                      *map(int, vm.ask(f'order {self.number}').split()))
-
-    def end(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-class Result:
-    def __init__(self, sent, dropped, lost, twice, first, last, late, depth):
-        self.sent, self.lost, self.twice = sent, lost, twice
-        self.dropped = dropped
-        self.late, self.depth = late, depth
-        self.text = f'{sent} sent, {lost} lost, {twice} twice, {late} late'
-        if lost:
-            self.text += f', lost {first}..{last}'
-        if dropped:
-            self.text += f', {dropped} dropped by the guest\'s socket'
-        if late:
-            self.text += f', by up to {depth} packets'
-
-    def clean(self):
-        """Did each packet come to the guest once?"""
-        return self.sent > 0 and self.lost == self.dropped and not self.twice
+        target.remove('inj', 'in')
 
 
 class Lines(threading.Thread):
@@ -423,17 +280,14 @@ class Lines(threading.Thread):
 
 
 def start_guest(state, vm, bridge):
-    vm.qmp('migrate-incoming', uri=f'file:{state}')
-    wait_for('the guest to run', vm.running, LIMIT)
+    vm.start(state)
     vm.ask('hello')
     bridge.await_port(vm.tap)
 
 
 def set_up():
     # Nothing but our packets and what QEMU and the guest announce moves.
-    for scope in ('all', 'default'):
-        pathlib.Path(f'/proc/sys/net/ipv6/conf/{scope}/disable_ipv6'
-                     ).write_text('1')
+    silence_ipv6()
     return Bridge('br0', HOST_ADDRESS, GUEST_MAC, GUEST_ADDRESS)
 
 
@@ -453,8 +307,3 @@ def plug_second(vm, bridge):
     if said:
         raise Failure(f'the guest: {said}')
     bridge.await_port(vm.taps[1])
-
-
-def pause(seconds):
-    """What is tested is that so much time passes."""
-    time.sleep(seconds)

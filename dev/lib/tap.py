@@ -4,12 +4,17 @@ The results of a test, in the Test Anything Protocol.
 """
 
 import re
+import subprocess
+import time
+
+from lib.common import Failure
 
 
 class Tap:
     def __init__(self, prefix):
         self.prefix = prefix
         self.count = self.failed = 0
+        self.started = time.monotonic()
 
     def ok(self, condition, name, detail=''):
         self.count += 1
@@ -20,6 +25,15 @@ class Tap:
             self.note(detail)
         return bool(condition)
 
+    def attempt(self, name, function, *arguments):
+        """A test that is passed if FUNCTION raises nothing"""
+        try:
+            function(*arguments)
+        except (Failure, OSError, LookupError, ValueError,
+                subprocess.SubprocessError) as err:
+            return self.ok(False, name, f'{type(err).__name__}: {err}')
+        return self.ok(True, name)
+
     def skip(self, name, reason):
         self.count += 1
         reason = ' '.join(str(reason).split())
@@ -29,7 +43,11 @@ class Tap:
     def note(self, text):
         print(re.sub('^', '# ', str(text), flags=re.M), flush=True)
 
+    def say(self, text):
+        """What is done, and how long after the start"""
+        self.note(f'[{time.monotonic() - self.started:5.1f} s] {text}')
+
     def end(self):
         """Print the plan; return the exit status."""
-        print(f'1..{self.count}')
+        print(f'1..{self.count}', flush=True)
         return 1 if self.failed else 0

@@ -4,24 +4,25 @@ A QEMU with TAPs and no guest, what is done to it, and where each frame must
 have come to; for test-model.
 """
 
-import array
 import bisect
 import collections
-import ctypes
 import fcntl
 import itertools
-import json
 import os
 import pathlib
 import random
 import re
 import select
-import signal
 import socket
 import struct
 import subprocess
 import termios
 import time
+
+from qemu.qmp import QMPError
+
+from lib import common
+from lib.qemu import Qemu
 
 LIMIT = 10              # seconds that anything may take
 SOON = 1.0              # the same, where QEMU is to be quick
@@ -39,7 +40,6 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 SIOCSIFFLAGS, SIOCSIFMTU, SIOCSIFTXQLEN = 0x8914, 0x8922, 0x8943
 IFF_UP = 1
-CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 COUNTERS = ('capture-kernel-drops', 'capture-peer-drops',
             'capture-skipped')
@@ -53,29 +53,12 @@ class Failure(Exception):
         self.kind, self.text = kind, text
 
 
-class Skip(Exception):
-    """The test cannot run here."""
-
-
 def enter_namespace():
     """A network namespace of our own, without a sound of its own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    uid, gid = os.getuid(), os.getgid()
-    if libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if uid else 0)):
-        raise Skip('no network namespace: ' + os.strerror(ctypes.get_errno()))
-    if uid:
-        pathlib.Path('/proc/self/setgroups').write_text('deny')
-        pathlib.Path('/proc/self/uid_map').write_text(f'0 {uid} 1')
-        pathlib.Path('/proc/self/gid_map').write_text(f'0 {gid} 1')
-    for name, value in (('ipv6/conf/default/disable_ipv6', 1),
-                        ('unix/max_dgram_qlen', 1 << 20)):
-        path = pathlib.Path('/proc/sys/net', name)
-        if path.exists():
-            path.write_text(str(value))
-    try:
-        os.close(os.open('/dev/net/tun', os.O_RDWR))
-    except OSError as err:
-        raise Skip(f'/dev/net/tun: {err.strerror}') from err
+    common.enter_namespace()
+    path = pathlib.Path('/proc/sys/net/unix/max_dgram_qlen')
+    if path.exists():
+        path.write_text(str(1 << 20))
 
 
 def force_buffer(sock, option, size):
@@ -85,36 +68,18 @@ def force_buffer(sock, option, size):
         sock.setsockopt(socket.SOL_SOCKET, option - 25, size)
 
 
-class Monitor:
-    """QMP, as far as it is needed."""
-
-    def __init__(self, path):
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(LIMIT)
-        self.socket.connect(str(path))
-        self.stream = self.socket.makefile('r')
-        self.stream.readline()
-        self.command('qmp_capabilities')
+class Machine(Qemu):
+    ANSWER_LIMIT = LIMIT
 
     def command(self, name, *fds, **arguments):
-        text = json.dumps({'execute': name, 'arguments': arguments})
+        """Pass file descriptors, and run a command."""
         try:
-            self.socket.sendmsg(
-                [text.encode() + b'\n'],
-                [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
-                  array.array('i', [fd.fileno() for fd in fds]))]
-                if fds else [])
-            while True:
-                reply = json.loads(self.stream.readline() or '{"error": null}')
-                if 'error' in reply:
-                    raise Failure('alive', f'{name} {arguments}: ' + (
-                        reply['error'] or {'desc': 'QEMU is gone'})['desc'])
-                if 'return' in reply:
-                    return reply['return']
-        except TimeoutError:
-            raise Failure('alive', f'no answer to {name}') from None
-        except OSError as err:
-            raise Failure('alive', f'{name}: {err.strerror}') from None
+            for fd in fds:
+                self.monitor.send_fd_scm(fd.fileno())
+            return self.monitor.cmd(name, **arguments)
+        except (QMPError, OSError, EOFError) as err:
+            raise Failure('alive', f'{name} {arguments}: '
+                          f'{err or type(err).__name__}') from None
 
 
 class Interface:
@@ -253,7 +218,7 @@ class World:
         self.qemu = qemu
         self.directory = pathlib.Path(directory)
         self.any_socket = socket.socket(socket.AF_UNIX)
-        self.process = self.qmp = None
+        self.qmp = None
         self.serial = 0
         self.taps = []
         self.objects = {}
@@ -263,32 +228,22 @@ class World:
     # QEMU
 
     def start(self):
-        log_path = self.directory / 'log'
         self.said = ''
-        libc = ctypes.CDLL(None)
-        (self.directory / 'qmp').unlink(missing_ok=True)
-        with open(log_path, 'wb') as log:
-            self.process = subprocess.Popen(
-                [self.qemu, '-machine', 'none', '-accel', 'tcg',
-                 '-nodefaults', '-no-user-config', '-display', 'none',
-                 '-qmp', f'unix:{self.directory}/qmp,server=on,wait=off'],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                # with us
-                preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))
-        self.log = open(log_path, errors='replace')
-        end = time.monotonic() + LIMIT
-        while not self.qmp:
-            try:
-                self.qmp = Monitor(self.directory / 'qmp')
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    raise Failure('alive', 'QEMU did not start: ' +
-                                  self.log.read()) from None
-                time.sleep(0.01)
+        self.qmp = Machine('qemu', self.directory, '-machine', 'none',
+                           '-accel', 'tcg', program=self.qemu)
+        self.log = open(self.qmp.log, errors='replace')
+        try:
+            self.qmp.connect(LIMIT)
+        except common.Failure as err:
+            raise Failure('alive', str(err)) from None
         self.running = True
         self.taps = [Interface(self, number) for number in range(TAPS)]
         self.rss = self.memory()
         self.age = 0
+
+    @property
+    def process(self):
+        return self.qmp and self.qmp.process
 
     def quit(self):
         try:
@@ -303,17 +258,14 @@ class World:
         self.stop()
 
     def stop(self):
-        if not self.process:
+        if not self.qmp:
             return
-        self.process.kill()
-        self.process.wait()
-        if self.qmp:
-            self.qmp.socket.close()
+        self.qmp.end()
         for tap in self.taps:
             for sock in tap.guest, tap.host, tap.network:
                 sock.close()
         self.log.close()
-        self.process = self.qmp = None
+        self.qmp = None
         self.taps = []
 
     def check_alive(self):
@@ -521,14 +473,10 @@ class World:
 
     def add_chardev(self, o, end):
         o.chardevs[end] = f'{o.key}{end}'
-        path = str(self.directory / o.chardevs[end])
-        data = {'addr': {'type': 'unix', 'data': {'path': path}}}
-        if o.spec['server']:
-            data |= {'server': True, 'wait': False}
-        else:
-            data |= {'server': False, 'reconnect-ms': 20}
-        self.qmp.command('chardev-add', id=o.chardevs[end], backend={
-            'type': 'socket', 'data': data})
+        self.qmp.add_socket(
+            o.chardevs[end], self.directory / o.chardevs[end],
+            o.spec['server'], **{} if o.spec['server'] else
+            {'reconnect-ms': 20})
 
     def is_connected(self, o, end, want):
         for chardev in self.qmp.command('query-chardev'):
