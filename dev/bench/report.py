@@ -6,45 +6,32 @@ What the benchmark has found: tables, the goals, and plots.
 import re
 import shutil
 import statistics
-import subprocess
 
-from lib.common import say
+from lib.common import attempt, say
 
 # Section: metric, its title, and how to show a value.
+CPU = 'cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'
+LOST = 'lost', 'Packets lost, %', '.1f'
 METRICS = {
     'capture': (
-        ('cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'),
-        ('lost', 'Packets lost, %', '.1f'),
-        ('mb_per_s', 'MB/s', '.1f'),
+        CPU, LOST, ('mb_per_s', 'MB/s', '.1f'),
         ('max_rate', 'Highest rate without loss, packets/s', '.0f'),
-        ('max_mb_per_s', 'The same in MB/s', '.0f'),
-    ),
+        ('max_mb_per_s', 'The same in MB/s', '.0f')),
     'inject': (
-        ('cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'),
-        ('lost', 'Packets lost, %', '.1f'),
-        ('max_rate', 'Highest rate, packets/s', '.0f'),
-        ('max_mb_per_s', 'The same in MB/s', '.0f'),
-    ),
+        CPU, LOST, ('max_rate', 'Highest rate, packets/s', '.0f'),
+        ('max_mb_per_s', 'The same in MB/s', '.0f')),
     'latency': (
         ('p50_us', 'Latency, median, us', '.0f'),
         ('p99_us', 'Latency, 99 %, us', '.0f'),
-        ('p99.9_us', 'Latency, 99.9 %, us', '.0f'),
-    ),
+        ('p99.9_us', 'Latency, 99.9 %, us', '.0f')),
     'monitor': (
         ('p50_us', 'Round trip, median, us', '.0f'),
         ('p99_us', 'Round trip, 99 %, us', '.0f'),
         ('max_us', 'Round trip, longest, us', '.0f'),
-        ('received_rate', 'Packets captured meanwhile, 1/s', '.0f'),
-    ),
-    'sender': (
-        ('sender_ns_per_packet', "The sender's CPU time per packet, ns",
-         '.0f'),
-    ),
-    'growth': (
-        ('cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'),
-        ('cpu_ns_per_byte', 'CPU time per byte, ns', '.2f'),
-        ('lost', 'Packets lost, %', '.1f'),
-    ),
+        ('received_rate', 'Packets captured meanwhile, 1/s', '.0f')),
+    'sender': (('sender_ns_per_packet',
+                "The sender's CPU time per packet, ns", '.0f'),),
+    'growth': (CPU, ('cpu_ns_per_byte', 'CPU time per byte, ns', '.2f'), LOST),
 }
 
 RATES = ('40k/s', '100k/s', '200k/s')
@@ -128,41 +115,36 @@ def goals(results):
         add(f'{title}: ours / {other}',
             statistics.median(ours) / statistics.median(theirs), best=best,
             **limit)
+    def compare_cpu(title, section, row, other, most, other_row=None):
+        compare(f'{title}, CPU', section, row, CPU[0], other, other_row,
+                most=most)
+
     for size, chain, tcpdump in (('64 B', 1 / 20, 2), ('1500 B', 1 / 8, 1)):
-        for rate in RATES:
-            row = f'{size} {rate}'
-            for other, most in (('chain', chain), ('tcpdump-cat', tcpdump)):
-                compare(f'capture {row}, CPU', 'capture', row,
-                        'cpu_ns_per_packet', other, most=most)
+        for row in (f'{size} {rate}' for rate in RATES):
+            compare_cpu(f'capture {row}', 'capture', row, 'chain', chain)
+            compare_cpu(f'capture {row}', 'capture', row, 'tcpdump-cat',
+                        tcpdump)
             # Else the time of the others would be worth nothing.
             add(f'capture {row}, lost, %',
                 results.median('capture', row, 'ours', 'lost'), most=0.1)
             for way in ('', ', rx', ', both'):
-                compare(f'capture {row}{way}, CPU', 'capture', row + way,
-                        'cpu_ns_per_packet', 'ours-tx', row, most=1.5)
+                compare_cpu(f'capture {row}{way}', 'capture', row + way,
+                            'ours-tx', 1.5, row)
+            compare_cpu(f'inject {row}', 'inject', row, 'bare', 2)
     for size, chain in (('64 B', 6), ('64000 B GSO', 1.2),
                         ('64 B and GSO', 1.2)):
         for other, least in (('chain', chain), ('tcpdump-cat', 0.8)):
             compare(f'capture {size}, highest rate', 'capture', f'{size} max',
                     'max_rate', other, least=least)
-    for rate in ('2k/s', '10k/s'):
-        row = f'64000 B GSO {rate}'
-        compare(f'capture {row}, CPU', 'capture', row, 'cpu_ns_per_packet',
-                'bare-cat', most=1.15)
-    compare('128 TAPs, CPU', 'growth', '128 TAPs', 'cpu_ns_per_packet',
-            'ours', '1 TAP', most=3)
-    for size in ('64 B', '1500 B'):
-        for rate in RATES:
-            compare(f'inject {size} {rate}, CPU', 'inject', f'{size} {rate}',
-                    'cpu_ns_per_packet', 'bare', most=2)
-    compare('latency of capture at 1k/s, median', 'latency', 'capture 1k/s',
-            'p50_us', 'straightforward', most=1.5)
-    compare('latency of capture at 100k/s, 99 %', 'latency',
-            'capture 100k/s', 'p99_us', 'straightforward', most=1)
-    compare('latency of inject at 1k/s, median', 'latency', 'inject 1k/s',
-            'p50_us', 'straightforward', most=1.5)
-    compare('latency of inject at 100k/s, 99 %', 'latency',
-            'inject 100k/s', 'p99_us', 'straightforward', most=1)
+    for row in ('64000 B GSO 2k/s', '64000 B GSO 10k/s'):
+        compare_cpu(f'capture {row}', 'capture', row, 'bare-cat', 1.15)
+    compare_cpu('128 TAPs', 'growth', '128 TAPs', 'ours', 3, '1 TAP')
+    for way in 'capture', 'inject':
+        for rate, metric, title, most in (
+                ('1k/s', 'p50_us', 'median', 1.5),
+                ('100k/s', 'p99_us', '99 %', 1)):
+            compare(f'latency of {way} at {rate}, {title}', 'latency',
+                    f'{way} {rate}', metric, 'straightforward', most=most)
     for row in ('full capture', 'peer stalled'):
         value = results.median('monitor', row, 'ours', 'p99_us')
         add(f'monitor, {row}, 99 %, ms', value and value / 1e3, most=5)
@@ -286,13 +268,14 @@ COLOURS = {'ours': '#0072b2', 'ours-32m': '#88ccee', 'ours-tx': '#332288',
            'netdev': '#f0e442', 'chardev': '#882255'}
 
 
-def plot_bars(results, section, metric, title, path, wanted=None):
+def plot_bars(results, section, metric, title, path,
+              wanted=lambda row: True):
+    """Make a plot that checkpatch lets pass into QEMU's tree."""
     rows = {row: names for row, names in
-            results.rows(section, metric).items()
-            if not wanted or wanted(row)}
+            results.rows(section, metric).items() if wanted(row)}
     names = [name for name in COLOURS
              if any(name in row for row in rows.values())]
-    if not rows or not names:
+    if not names:
         return
     lines = []
     for row in rows:
@@ -306,25 +289,17 @@ def plot_bars(results, section, metric, title, path, wanted=None):
         f'$data using {3 * i + 2}:{3 * i + 3}:{3 * i + 4}:xtic(1) '
         f'title "{name}" linecolor rgb "{COLOURS[name]}"'
         for i, name in enumerate(names))
-    gnuplot(path, [
+    status, said = attempt('gnuplot', input='\n'.join([
+        'set terminal svg size 1000,420 dynamic font "sans,11" '
+        'background "white"', f'set output "{path}"',
         '$data << END', *lines, 'END', f'set title "{title}"',
         'set style data histograms',
         'set style histogram errorbars gap 1 linewidth 0.5',
         'set style fill solid 0.9 border -1', 'set logscale y',
         'set xtics rotate by -20', 'set grid ytics',
-        'set key outside right top', f'plot {plots}'])
-
-
-def gnuplot(path, lines):
-    """Make a plot that checkpatch lets pass into QEMU's tree."""
-    script = '\n'.join([
-        'set terminal svg size 1000,420 dynamic font "sans,11" '
-        'background "white"', f'set output "{path}"', *lines, ''])
-    done = subprocess.run(['gnuplot'], input=script, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          check=False)
-    if done.returncode:
-        say(f'gnuplot could not make {path}: {done.stdout.strip()}')
+        'set key outside right top', f'plot {plots}', '']))
+    if status:
+        say(f'gnuplot could not make {path}: {said.strip()}')
         return
     lines = path.read_text().rstrip('\n').split('\n')
     # checkpatch takes what is behind the licence for another one.
@@ -333,42 +308,12 @@ def gnuplot(path, lines):
                             for line in lines))
 
 
-def plot_hold(hold, path):
-    gnuplot(path, [
-        '$data << END', *(f'"< {top}" {count}' for top, count in
-                          hold['below_us'].items()), 'END',
-        'set title "How long one turn of the capture holds the main loop"',
-        'set xlabel "us"', 'set style data histograms',
-        'set style fill solid 0.9 border -1', 'set grid ytics', 'unset key',
-        f'plot $data using 2:xtic(1) linecolor rgb "{COLOURS["ours"]}"'])
-
-
 def plot_all(results, out):
+    """The plots of docs/devel"""
     if not shutil.which('gnuplot'):
         say('no plots: gnuplot is not installed')
         return
-    for name, section, metric, title, wanted in (
-            ('capture-cpu', 'capture', 'cpu_ns_per_packet',
-             'Capture: CPU time per packet, ns',
-             lambda row: 'GSO' not in row),
-            ('capture-max', 'capture', 'max_rate',
-             'Capture: highest rate without loss, packets/s', None),
-            ('inject-cpu', 'inject', 'cpu_ns_per_packet',
-             'Inject: CPU time per packet, ns',
-             lambda row: 'single' not in row),
-            ('inject-max', 'inject', 'max_rate',
-             'Inject: highest rate, packets/s', None),
-            ('latency-p50', 'latency', 'p50_us', 'Latency, median, us', None),
-            ('latency-p99', 'latency', 'p99_us', 'Latency, 99 %, us', None),
-            ('monitor', 'monitor', 'p99_us',
-             'Round trip of the monitor, 99 %, us', None),
-            ('growth-taps', 'growth', 'cpu_ns_per_packet',
-             'Growth with the TAPs: CPU time per packet, ns',
-             lambda row: 'TAP' in row),
-            ('growth-size', 'growth', 'cpu_ns_per_byte',
-             'Growth with the frame: CPU time per byte, ns',
-             lambda row: 'TAP' not in row)):
-        plot_bars(results, section, metric, title, out / f'{name}.svg',
-                  wanted)
-    if results.hold:
-        plot_hold(results.hold, out / 'hold.svg')
+    plot_bars(results, 'capture', CPU[0], f'Capture: {CPU[1]}',
+              out / 'capture-cpu.svg', lambda row: 'GSO' not in row)
+    plot_bars(results, 'latency', 'p99_us', 'Latency, 99 %, us',
+              out / 'latency-p99.svg')

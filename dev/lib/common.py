@@ -4,6 +4,7 @@ Shared by the project's Python programs: where things are, and how to run
 something, wait for it and report.  Its sibling for shells is build/common.sh.
 """
 
+import argparse
 import ctypes
 import os
 import pathlib
@@ -37,6 +38,13 @@ class Failure(Exception):
 
 class Skip(Failure):
     """It cannot be done on this machine."""
+
+
+def parser(doc):
+    """Of the arguments of a program whose docstring is DOC"""
+    return argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def say(text):

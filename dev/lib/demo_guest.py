@@ -20,13 +20,7 @@ PORT = 9000
 # A permanent neighbour, so that no packet ever waits for an address.  The
 # packets are polled for every 20 ms: an interrupt for each would take most of
 # the time of a guest that is emulated by an emulated machine.
-INIT = f'''#!/bin/sh
-export PATH=/bin
-/bin/busybox --install -s /bin
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-for module in $(cat /lib/modules/order); do
+INIT = f'''for module in $(cat /lib/modules/order); do
     insmod /lib/modules/$module.ko
 done
 ip address add {GUEST_ADDRESS}/24 dev eth0
@@ -42,14 +36,18 @@ NIC = f'virtio-net-pci,id=nic,netdev=n0,mac={GUEST_MAC},romfile=,' \
       'queue_reset=off,rx_queue_size=1024'
 
 
-def make_state(kind, say, scratch, append='ipv6.disable=1'):
-    """Boot the guest unless its state is there; return the state's path."""
+def compile_program():
     source = TOP / 'dev/demo/demo-packets.c'
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
     if not PROGRAM.exists() or \
             PROGRAM.stat().st_mtime < source.stat().st_mtime:
         run('gcc', '-std=gnu11', '-static', '-O2', '-Wall', '-o', PROGRAM,
             source)
+
+
+def make_state(kind, say, scratch, append='ipv6.disable=1'):
+    """Boot the guest unless its state is there; return the state's path."""
+    compile_program()
     return guest.make_state(
         kind, INIT, NIC, append,
         {'bin/demo-packets': PROGRAM.read_bytes()}, say, scratch)

@@ -84,14 +84,15 @@ class Line:
 class Guest(Qemu):
     """A QEMU with the guest's machine and the network device NIC."""
 
-    def __init__(self, name, directory, nic, *options):
+    def __init__(self, name, directory, nic, *options, **process_options):
         super().__init__(
             name, directory, *MACHINE, *initramfs.firmware_options(),
             '-chardev', f'file,id=console,path={directory}/{name}.console',
             '-serial', 'chardev:console',
             '-chardev', 'socket,id=control,server=on,wait=off,'
             f'path={directory}/{name}.control',
-            '-serial', 'chardev:control', '-device', nic, *options)
+            '-serial', 'chardev:control', '-device', nic, *options,
+            **process_options)
         self.connect()
         self.line = Line(name, self.path('control'))
 

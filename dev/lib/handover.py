@@ -16,7 +16,7 @@ import threading
 import time
 
 from lib import demo_guest
-from lib.common import Failure, read_number, run, silence_ipv6, wait_for
+from lib.common import Failure, run, silence_ipv6, wait_for
 from lib.demo_guest import GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC
 from lib.guest import LIMIT, Guest
 
@@ -87,12 +87,15 @@ class Bridge:
 class Vm(Guest):
     """
     A QEMU with a TAP on each of BRIDGES, and its redirectors.  The second TAP
-    has two queues.  Its NIC is there from the start unless PLUG_LATER.
+    has two queues.  Its NIC is there from the start unless PLUG_LATER.  START
+    are the options that say what it runs.
     """
 
     made = 0
 
-    def __init__(self, directory, bridges, plug_later=False, name=None):
+    def __init__(self, directory, bridges, plug_later=False, name=None,
+                 nic=demo_guest.NIC, vhost='on',
+                 start=('-incoming', 'defer')):
         self.taps = []
         options = []
         name = name or str(Vm.made)
@@ -102,12 +105,12 @@ class Vm(Guest):
             bridge.add(tap, *(['multi_queue'] if i else []))
             self.taps.append(tap)
             options += ['-netdev', f'tap,id=n{i},ifname={tap},script=no,'
-                        'downscript=no,vhost=on' + (',queues=2' if i else '')]
+                        f'downscript=no,vhost={vhost}'
+                        + (',queues=2' if i else '')]
             if i and not plug_later:
                 options += ['-device', json.dumps(SECOND_NIC)]
         self.tap = self.taps[0]
-        super().__init__(name, directory, demo_guest.NIC,
-                         '-incoming', 'defer', *options)
+        super().__init__(name, directory, nic, *start, *options)
 
     def set_capabilities(self, *names):
         self.qmp('migrate-set-capabilities', capabilities=[
@@ -148,8 +151,10 @@ class Vm(Guest):
         return self.ask(f'run {command}')
 
     def statistic(self, name):
-        return sum(read_number(f'/sys/class/net/{tap}/statistics/{name}')
-                   for tap in self.taps)
+        # Not /sys/class/net, which may be that of another namespace.
+        way, what = name.split('_')
+        return sum(json.loads(run('ip', '-j', '-s', 'link', 'show', tap))[0]
+                   ['stats64'][way][what] for tap in self.taps)
 
     def end(self):
         super().end()

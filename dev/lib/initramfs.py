@@ -18,6 +18,15 @@ import struct
 
 from lib.common import BUILD, KERNELS, ROOT, Failure
 
+# How the first program of each of them begins.
+INIT = '''#!/bin/sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+'''
+
 DIRECTORIES = ('bin', 'dev', 'lib', 'mnt', 'proc', 'run', 'sys', 'tmp')
 
 
@@ -165,7 +174,7 @@ def cpio(entries):
 def make(version, wanted_modules, init, extra=None):
     """
     Return a cpio archive for the kernel VERSION: busybox, the modules with
-    a list of them in load order, INIT (a shell script) as /init, and the
+    a list of them in load order, INIT (the rest of a shell script) as /init, and the
     entries of EXTRA.
     """
     entries = dict.fromkeys(DIRECTORIES)
@@ -176,7 +185,7 @@ def make(version, wanted_modules, init, extra=None):
     for name, contents in found.items():
         entries[f'lib/modules/{name}.ko'] = contents
     entries['lib/modules/order'] = '\n'.join([*found, '']).encode()
-    entries['init'] = init.encode()
+    entries['init'] = (INIT + init).encode()
     entries.update(extra or {})
     return cpio(entries)
 
