@@ -6,11 +6,12 @@ A QEMU that runs, and its monitor.
 import pathlib
 import subprocess
 
-from qemu.qmp import ConnectError, QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol
-
 from lib import common
 from lib.common import Failure, die_with_parent, wait_for
+
+# Where it is, lib.common says.
+from qemu.qmp import ConnectError, QMPError
+from qemu.qmp.legacy import QEMUMonitorProtocol
 
 
 class Qemu:

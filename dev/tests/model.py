@@ -19,10 +19,8 @@ import subprocess
 import termios
 import time
 
-from qemu.qmp import QMPError
-
 from lib import common
-from lib.qemu import Qemu
+from lib.qemu import Qemu, QMPError
 
 LIMIT = 10              # seconds that anything may take
 SOON = 1.0              # the same, where QEMU is to be quick
