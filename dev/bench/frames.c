@@ -92,8 +92,8 @@ void head_init(Head *head, const Options *o, unsigned i)
     }
     head->record.magic = MAGIC;
     head->len += sizeof(Record);
-    if (o->size < head->len) {
-        die("size=%u: a frame needs %zu bytes", o->size, head->len);
+    if ((size_t)o->size < head->len) {
+        die("size=%d: a frame needs %zu bytes", o->size, head->len);
     }
     head->body = o->size - head->len;
 }
@@ -123,7 +123,7 @@ void tally_frame(Tally *tally, const uint8_t *frame, size_t len, uint64_t now)
         at = TCP_OFFSET + TCP_HLEN;
     }
     if (len < at + sizeof(record) ||
-        (len != tally->options->size &&
+        (len != (size_t)tally->options->size &&
          !(tally->options->mix && len == SMALL_FRAME))) {
         tally->foreign++;
         return;

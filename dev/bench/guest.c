@@ -4,7 +4,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The guest's RAM is a file.  Its receive ring is a legacy virtio ring at
- * RING, set up by vhost.py with as many descriptors as it has entries; each
+ * RING, set up by "vhost" with as many descriptors as it has entries; each
  * buffer that vhost has used is made available again, in the same order.
  */
 

@@ -17,7 +17,9 @@
  */
 
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
+#include <net/if.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -29,6 +31,7 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+#include <linux/if_packet.h>
 #include "traffic.h"
 
 void die(const char *format, ...)
@@ -78,38 +81,19 @@ void *allocate(size_t size)
     return memory;
 }
 
-static struct sockaddr_un unix_address(const char *path)
+int open_unix(const char *path, bool server)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
     if (strlen(path) >= sizeof(address.sun_path)) {
         die("'%s' is too long", path);
     }
     strcpy(address.sun_path, path);
-    return address;
-}
-
-int connect_unix(const char *path)
-{
-    struct sockaddr_un address = unix_address(path);
-    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-
-    if (fd < 0 ||
-        connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
-        die("connect to '%s': %s", path, strerror(errno));
-    }
-    return fd;
-}
-
-int listen_unix(const char *path)
-{
-    struct sockaddr_un address = unix_address(path);
-    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-
-    if (fd < 0 ||
-        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-        listen(fd, 1) < 0) {
-        die("listen on '%s': %s", path, strerror(errno));
+    if (fd < 0 || (server ? bind : connect)(
+            fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        (server && listen(fd, 1) < 0)) {
+        die("'%s': %s", path, strerror(errno));
     }
     return fd;
 }
@@ -124,33 +108,65 @@ int accept_peer(int listener)
     return fd;
 }
 
+int open_packet(void)
+{
+    int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1;
+
+    if (fd < 0 ||
+        setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &on, sizeof(on)) < 0) {
+        die("packet socket: %s", strerror(errno));
+    }
+    return fd;
+}
+
+void bind_packet(int fd, const char *name, int protocol)
+{
+    struct sockaddr_ll address = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons(protocol),
+        .sll_ifindex = if_nametoindex(name),
+    };
+
+    if (!address.sll_ifindex ||
+        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
+        die("packet socket on '%s': %s", name, strerror(errno));
+    }
+}
+
+uint32_t get32(const uint8_t *from)
+{
+    uint32_t value;
+
+    memcpy(&value, from, sizeof(value));
+    return ntohl(value);
+}
+
 static void set_option(Options *o, const char *name, const char *value)
 {
+    const struct {
+        const char *name;
+        int *number;
+    } options[] = {
+        { "size", &o->size }, { "batch_us", &o->batch_us },
+        { "burst", &o->burst }, { "cpu", &o->cpu }, { "gso", &o->gso },
+        { "bypass", &o->bypass }, { "mix", &o->mix },
+        { "written", &o->written }, { "tap", &o->tap },
+    };
+
     if (!strcmp(name, "rate")) {
         o->rate = atof(value);
+        return;
     } else if (!strcmp(name, "seconds")) {
         o->seconds = atof(value);
-    } else if (!strcmp(name, "size")) {
-        o->size = atoi(value);
-    } else if (!strcmp(name, "batch_us")) {
-        o->batch_us = atoi(value);
-    } else if (!strcmp(name, "burst")) {
-        o->burst = atoi(value);
-    } else if (!strcmp(name, "cpu")) {
-        o->cpu = atoi(value);
-    } else if (!strcmp(name, "gso")) {
-        o->gso = atoi(value);
-    } else if (!strcmp(name, "bypass")) {
-        o->bypass = atoi(value);
-    } else if (!strcmp(name, "mix")) {
-        o->mix = atoi(value);
-    } else if (!strcmp(name, "written")) {
-        o->written = atoi(value);
-    } else if (!strcmp(name, "tap")) {
-        o->tap = atoi(value);
-    } else {
-        die("no option '%s'", name);
+        return;
     }
+    for (size_t i = 0; i < sizeof(options) / sizeof(*options); i++) {
+        if (!strcmp(name, options[i].name)) {
+            *options[i].number = atoi(value);
+            return;
+        }
+    }
+    die("no option '%s'", name);
 }
 
 static void parse(Options *o, int argc, char **argv)
@@ -171,7 +187,7 @@ static void parse(Options *o, int argc, char **argv)
         die("no target");
     }
     if (o->size > MAX_FRAME || !o->burst) {
-        die("size=%u or burst=%u makes no sense", o->size, o->burst);
+        die("size=%d or burst=%d makes no sense", o->size, o->burst);
     }
 }
 

@@ -60,7 +60,7 @@ int monitor_main(const Options *o)
     uint64_t end, before, ns;
     bool answered = true;
     size_t trips = 0;
-    int fd = connect_unix(o->target[0]);
+    int fd = open_unix(o->target[0], false);
 
     if (sched_setscheduler(0, SCHED_FIFO, &priority) < 0) {
         die("sched_setscheduler: %s", strerror(errno));

@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <net/if.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -113,14 +112,6 @@ static void set_nonblocking(int fd)
 
 /* Of a stream */
 
-static uint32_t get32(const uint8_t *from)
-{
-    uint32_t value;
-
-    memcpy(&value, from, sizeof(value));
-    return ntohl(value);
-}
-
 /* Hand out the frames that are complete; keep the rest. */
 static void parse_stream(Source *source, Tally *tally, uint64_t now)
 {
@@ -165,7 +156,7 @@ int read_main(const Options *o)
 
     tally_init(&tally, o);
     for (unsigned i = 0; i < o->targets; i++) {
-        source[i].fd = connect_unix(o->target[i]);
+        source[i].fd = open_unix(o->target[i], false);
         source[i].data = allocate(STREAM_BUFFER);
     }
     receive(o, source, drain_stream, &tally);
@@ -225,24 +216,14 @@ static int open_capture(const char *name, bool outgoing)
         BPF_STMT(BPF_RET | BPF_K, 0),
     };
     struct sock_fprog filter = { .len = 4, .filter = code };
-    struct sockaddr_ll address = {
-        .sll_family = AF_PACKET,
-        .sll_protocol = htons(ETH_P_ALL),
-        .sll_ifindex = if_nametoindex(name),
-    };
-    int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1, size = 2 << 20;
+    int fd = open_packet(), size = 2 << 20;
 
-    if (!address.sll_ifindex) {
-        die("no interface '%s'", name);
-    }
-    if (fd < 0 ||
-        setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &on, sizeof(on)) < 0 ||
-        setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0 ||
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0 ||
         (outgoing && setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter,
-                                sizeof(filter)) < 0) ||
-        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
+                                sizeof(filter)) < 0)) {
         die("packet socket on '%s': %s", name, strerror(errno));
     }
+    bind_packet(fd, name, ETH_P_ALL);
     return fd;
 }
 
@@ -332,7 +313,7 @@ int capture_main(const Options *o)
     source->data = allocate(MESSAGES * (MAX_FRAME + 1));
     cpu = cpu_ns();
     if (o->targets == 2) {
-        out = accept_peer(listen_unix(o->target[1]));
+        out = accept_peer(open_unix(o->target[1], true));
         one.targets = 1;
     }
     receive(&one, source, drain_packets, &tally);

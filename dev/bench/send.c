@@ -8,7 +8,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <net/if.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +15,6 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/if_packet.h>
@@ -97,7 +95,7 @@ static void run_single(Load *load, Emit *emit, uint64_t start, unsigned most)
     uint64_t total = o->rate * o->seconds, i = 0;
     uint64_t end = start + (o->seconds + 1) * SECOND;
 
-    most = o->burst < most ? o->burst : most;
+    most = (unsigned)o->burst < most ? (unsigned)o->burst : most;
     while (i < total) {
         uint64_t due = frames_due(o, start);
 
@@ -173,24 +171,15 @@ static void write_packet(Load *load, Head *head)
     load->sent++;
 }
 
-static int open_packet_socket(const char *name, bool bypass)
+static int open_interface(const char *name, bool bypass)
 {
-    struct sockaddr_ll address = {
-        .sll_family = AF_PACKET,
-        .sll_ifindex = if_nametoindex(name),
-    };
-    int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1;
+    int fd = open_packet(), on = 1;
 
-    if (!address.sll_ifindex) {
-        die("no interface '%s'", name);
+    if (bypass && setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &on,
+                             sizeof(on)) < 0) {
+        die("PACKET_QDISC_BYPASS: %s", strerror(errno));
     }
-    if (fd < 0 ||
-        setsockopt(fd, SOL_PACKET, PACKET_VNET_HDR, &on, sizeof(on)) < 0 ||
-        (bypass && setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &on,
-                              sizeof(on)) < 0) ||
-        bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
-        die("packet socket on '%s': %s", name, strerror(errno));
-    }
+    bind_packet(fd, name, 0);
     return fd;
 }
 
@@ -247,7 +236,7 @@ int send_main(const Options *o)
 
     load->options = o;
     for (unsigned i = 0; i < o->targets; i++) {
-        load->fd[i] = open_packet_socket(o->target[i], o->bypass);
+        load->fd[i] = open_interface(o->target[i], o->bypass);
     }
     if (o->written && ioctl(o->tap, TUNGETVNETHDRSZ, &load->tap_hdr_len) < 0) {
         die("TUNGETVNETHDRSZ of fd %d: %s", o->tap, strerror(errno));
@@ -311,7 +300,7 @@ int write_main(const Options *o)
 
     load->options = o;
     for (unsigned i = 0; i < o->targets; i++) {
-        load->fd[i] = connect_unix(o->target[i]);
+        load->fd[i] = open_unix(o->target[i], false);
     }
     head_init(head, o, 0);
     load->stream = allocate(MAX_BATCH * frame_len);
@@ -336,14 +325,6 @@ int write_main(const Options *o)
 /* From a stream out of an interface: what injecting takes outside of QEMU */
 
 #define RELAY_BUFFER (1u << 20)
-
-static uint32_t get32(const uint8_t *from)
-{
-    uint32_t value;
-
-    memcpy(&value, from, sizeof(value));
-    return ntohl(value);
-}
 
 static void relay_frames(int out, struct mmsghdr *message, unsigned count)
 {
@@ -393,8 +374,8 @@ int relay_main(const Options *o)
     if (o->targets != 2) {
         die("relay takes a path and an interface");
     }
-    listener = listen_unix(o->target[0]);
-    out = open_packet_socket(o->target[1], true);
+    listener = open_unix(o->target[0], true);
+    out = open_interface(o->target[1], true);
     printf("ready\n");
     fflush(stdout);
     for (;;) {

@@ -22,14 +22,14 @@
 typedef struct Options {
     double rate;            /* frames per second, 0: as fast as possible */
     double seconds;
-    unsigned size;          /* bytes of a frame without virtio-net header */
-    unsigned batch_us;      /* send all that is due at once, this often */
-    unsigned burst;         /* frames that go at once if the sender is late */
+    int size;               /* bytes of a frame without virtio-net header */
+    int batch_us;           /* send all that is due at once, this often */
+    int burst;              /* frames that go at once if the sender is late */
     int cpu;                /* to run on, or -1 */
-    bool gso;               /* TCPv4 frames that have to be segmented */
-    bool bypass;            /* the queueing discipline, as QEMU does */
-    bool mix;               /* every second frame is a small one, no GSO */
-    unsigned written;       /* every so many frames is written to @tap, as ... */
+    int gso;                /* TCPv4 frames that have to be segmented */
+    int bypass;             /* the queueing discipline, as QEMU does */
+    int mix;                /* every second frame is a small one, no GSO */
+    int written;            /* every so many frames is written to @tap, as ... */
     int tap;                /* ... the guest does; 0: none */
     unsigned targets;
     const char *target[MAX_TARGETS];
@@ -41,8 +41,12 @@ uint64_t now_ns(void);
 uint64_t cpu_ns(void);
 void sleep_until(uint64_t when);
 void *allocate(size_t size);
-int connect_unix(const char *path);
-int listen_unix(const char *path);
+/* A socket that is connected to @path, or listens there. */
+int open_unix(const char *path, bool server);
+/* A packet socket whose frames have virtio-net headers, not bound yet */
+int open_packet(void);
+void bind_packet(int fd, const char *name, int protocol);
+uint32_t get32(const uint8_t *from);
 int accept_peer(int listener);
 
 /* frames.c */

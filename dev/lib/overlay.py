@@ -14,10 +14,10 @@ them.
 import fnmatch
 import pathlib
 import re
-import shutil
-import subprocess
+import textwrap
 
-from lib.common import TOP, Failure
+from lib.common import TOP, Failure, attempt
+from lib.qemu_source import copy
 
 PATCHES = TOP / 'patches'
 
@@ -135,21 +135,18 @@ def add_section(text, names):
 
 def apply(patch, tree, added):
     """Apply PATCH to TREE, whose files of our own so far are ADDED."""
-    run = subprocess.run(
-        ['patch', '-p1', '-F0', '-s', '-f', '--no-backup-if-mismatch',
-         '-r', '-', '-i', patch.path], cwd=tree, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    if run.returncode:
+    status, said = attempt(
+        'patch', '-p1', '-F0', '-s', '-f', '--no-backup-if-mismatch',
+        '-r', '-', '-i', patch.path, cwd=tree)
+    if status:
         raise Failure(f'{patch} does not apply:\n' +
-                      re.sub('^', '    ', run.stdout.rstrip(), flags=re.M))
+                      textwrap.indent(said.rstrip(), '    '))
     for name in patch.adds:
         target = pathlib.Path(tree, name)
         if target.exists():
             raise Failure(f'the base already has {name}: is it patched with '
                           'this series already?')
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(TOP / name, target)
-        shutil.copymode(TOP / name, target)
+        copy(TOP / name, target)
     added.update(patch.adds)
     if patch.adds:
         maintainers = pathlib.Path(tree, 'MAINTAINERS')
@@ -168,8 +165,7 @@ def apply_all(base, scratch):
         if not (base / name).exists():
             raise Failure(f'patches/ edits {name}, which the base lacks: is '
                           'it a QEMU of another version?')
-        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(base / name, scratch / name)
+        copy(base / name, scratch / name)
     added = set()
     for patch in series:
         apply(patch, scratch, added)

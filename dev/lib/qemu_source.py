@@ -8,11 +8,10 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import tarfile
 import urllib.request
 
-from lib.common import BUILD, CACHE, Failure, say
+from lib.common import BUILD, CACHE, Failure, attempt, run, say
 
 # The first of them is the base, and the next one to use if it cannot be had.
 # All of a release's files must have the sum.  The last is what Debian's index
@@ -41,22 +40,16 @@ DEBIAN = {
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, 'rb') as stream:
-        for block in iter(lambda: stream.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
 def archive_uri():
     """The address of the Debian archive that apt is set up with."""
     try:
-        listing = subprocess.run(
-            ['apt-get', 'indextargets', '--format', '$(ORIGIN) $(REPO_URI)',
-             'Created-By: Packages'],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            check=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        _, listing = attempt('apt-get', 'indextargets', '--format',
+                             '$(ORIGIN) $(REPO_URI)', 'Created-By: Packages')
+    except OSError:
         return None
     for line in listing.splitlines():
         origin, _, uri = line.partition(' ')
@@ -69,14 +62,9 @@ def download(uri, target):
     part = target.with_suffix(target.suffix + '.part')
     with urllib.request.urlopen(uri, timeout=60) as reply, \
             open(part, 'wb') as out:
-        total = int(reply.headers.get('Content-Length') or 0)
-        done = shown = 0
-        while block := reply.read(1 << 18):
-            out.write(block)
-            done += len(block)
-            if total and done * 10 // total > shown:
-                shown = done * 10 // total
-                say(f'  {target.name}: {done >> 20} of {total >> 20} MiB')
+        say(f'fetching {target.name}, '
+            f'{int(reply.headers.get("Content-Length") or 0) >> 20} MiB')
+        shutil.copyfileobj(reply, out)
     part.rename(target)
 
 
@@ -96,7 +84,6 @@ def fetch(name, wanted):
         raise Failure(f'{name} is not in {CACHE}, and apt knows no Debian '
                       'archive to fetch it from')
     uri = f'{uri}/pool/main/q/qemu/{name}'
-    say(f'fetching {name}')
     try:
         download(uri, target)
     except OSError as err:
@@ -110,6 +97,12 @@ def fetch(name, wanted):
     return target
 
 
+def copy(source, target):
+    """With its mode, and with the directories that it needs."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+
+
 def in_cache(files):
     return all((CACHE / name).exists() for name in files)
 
@@ -121,8 +114,7 @@ def tarballs(release):
 
 def unpack(tarballs, tree):
     for tarball in tarballs:
-        subprocess.run(['tar', '-xf', tarball, '-C', tree,
-                        '--strip-components=1'], check=True)
+        run('tar', '-xf', tarball, '-C', tree, '--strip-components=1')
 
 
 def find_release():
@@ -150,9 +142,7 @@ def release_files(release, names, target):
     if stamp.exists() and stamp.read_text() == f'release {release}':
         found = [name for name in names if (base / name).is_file()]
         for name in found:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / name, target / name)
-            shutil.copymode(base / name, target / name)
+            copy(base / name, target / name)
         return found
     found = []
     for tarball in tarballs(release):

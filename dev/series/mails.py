@@ -21,14 +21,13 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from lib import overlay  # noqa: E402
-from lib.common import BUILD, TOP, Failure  # noqa: E402
+from lib.common import BUILD, TOP, Failure, attempt, run  # noqa: E402
 from lib.qemu_source import PINNED, release_files  # noqa: E402
 
 SERIES = BUILD / 'series'
@@ -40,12 +39,11 @@ def date():
     """In seconds: of the last commit, so that it is the same for everyone."""
     if epoch := os.environ.get('SOURCE_DATE_EPOCH'):
         return int(epoch)
-    run = subprocess.run(['git', '-C', TOP, 'log', '-1', '--format=%ct'],
-                         stdout=subprocess.PIPE, text=True, check=False)
-    if run.returncode or not run.stdout:
+    status, said = attempt('git', '-C', TOP, 'log', '-1', '--format=%ct')
+    if status or not said:
         raise Failure(f'{TOP} is not a clone with git, so there is no date '
                       'for the mails: set SOURCE_DATE_EPOCH')
-    return int(run.stdout)
+    return int(said)
 
 
 class Repository:
@@ -61,13 +59,8 @@ class Repository:
         self.git('init', '-q', '-b', 'series')
 
     def git(self, *arguments, text=None):
-        run = subprocess.run(['git', '-c', 'core.abbrev=12', *arguments],
-                             cwd=self.tree, env=self.env, input=text,
-                             text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, check=False)
-        if run.returncode:
-            raise Failure(f'git {arguments[0]} failed:\n{run.stdout}')
-        return run.stdout
+        run('git', '-c', 'core.abbrev=12', *arguments, cwd=self.tree,
+            env=self.env, input=text)
 
     def commit(self, sender, seconds, message):
         name, address = email.utils.parseaddr(sender)
