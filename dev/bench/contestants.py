@@ -416,22 +416,15 @@ class Tcpdump(Contestant):
         self.pipe = pipe
 
     def capture(self, load):
-        cat = null = None
-        try:
-            null = open('/dev/null', 'wb')
-            if self.pipe:
-                cat = subprocess.Popen(['cat'], stdin=subprocess.PIPE,
-                                       stdout=null)
-            tcpdump = subprocess.Popen(
-                ['tcpdump', '-n', '-Z', 'root', '-i', self.tap.name, '-w',
-                 '-' if self.pipe else '/dev/null'], stderr=subprocess.PIPE,
-                stdout=cat.stdin if cat else null)
-        except FileNotFoundError as err:
-            raise Failure(f'{err.filename} is not installed') from err
-        finally:
-            if cat:
-                cat.stdin.close()
-            null.close()
+        cat = subprocess.Popen(
+            ['cat'], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL) if self.pipe else None
+        tcpdump = subprocess.Popen(
+            ['tcpdump', '-n', '-Z', 'root', '-i', self.tap.name, '-w',
+             '-' if cat else '/dev/null'], stderr=subprocess.PIPE,
+            stdout=cat.stdin if cat else None)
+        if cat:
+            cat.stdin.close()
         try:
             said = b''
             while b'listening on' not in said:

@@ -97,8 +97,9 @@ class Guest(Qemu):
         self.line = Line(name, self.path('control'))
 
     def said(self):
-        return super().said() + \
-            self.path('console').read_text(errors='replace')
+        console = self.path('console')
+        return super().said() + (console.read_text(errors='replace')
+                                 if console.exists() else '')
 
     def ask(self, request, limit=LIMIT):
         try:
