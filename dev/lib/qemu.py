@@ -79,7 +79,7 @@ class Qemu:
             return self.monitor.cmd(command, **arguments)
         except (QMPError, TimeoutError) as err:
             raise self.failure(f'{command} on QEMU {self.name}: '
-                               f'{err or "no answer"}') from err
+                               f'{str(err) or "no answer"}') from err
 
     def running(self):
         return self.qmp('query-status')['running']
