@@ -13,6 +13,13 @@ CACHE=${VHOST_NETFILTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-netfilter}
 say() { printf '%s\n' ">>> $*" >&2; }
 die() { printf '%s\n' "error: $1" >&2; shift; printf '  %s\n' "$@" >&2; exit 1; }
 
+# The address of the Debian archive that apt is set up with.
+archive_uri() {
+    apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' \
+            'Created-By: Packages' 2>/dev/null |
+        awk '$1 == "Debian" && $2 !~ /security/ { print $2; exit }'
+}
+
 # with_lock FILE CMD...: one at a time, also between two clones.
 with_lock() {
     local lock=$1
