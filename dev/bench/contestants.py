@@ -146,10 +146,8 @@ class QemuContestant(Contestant):
     """
 
     def __init__(self, name, binary, directory, source, taps=1,
-                 inject=True, trace=None, guest=None, queue=None, steer=True,
-                 memory=None):
+                 inject=True, trace=None, guest=None, queue=None, steer=True):
         self.name = name
-        self.memory = memory    # buffer-size, or None: the default
         self.queue = queue      # of the capture, or None: the default
         self.source = source
         self.product = binary.product
@@ -192,8 +190,7 @@ class QemuContestant(Contestant):
 
     def capture_options(self, i):
         return self.stream(f'out{i}', self.out[i]) + self.redirector(
-            f'cap{i}', f'n{i}', self.queue, f'outdev=out{i}' + self.where() +
-            (f',buffer-size={self.memory}' if self.memory else ''))
+            f'cap{i}', f'n{i}', self.queue, f'outdev=out{i}' + self.where())
 
     def inject_options(self, i):
         # What the chain injects toward the guest needs a guest.

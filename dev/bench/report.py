@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-What the benchmark has found: tables, the goals, and plots.
+What the benchmark has found: tables and the goals.
 """
 
 import re
-import shutil
 import statistics
-
-from lib.common import attempt, say
 
 # Section: metric, its title, and how to show a value.
 CPU = 'cpu_ns_per_packet', 'CPU time per packet, ns', '.0f'
@@ -256,64 +253,3 @@ def print_all(results):
         print(f'  {state:6}  {title:62} {value:9.3g}  {limit}')
     for text in results.errors:
         print(f'ERROR {text}')
-
-
-# Plots
-
-COLOURS = {'ours': '#0072b2', 'ours-32m': '#88ccee', 'ours-tx': '#332288',
-           'dump': '#44aa99', 'straightforward': '#56b4e9',
-           'chain': '#d55e00', 'chain-ours': '#e69f00',
-           'tcpdump': '#999999', 'tcpdump-cat': '#555555',
-           'bare': '#009e73', 'bare-cat': '#117733', 'relay': '#cc79a7',
-           'netdev': '#f0e442', 'chardev': '#882255'}
-
-
-def plot_bars(results, section, metric, title, path,
-              wanted=lambda row: True):
-    """Make a plot that checkpatch lets pass into QEMU's tree."""
-    rows = {row: names for row, names in
-            results.rows(section, metric).items() if wanted(row)}
-    names = [name for name in COLOURS
-             if any(name in row for row in rows.values())]
-    if not names:
-        return
-    lines = []
-    for row in rows:
-        cells = [f'"{row}"']
-        for name in names:
-            values = results.values(section, row, name, metric)
-            cells += [f'{statistics.median(values)} {min(values)} '
-                      f'{max(values)}' if values else 'NaN NaN NaN']
-        lines.append(' '.join(cells))
-    plots = ', '.join(
-        f'$data using {3 * i + 2}:{3 * i + 3}:{3 * i + 4}:xtic(1) '
-        f'title "{name}" linecolor rgb "{COLOURS[name]}"'
-        for i, name in enumerate(names))
-    status, said = attempt('gnuplot', input='\n'.join([
-        'set terminal svg size 1000,420 dynamic font "sans,11" '
-        'background "white"', f'set output "{path}"',
-        '$data << END', *lines, 'END', f'set title "{title}"',
-        'set style data histograms',
-        'set style histogram errorbars gap 1 linewidth 0.5',
-        'set style fill solid 0.9 border -1', 'set logscale y',
-        'set xtics rotate by -20', 'set grid ytics',
-        'set key outside right top', f'plot {plots}', '']))
-    if status:
-        say(f'gnuplot could not make {path}: {said.strip()}')
-        return
-    lines = path.read_text().rstrip('\n').split('\n')
-    # checkpatch takes what is behind the licence for another one.
-    lines[1:1] = ['<!--', 'SPDX-License-Identifier: GPL-2.0-or-later', '-->']
-    path.write_text(''.join(f'{line.expandtabs().rstrip()}\n'
-                            for line in lines))
-
-
-def plot_all(results, out):
-    """The plots of docs/devel"""
-    if not shutil.which('gnuplot'):
-        say('no plots: gnuplot is not installed')
-        return
-    plot_bars(results, 'capture', CPU[0], f'Capture: {CPU[1]}',
-              out / 'capture-cpu.svg', lambda row: 'GSO' not in row)
-    plot_bars(results, 'latency', 'p99_us', 'Latency, 99 %, us',
-              out / 'latency-p99.svg')
