@@ -23,7 +23,6 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from lib import overlay  # noqa: E402
@@ -72,34 +71,21 @@ class Repository:
         self.git('commit', '-q', '--no-verify', '-F', '-', text=message)
 
 
-def columns(rows):
-    """A table as text; the words of a long cell are below each other."""
-    widths = [max(len(row[0]) for row in rows)]
-    for cells in list(zip(*rows))[1:]:
-        widths.append(max(len(word) for cell in cells
-                          for word in re.findall(r'[^\s-]+-?|-', cell)))
-    lines = []
-    for row in rows:
-        cells = [textwrap.wrap(cell, width)
-                 for cell, width in zip(row, widths)]
-        for i in range(max(map(len, cells))):
-            line = [cell[i] if i < len(cell) else '' for cell in cells]
-            lines.append('  ' + ' '.join(
-                word.rjust(width) if j else word.ljust(width)
-                for j, (word, width) in enumerate(zip(line, widths))))
-    return '\n'.join(line.rstrip() for line in lines)
-
-
 def results(title):
-    """The table of that title from the user's page."""
-    found = re.search(rf'^\.\. list-table:: ({title}.*)\n((?: .*\n|\n)*)',
-                      RESULTS.read_text(), flags=re.M)
+    """The table behind the line that begins with TITLE, no wider than a mail."""
+    found = re.search(rf'^({title}.*:)\n\n((?:\S.*\n)+)', RESULTS.read_text(),
+                      flags=re.M)
     if not found:
         raise Failure(f'{RESULTS} has no table "{title}"')
-    rows = re.findall(r'^   \* - (.*\n(?:     .*\n)*)', found[2], flags=re.M)
-    cells = [[cell.replace('``', '').strip() for cell in
-              re.split(r'^     - ', row, flags=re.M)] for row in rows]
-    return f'{found[1]}:\n\n{columns(cells)}'
+    rows = found[2].splitlines()
+    places = [match.span() for match in re.finditer('=+', rows[0])]
+    cells = [[row[start:end].strip() for start, end in places]
+             for row in rows if not row.startswith('=')]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ['  ' + ' '.join(
+        word.rjust(width) if i else word.ljust(width)
+        for i, (word, width) in enumerate(zip(row, widths))) for row in cells]
+    return '\n'.join([found[1], '', *lines])
 
 
 class Cover:
