@@ -37,35 +37,7 @@ typedef struct Dump {
     uint32_t sent;
 } Dump;
 
-static void add_dump_as(Dump *d, const char *id, const char *file)
-{
-    qtest_qmp_assert_success(d->qts, "{ 'execute': 'object-add', 'arguments': "
-        "{ 'qom-type': 'filter-dump', 'id': %s, 'netdev': 'n0',"
-        "  'position': 'id=end', 'insert': 'before', 'file': %s } }",
-        id, file);
-}
-
-static void del_object(Dump *d, const char *id)
-{
-    qtest_qmp_assert_success(d->qts, "{ 'execute': 'object-del', 'arguments': "
-                                     "{ 'id': %s } }", id);
-}
-
-/* What is added last sees packets last. */
-static void add_dump(Dump *d, const char *file)
-{
-    add_dump_as(d, "dump", file);
-    add_dump_as(d, "all", d->all_path);
-    d->all_size = PCAP_HEADER_LEN;
-}
-
-static void del_dump(Dump *d)
-{
-    del_object(d, "all");
-    del_object(d, "dump");
-}
-
-static void dump_start(Dump *d, const char *args)
+static void dump_start(Dump *d, const void *data)
 {
     int fds[2];
 
@@ -75,16 +47,15 @@ static void dump_start(Dump *d, const char *args)
                          "-netdev hubport,id=h0,hubid=0,netdev=n0 "
                          "-chardev null,id=null "
                          "-object filter-redirector,id=end,netdev=n0,queue=tx,"
-                         "outdev=null %s", fds[1], args);
+                         "outdev=null", fds[1]);
     close(fds[1]);
     d->dir = g_dir_make_tmp("filter-dump-XXXXXX", NULL);
     g_assert_nonnull(d->dir);
     d->path = g_build_filename(d->dir, "dump", NULL);
     d->all_path = g_build_filename(d->dir, "all", NULL);
-    d->sent = 0;
 }
 
-static void dump_end(Dump *d)
+static void dump_end(Dump *d, const void *data)
 {
     qtest_quit(d->qts);
     close(d->net);
@@ -96,12 +67,45 @@ static void dump_end(Dump *d)
     g_free(d->dir);
 }
 
-static void assert_error(QDict *answer, const char *text)
+static QDict *object_add(Dump *d, const char *id, const char *file)
 {
+    return qtest_qmp(d->qts, "{ 'execute': 'object-add', 'arguments': "
+        "{ 'qom-type': 'filter-dump', 'id': %s, 'netdev': 'n0',"
+        "  'position': 'id=end', 'insert': 'before', 'file': %s } }",
+        id, file);
+}
+
+static void expect_refused(Dump *d, const char *file, const char *text)
+{
+    QDict *answer = object_add(d, "dump", file);
+
     g_assert_true(qdict_haskey(answer, "error"));
     g_assert_nonnull(strstr(qdict_get_str(qdict_get_qdict(answer, "error"),
                                           "desc"), text));
     qobject_unref(answer);
+}
+
+/* What is added last sees packets last. */
+static void add_dump(Dump *d, const char *file)
+{
+    const char *const ids[] = { "dump", "all" };
+    const char *const files[] = { file, d->all_path };
+
+    for (int i = 0; i < ARRAY_SIZE(ids); i++) {
+        QDict *answer = object_add(d, ids[i], files[i]);
+
+        g_assert_true(qdict_haskey(answer, "return"));
+        qobject_unref(answer);
+    }
+    d->all_size = PCAP_HEADER_LEN;
+}
+
+static void del_dump(Dump *d)
+{
+    qtest_qmp_assert_success(d->qts, "{ 'execute': 'object-del', 'arguments': "
+                                     "{ 'id': 'all' } }");
+    qtest_qmp_assert_success(d->qts, "{ 'execute': 'object-del', 'arguments': "
+                                     "{ 'id': 'dump' } }");
 }
 
 static uint64_t dropped(Dump *d)
@@ -179,10 +183,9 @@ static uint32_t read_packet(int fd)
     g_assert_cmpuint(record[3], ==, record[2]);
     read_all(fd, buf, record[2]);
     number = ldl_be_p(buf);
-    g_assert_cmpuint(record[2], ==, packet_len(number));
     memset(expected, number, sizeof(expected));
     stl_be_p(expected, number);
-    g_assert_cmpint(memcmp(buf, expected, record[2]), ==, 0);
+    g_assert_cmpmem(buf, record[2], expected, packet_len(number));
     return number;
 }
 
@@ -193,265 +196,237 @@ static void expect_packets(int fd, uint32_t first, uint32_t count)
     }
 }
 
-static void assert_end(int fd)
+static void expect_end(int fd)
 {
     uint8_t byte;
 
     g_assert_cmpint(read(fd, &byte, 1), ==, 0);
 }
 
-/* Open the FIFO's end for reading, and make it one before. */
+static void expect_file(const char *path, uint32_t first, uint32_t count)
+{
+    int fd = open(path, O_RDONLY);
+
+    read_header(fd);
+    expect_packets(fd, first, count);
+    expect_end(fd);
+    close(fd);
+}
+
 static int open_fifo(Dump *d)
 {
-    int fd;
+    int fd = open(d->path, O_RDONLY | O_NONBLOCK);
 
-    g_assert_cmpint(mkfifo(d->path, 0600), ==, 0);
-    fd = open(d->path, O_RDONLY | O_NONBLOCK);
     g_assert_cmpint(fd, >=, 0);
     return fd;
 }
 
-/* Whole and right: so is that of all packets, which the others look at. */
-static void test_file(void)
+/* Dump to a new FIFO.  Returns: its end for reading */
+static int add_dump_fifo(Dump *d)
 {
-    Dump d;
     int fd;
 
-    dump_start(&d, "");
-    g_assert_true(g_file_set_contents(d.path, "what was there before", -1,
+    g_assert_cmpint(mkfifo(d->path, 0600), ==, 0);
+    fd = open_fifo(d);
+    add_dump(d, d->path);
+    read_header(fd);
+    return fd;
+}
+
+/* Whole and right: so is that of all packets, which the others look at. */
+static void test_file(Dump *d, const void *data)
+{
+    g_assert_true(g_file_set_contents(d->path, "what was there before", -1,
                                       NULL));
-    add_dump(&d, d.path);
-    send_packets(&d, 20);
-    fd = open(d.path, O_RDONLY);
-    read_header(fd);
-    expect_packets(fd, 0, 20);
-    assert_end(fd);
-    close(fd);
-    fd = open(d.all_path, O_RDONLY);
-    read_header(fd);
-    expect_packets(fd, 0, 20);
-    assert_end(fd);
-    close(fd);
-    g_assert_cmpuint(dropped(&d), ==, 0);
-    dump_end(&d);
+    add_dump(d, d->path);
+    send_packets(d, 20);
+    expect_file(d->path, 0, 20);
+    expect_file(d->all_path, 0, 20);
+    g_assert_cmpuint(dropped(d), ==, 0);
 }
 
 /* An object that cannot be made closes nothing that is not its own. */
-static void test_no_file(void)
+static void test_no_file(Dump *d, const void *data)
 {
-    g_autofree char *link = NULL;
-    Dump d;
+    g_autofree char *link = g_strdup_printf("/proc/%d/fd/0",
+                                            (int)qtest_pid(d->qts));
 
-    dump_start(&d, "");
-    link = g_strdup_printf("/proc/%d/fd/0", (int)qtest_pid(d.qts));
     if (!g_file_test(link, G_FILE_TEST_IS_SYMLINK)) {
         g_test_skip("QEMU's standard input is not to be seen");
-        dump_end(&d);
         return;
     }
-    assert_error(qtest_qmp(d.qts, "{ 'execute': 'object-add', 'arguments': "
-        "{ 'qom-type': 'filter-dump', 'id': 'dump', 'netdev': 'n0',"
-        "  'file': '/nonexistent/dump' } }"), "/nonexistent/dump");
+    expect_refused(d, "/nonexistent/dump", "/nonexistent/dump");
     g_assert_true(g_file_test(link, G_FILE_TEST_IS_SYMLINK));
-    dump_end(&d);
 }
 
-static void test_fifo(void)
+static void test_fifo(Dump *d, const void *data)
 {
-    Dump d;
-    int fd;
+    int fd = add_dump_fifo(d);
 
-    dump_start(&d, "");
-    fd = open_fifo(&d);
-    add_dump(&d, d.path);
-    read_header(fd);
     for (int i = 0; i < 500; i += 10) {
-        send_packets(&d, 10);
+        send_packets(d, 10);
         expect_packets(fd, i, 10);
     }
-    g_assert_cmpuint(dropped(&d), ==, 0);
-    del_dump(&d);
-    assert_end(fd);
+    g_assert_cmpuint(dropped(d), ==, 0);
+    del_dump(d);
+    expect_end(fd);
     close(fd);
-    dump_end(&d);
 }
 
-static void test_fifo_no_reader(void)
+static void test_fifo_no_reader(Dump *d, const void *data)
 {
-    Dump d;
     int fd;
 
-    dump_start(&d, "");
-    g_assert_cmpint(mkfifo(d.path, 0600), ==, 0);
-    assert_error(qtest_qmp(d.qts, "{ 'execute': 'object-add', 'arguments': "
-        "{ 'qom-type': 'filter-dump', 'id': 'dump', 'netdev': 'n0',"
-        "  'file': %s } }", d.path), "has no reader");
+    g_assert_cmpint(mkfifo(d->path, 0600), ==, 0);
+    expect_refused(d, d->path, "has no reader");
 
-    fd = open(d.path, O_RDONLY | O_NONBLOCK);
-    g_assert_cmpint(fd, >=, 0);
-    add_dump(&d, d.path);
+    fd = open_fifo(d);
+    add_dump(d, d->path);
     read_header(fd);
-    send_packets(&d, 1);
+    send_packets(d, 1);
     expect_packets(fd, 0, 1);
     close(fd);
-    dump_end(&d);
 }
 
 /*
  * A reader that stops for a while: QEMU goes on, and what is missing then is
  * whole packets, all of them counted.
  */
-static void test_fifo_stalled(void)
+static void check_stalled(Dump *d, int fd, int rounds)
 {
     uint32_t got = 0, last = 0;
-    Dump d;
-    int fd;
 
-    dump_start(&d, "");
-    fd = open_fifo(&d);
-    add_dump(&d, d.path);
-    read_header(fd);
-    for (int round = 0; round < 5; round++) {
-        uint64_t before = dropped(&d);
+    for (int i = 0; i < rounds; i++) {
+        uint64_t before = dropped(d);
 
-        send_packets(&d, TOO_MANY);
-        g_assert_cmpuint(dropped(&d), >, before);
-        while (got + dropped(&d) < d.sent) {
+        send_packets(d, TOO_MANY);
+        g_assert_cmpuint(dropped(d), >, before);
+        for (; got + dropped(d) < d->sent; got++) {
             uint32_t number = read_packet(fd);
 
             g_assert_true(got == 0 || number > last);
             last = number;
-            got++;
         }
         /* There is room again. */
-        send_packets(&d, 1);
-        expect_packets(fd, d.sent - 1, 1);
-        last = d.sent - 1;
+        send_packets(d, 1);
+        last = d->sent - 1;
+        expect_packets(fd, last, 1);
         got++;
-        g_assert_cmpuint(got + dropped(&d), ==, d.sent);
+        g_assert_cmpuint(got + dropped(d), ==, d->sent);
     }
-    del_dump(&d);
-    assert_end(fd);
+    del_dump(d);
+    expect_end(fd);
     close(fd);
-    dump_end(&d);
+}
+
+static void test_fifo_stalled(Dump *d, const void *data)
+{
+    check_stalled(d, add_dump_fifo(d), 5);
 }
 
 /* The reader ends, with or without a packet that is written in part. */
-static void test_fifo_gone(void)
+static void test_fifo_gone(Dump *d, const void *data)
 {
-    for (int i = 0; i < 2; i++) {
-        uint64_t before;
-        Dump d;
-        int fd;
+    const uint32_t *count = data;
+    int fd = add_dump_fifo(d);
+    uint64_t before;
 
-        dump_start(&d, "");
-        fd = open_fifo(&d);
-        add_dump(&d, d.path);
-        send_packets(&d, i ? TOO_MANY : 1);
-        before = dropped(&d);
-        g_assert_cmpint(before > 0, ==, i);
-        close(fd);
-        for (int j = 1; j < 4; j++) {
-            send_packets(&d, 1);
-            g_assert_cmpuint(dropped(&d), ==, before + j);
-        }
-        /* Nothing more is written, also if there is another reader. */
-        fd = open(d.path, O_RDONLY | O_NONBLOCK);
-        send_packets(&d, 1);
-        assert_end(fd);
-        del_dump(&d);
-
-        add_dump(&d, d.path);
-        send_packets(&d, 1);
-        read_header(fd);
-        expect_packets(fd, d.sent - 1, 1);
-        close(fd);
-        dump_end(&d);
+    send_packets(d, *count);
+    before = dropped(d);
+    g_assert_cmpint(before > 0, ==, *count > 1);
+    close(fd);
+    for (int i = 1; i < 4; i++) {
+        send_packets(d, 1);
+        g_assert_cmpuint(dropped(d), ==, before + i);
     }
+    /* Nothing more is written, also if there is another reader. */
+    fd = open_fifo(d);
+    send_packets(d, 1);
+    expect_end(fd);
+    del_dump(d);
+
+    add_dump(d, d->path);
+    send_packets(d, 1);
+    read_header(fd);
+    expect_packets(fd, d->sent - 1, 1);
+    close(fd);
 }
 
-static void assert_fdset_ends(Dump *d)
+/* As "/dev/fdset/1"; QEMU has it then, and not the test. */
+static void pass_fd(Dump *d, int fd)
 {
-    QDict *answer;
+    g_assert_cmpint(fd, >=, 0);
+    qtest_qmp_fds_assert_success(d->qts, &fd, 1, "{ 'execute': 'add-fd', "
+                                 "'arguments': { 'fdset-id': 1 } }");
+    close(fd);
+}
 
+/* What is dumped to keeps the set until it is deleted. */
+static void remove_fdset(Dump *d)
+{
     qtest_qmp_assert_success(d->qts, "{ 'execute': 'remove-fd', 'arguments': "
                                      "{ 'fdset-id': 1 } }");
-    answer = qtest_qmp(d->qts, "{ 'execute': 'query-fdsets' }");
+}
+
+static void expect_no_fdset(Dump *d)
+{
+    QDict *answer = qtest_qmp(d->qts, "{ 'execute': 'query-fdsets' }");
+
     g_assert_true(qlist_empty(qdict_get_qlist(answer, "return")));
     qobject_unref(answer);
 }
 
 /* A file that is open for writing only, and is used twice */
-static void test_fdset_file(void)
+static void test_fdset_file(Dump *d, const void *data)
 {
-    g_autofree char *path = NULL;
-    g_autofree char *args = NULL;
-    Dump d;
-    int fd;
+    int fd = open(d->path, O_CREAT | O_WRONLY, 0600);
 
-    fd = g_file_open_tmp("filter-dump-XXXXXX", &path, NULL);
-    g_assert_cmpint(fd, >=, 0);
-    close(fd);
-    fd = open(path, O_WRONLY);
     g_assert_cmpint(write(fd, "before", 6), ==, 6);
-    args = g_strdup_printf("-add-fd set=1,fd=%d", fd);
-    dump_start(&d, args);
-    close(fd);
-
-    fd = open(path, O_RDONLY);
+    pass_fd(d, fd);
     for (int i = 0; i < 2; i++) {
-        add_dump(&d, "/dev/fdset/1");
-        send_packets(&d, 10);
-        g_assert_cmpint(lseek(fd, 0, SEEK_SET), ==, 0);
-        read_header(fd);
-        expect_packets(fd, 10 * i, 10);
-        assert_end(fd);
-        del_dump(&d);
+        add_dump(d, "/dev/fdset/1");
+        send_packets(d, 10);
+        expect_file(d->path, 10 * i, 10);
+        del_dump(d);
     }
-    assert_fdset_ends(&d);
-    close(fd);
-    unlink(path);
-    dump_end(&d);
+    remove_fdset(d);
+    expect_no_fdset(d);
 }
 
-static void test_fdset_pipe(void)
+static void test_fdset_pipe(Dump *d, const void *data)
 {
-    g_autofree char *args = NULL;
-    Dump d;
     int fds[2];
 
     g_assert_cmpint(pipe(fds), ==, 0);
-    args = g_strdup_printf("-add-fd set=1,fd=%d", fds[1]);
-    dump_start(&d, args);
-    close(fds[1]);
-
-    add_dump(&d, "/dev/fdset/1");
+    pass_fd(d, fds[1]);
+    add_dump(d, "/dev/fdset/1");
+    remove_fdset(d);
     read_header(fds[0]);
-    send_packets(&d, 10);
-    expect_packets(fds[0], 0, 10);
-    send_packets(&d, TOO_MANY);
-    g_assert_cmpuint(dropped(&d), >, 0);
-    for (uint32_t got = 10; got + dropped(&d) < d.sent; got++) {
-        read_packet(fds[0]);
-    }
-    del_dump(&d);
-    assert_fdset_ends(&d);
-    assert_end(fds[0]);
-    close(fds[0]);
-    dump_end(&d);
+    check_stalled(d, fds[0], 1);
+    expect_no_fdset(d);
 }
 
 int main(int argc, char **argv)
 {
+    static const uint32_t one = 1, too_many = TOO_MANY;
+
     g_test_init(&argc, &argv, NULL);
     alarm(HANG_S);
-    qtest_add_func("/filter-dump/file", test_file);
-    qtest_add_func("/filter-dump/no-file", test_no_file);
-    qtest_add_func("/filter-dump/fifo", test_fifo);
-    qtest_add_func("/filter-dump/fifo/no-reader", test_fifo_no_reader);
-    qtest_add_func("/filter-dump/fifo/stalled", test_fifo_stalled);
-    qtest_add_func("/filter-dump/fifo/gone", test_fifo_gone);
-    qtest_add_func("/filter-dump/fdset/file", test_fdset_file);
-    qtest_add_func("/filter-dump/fdset/pipe", test_fdset_pipe);
+    qtest_add("/filter-dump/file", Dump, NULL, dump_start, test_file, dump_end);
+    qtest_add("/filter-dump/no-file", Dump, NULL, dump_start, test_no_file,
+              dump_end);
+    qtest_add("/filter-dump/fifo", Dump, NULL, dump_start, test_fifo, dump_end);
+    qtest_add("/filter-dump/fifo/no-reader", Dump, NULL, dump_start,
+              test_fifo_no_reader, dump_end);
+    qtest_add("/filter-dump/fifo/stalled", Dump, NULL, dump_start,
+              test_fifo_stalled, dump_end);
+    qtest_add("/filter-dump/fifo/gone", Dump, &one, dump_start,
+              test_fifo_gone, dump_end);
+    qtest_add("/filter-dump/fifo/gone/partly", Dump, &too_many, dump_start,
+              test_fifo_gone, dump_end);
+    qtest_add("/filter-dump/fdset/file", Dump, NULL, dump_start,
+              test_fdset_file, dump_end);
+    qtest_add("/filter-dump/fdset/pipe", Dump, NULL, dump_start,
+              test_fdset_pipe, dump_end);
     return g_test_run();
 }
