@@ -36,31 +36,32 @@ int control_socket(void)
     return fd;
 }
 
+static void interface_ioctl(const char *name, unsigned long request,
+                            struct ifreq *ifr)
+{
+    g_strlcpy(ifr->ifr_name, name, IFNAMSIZ);
+    g_assert_cmpint(ioctl(control_socket(), request, ifr), ==, 0);
+}
+
 void set_up(const char *name, bool up)
 {
-    struct ifreq ifr = {};
+    struct ifreq ifr = { .ifr_flags = IFF_NOARP | (up ? IFF_UP : 0) };
 
-    g_strlcpy(ifr.ifr_name, name, IFNAMSIZ);
-    ifr.ifr_flags = IFF_NOARP | (up ? IFF_UP : 0);
-    g_assert_cmpint(ioctl(control_socket(), SIOCSIFFLAGS, &ifr), ==, 0);
+    interface_ioctl(name, SIOCSIFFLAGS, &ifr);
 }
 
 void set_queue_len(Tap *tap, int len)
 {
-    struct ifreq ifr = {};
+    struct ifreq ifr = { .ifr_qlen = len };
 
-    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
-    ifr.ifr_qlen = len;
-    g_assert_cmpint(ioctl(control_socket(), SIOCSIFTXQLEN, &ifr), ==, 0);
+    interface_ioctl(tap->name, SIOCSIFTXQLEN, &ifr);
 }
 
 void set_mtu(Tap *tap, int mtu)
 {
-    struct ifreq ifr = {};
+    struct ifreq ifr = { .ifr_mtu = mtu };
 
-    g_strlcpy(ifr.ifr_name, tap->name, IFNAMSIZ);
-    ifr.ifr_mtu = mtu;
-    g_assert_cmpint(ioctl(control_socket(), SIOCSIFMTU, &ifr), ==, 0);
+    interface_ioctl(tap->name, SIOCSIFMTU, &ifr);
 }
 
 bool bridge_new(char *name)
@@ -79,8 +80,7 @@ void bridge_add(const char *name, const Tap *tap)
 {
     struct ifreq ifr = { .ifr_ifindex = tap->index };
 
-    g_strlcpy(ifr.ifr_name, name, IFNAMSIZ);
-    g_assert_cmpint(ioctl(control_socket(), SIOCBRADDIF, &ifr), ==, 0);
+    interface_ioctl(name, SIOCBRADDIF, &ifr);
 }
 
 void bridge_delete(const char *name)
@@ -142,13 +142,13 @@ bool readable(int fd, int timeout)
     return pfd.revents;
 }
 
-bool tap_try_read(Tap *tap, Frame *frame)
+bool frame_read(int fd, Frame *frame)
 {
     struct iovec iov[] = {
         { &frame->hdr, sizeof(frame->hdr) },
         { frame->data, sizeof(frame->data) },
     };
-    ssize_t ret = readv(tap->fd, iov, 2);
+    ssize_t ret = readv(fd, iov, 2);
 
     if (ret < 0) {
         g_assert_cmpint(errno, ==, EAGAIN);
@@ -157,6 +157,11 @@ bool tap_try_read(Tap *tap, Frame *frame)
     g_assert_cmpint(ret, >=, sizeof(frame->hdr));
     frame->len = ret - sizeof(frame->hdr);
     return true;
+}
+
+bool tap_try_read(Tap *tap, Frame *frame)
+{
+    return frame_read(tap->fd, frame);
 }
 
 void tap_read(Tap *tap, Frame *frame)
@@ -216,16 +221,12 @@ static void set_sysctl(const char *name, const char *value)
     g_autofree char *path = g_strdup_printf("/proc/sys/net/%s", name);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
 
-    if (fd < 0) {
-        if (errno != ENOENT) {
-            no_namespace = "sysctls are not permitted";
-        }
-        return;
-    }
-    if (write(fd, value, strlen(value)) < 0) {
+    if (fd < 0 ? errno != ENOENT : write(fd, value, strlen(value)) < 0) {
         no_namespace = "sysctls are not permitted";
     }
-    close(fd);
+    if (fd >= 0) {
+        close(fd);
+    }
 }
 
 /*

@@ -65,12 +65,14 @@ void tap_set_offload(Tap *tap, unsigned offload);
 
 bool readable(int fd, int timeout);
 
+/* A frame with its header.  Returns: false if there is none. */
+bool frame_read(int fd, Frame *frame);
+bool frame_write(int fd, const Frame *frame);
+
 /* The guest reads. */
 bool tap_try_read(Tap *tap, Frame *frame);
 void tap_read(Tap *tap, Frame *frame);
 void tap_drain(Tap *tap);
-
-bool frame_write(int fd, const Frame *frame);
 
 /* The guest sends. */
 void tap_write(Tap *tap, const Frame *frame);
