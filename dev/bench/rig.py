@@ -121,14 +121,7 @@ class Tap:
         run('ip', 'link', 'set', self.name, 'mtu', str(mtu))
 
     def statistic(self, name):
-        # Not /sys/class/net: that shows the namespace it was mounted in.
-        for line in pathlib.Path('/proc/self/net/dev').read_text().split('\n'):
-            ifname, _, numbers = line.partition(':')
-            if ifname.strip() == self.name:
-                index = {'rx_packets': 1, 'rx_dropped': 3, 'tx_packets': 9,
-                         'tx_dropped': 11}[name]
-                return int(numbers.split()[index])
-        raise Failure(f'there is no interface {self.name}')
+        return common.interface_statistics(self.name)[name]
 
 
 class Program:

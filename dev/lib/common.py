@@ -116,3 +116,22 @@ def enter_namespace():
         os.close(os.open('/dev/net/tun', os.O_RDWR))
     except OSError as err:
         raise Skip(f'/dev/net/tun: {err.strerror}') from err
+
+
+def interface_statistics(name):
+    """Of an interface in our network namespace; None if there is none.
+    (/sys/class/net shows the namespace in which sysfs was mounted.)"""
+    for line in pathlib.Path('/proc/thread-self/net/dev').open():
+        ifname, _, numbers = line.partition(':')
+        if ifname.strip() == name:
+            values = [int(number) for number in numbers.split()]
+            return {'rx_packets': values[1], 'rx_dropped': values[3],
+                    'tx_packets': values[9], 'tx_dropped': values[11]}
+    return None
+
+
+def hooked_sockets():
+    """The inodes of the packet sockets that get frames"""
+    lines = pathlib.Path('/proc/thread-self/net/packet').read_text()
+    fields = [line.split() for line in lines.splitlines()[1:]]
+    return [int(f[8]) for f in fields if f[3] == '0003' and f[5] == '1']

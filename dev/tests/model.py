@@ -136,10 +136,8 @@ class Interface:
         self.was_down = False
 
     def tx_dropped(self):
-        for line in pathlib.Path('/proc/thread-self/net/dev').open():
-            if line.split(':')[0].strip() == self.name:
-                return int(line.split(':')[1].split()[11])
-        return 0
+        found = common.interface_statistics(self.name)
+        return found['tx_dropped'] if found else 0
 
     def unplug(self):
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
@@ -292,12 +290,8 @@ class World:
 
     def hooked(self):
         """Packet sockets that get frames, other than ours"""
-        ours = {str(os.fstat(tap.network.fileno()).st_ino)
-                for tap in self.taps}
-        lines = pathlib.Path('/proc/thread-self/net/packet').read_text()
-        fields = [line.split() for line in lines.splitlines()[1:]]
-        return sum(f[3] == '0003' and f[5] == '1' and f[8] not in ours
-                   for f in fields)
+        ours = {os.fstat(tap.network.fileno()).st_ino for tap in self.taps}
+        return len(set(common.hooked_sockets()) - ours)
 
     def expect_idle(self, when):
         clock = (~self.process.pid << 3) | 2
