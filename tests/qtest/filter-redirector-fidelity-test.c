@@ -18,11 +18,8 @@
  */
 
 #include "qemu/osdep.h"
-#include <poll.h>
-#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
 #include <linux/if_tun.h>
@@ -30,13 +27,7 @@
 #include "filter-redirector-rig.h"
 #include "libqos/virtio.h"
 #include "qemu/bswap.h"
-#include "qemu/cutils.h"
 #include "qemu/units.h"
-#include "qapi/error.h"
-#include "qobject/qdict.h"
-#include "qobject/qjson.h"
-#include "standard-headers/linux/virtio_config.h"
-#include "standard-headers/linux/virtio_net.h"
 #include "standard-headers/linux/virtio_pci.h"
 #include "standard-headers/linux/virtio_ring.h"
 
@@ -77,7 +68,10 @@ typedef struct Side {
     bool mergeable;
     uint64_t tx_addr;           /* the buffer of what the guest sends */
     size_t hdr_len;             /* that the guest's driver negotiated */
+    bool no_header;             /* vnet_hdr=off */
     size_t stream_hdr_len;      /* that the stream has */
+    bool stream_plain;          /* vnet_hdr_support=off */
+    unsigned skipped;           /* GSO packets that injrx cannot inject */
 } Side;
 
 /*
@@ -207,6 +201,11 @@ static size_t l4_len(uint8_t protocol)
     return protocol == IPPROTO_TCP ? 32 : 8;
 }
 
+static size_t l4_csum_offset(uint8_t protocol)
+{
+    return protocol == IPPROTO_TCP ? 16 : 6;
+}
+
 static void put_ip(uint8_t *ip, int version, uint8_t protocol, size_t len,
                    uint32_t number)
 {
@@ -298,7 +297,7 @@ static void packet_make(Packet *p, const Shape *shape, uint32_t number)
     }
     total = sum_pseudo(ip, l4 + shape->len, shape->protocol);
     p->hdr.csum_start = at;
-    p->hdr.csum_offset = shape->protocol == IPPROTO_TCP ? 16 : 6;
+    p->hdr.csum_offset = l4_csum_offset(shape->protocol);
     if (!shape->csum) {
         total = ~sum(p->data + at, p->len - at, total);
     }
@@ -313,6 +312,14 @@ static void packet_make(Packet *p, const Shape *shape, uint32_t number)
         p->hdr.gso_size = MSS;
         p->hdr.hdr_len = at + l4;
     }
+}
+
+static Packet *packet_new(const char *name, uint32_t number)
+{
+    Packet *p = g_new(Packet, 1);
+
+    packet_make(p, shape_named(name), number);
+    return p;
 }
 
 /* All bytes, and of the header what means something. */
@@ -349,7 +356,7 @@ static size_t packet_assert_segment(const Packet *got, const Packet *whole,
     size_t left = whole->len - headers - done;
     size_t len = whole->hdr.gso_type ? MIN(left, whole->hdr.gso_size) : left;
     g_autofree uint8_t *want = g_memdup2(whole->data, headers + len);
-    size_t csum_at = l4 + (protocol == IPPROTO_TCP ? 16 : 6);
+    size_t csum_at = l4 + l4_csum_offset(protocol);
     uint32_t pseudo;
 
     g_assert_cmpuint(got->len, ==, headers + len);
@@ -425,23 +432,16 @@ static void header_put(uint8_t *buf, size_t len,
 
 static int host_open(const char *ifname)
 {
-    struct sockaddr_ll addr = {
-        .sll_family = AF_PACKET,
-        .sll_protocol = htons(ETH_P_ALL),
-        .sll_ifindex = if_nametoindex(ifname),
-    };
     const int options[] = {
         PACKET_VNET_HDR, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING,
     };
-    int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1, size = 32 * MiB;
+    int fd = open_host_protocol(ifname, ETH_P_ALL), on = 1, size = 32 * MiB;
 
-    g_assert_cmpint(fd, >=, 0);
     for (int i = 0; i < ARRAY_SIZE(options); i++) {
         g_assert_cmpint(setsockopt(fd, SOL_PACKET, options[i], &on,
                                    sizeof(on)), ==, 0);
     }
     setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
-    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
     return fd;
 }
 
@@ -492,6 +492,14 @@ static void host_read(int fd, Packet *p)
     }
 }
 
+static void expect_host_packet(int fd, const Packet *want)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+
+    host_read(fd, got);
+    packet_assert_equal(got, want);
+}
+
 /* Before Linux 6.2 a virtio-net header cannot say it. */
 static bool kernel_has_uso(void)
 {
@@ -532,11 +540,14 @@ static void put_desc(Side *s, QVirtQueue *vq, int index, uint64_t addr,
     desc[index].flags = cpu_to_le16(flags);
 }
 
-/* Instead of guest_start(): @high are features from bit 64 on. */
-static void driver_start(Side *s, uint64_t features, uint32_t high)
+/* Start the driver, or reload it; @high are features from bit 64 on. */
+static void side_start(Side *s, uint64_t features, uint32_t high)
 {
     Fixture *f = &s->f;
 
+    if (f->guest.rx) {
+        guest_stop(f);
+    }
     f->guest.high_features = high;
     guest_start_queues(f, features);
     s->mergeable = guest_has(s, VIRTIO_NET_F_MRG_RXBUF);
@@ -546,6 +557,7 @@ static void driver_start(Side *s, uint64_t features, uint32_t high)
                  s->mergeable || guest_has(s, VIRTIO_F_VERSION_1) ?
                  sizeof(struct virtio_net_hdr_v1) :
                  sizeof(struct virtio_net_hdr);
+    s->stream_hdr_len = s->no_header ? 0 : s->hdr_len;
     for (int i = 0; i < (s->mergeable ? SMALL_BUFFERS : BIG_BUFFERS); i++) {
         size_t len = s->mergeable ? SMALL_BUFFER_LEN : BIG_BUFFER_LEN;
 
@@ -559,24 +571,9 @@ static void driver_start(Side *s, uint64_t features, uint32_t high)
     guest_notify(f, f->guest.rx);
 }
 
-static void driver_stop(Side *s)
-{
-    guest_stop(&s->f);
-    guest_free(&s->f.alloc, s->tx_addr);
-    for (int i = 0; i < RING_LEN; i++) {
-        if (s->f.guest.buffer[i]) {
-            guest_free(&s->f.alloc, s->f.guest.buffer[i]);
-            s->f.guest.buffer[i] = 0;
-        }
-    }
-}
-
 static void guest_write(Side *s, const Packet *p)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    Guest *guest = &s->f.guest;
-    QVirtQueue *tx = guest->tx;
-    uint8_t *buf = guest->ram + s->tx_addr;
+    uint8_t *buf = s->f.guest.ram + s->tx_addr;
 
     g_assert_cmpuint(s->hdr_len + p->len, <=, BIG_BUFFER_LEN);
     header_put(buf, s->hdr_len, &p->hdr);
@@ -587,29 +584,19 @@ static void guest_write(Side *s, const Packet *p)
         hdr->inner_nh_offset = cpu_to_le16(ETH_HLEN + TUNNEL_LEN);
     }
     memcpy(buf + s->hdr_len, p->data, p->len);
-    put_desc(s, tx, 0, s->tx_addr, s->hdr_len + p->len, 0);
-    guest_make_available(guest, tx, 0);
-    guest_notify(&s->f, tx);
-    while (tx->last_used_idx == guest_used_idx(guest, tx)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        sched_yield();
-    }
-    tx->last_used_idx++;
+    put_desc(s, s->f.guest.tx, 0, s->tx_addr, s->hdr_len + p->len, 0);
+    guest_send_head(&s->f, 0);
 }
 
 /* Returns: the number of bytes of one buffer, put to @buf. */
 static uint32_t guest_read_buffer(Side *s, uint8_t *buf, size_t size)
 {
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
     Guest *guest = &s->f.guest;
     QVirtQueue *rx = guest->rx;
     struct vring_used *used = (void *)(guest->ram + rx->used);
     uint32_t head, len;
 
-    while (rx->last_used_idx == guest_used_idx(guest, rx)) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        sched_yield();
-    }
+    WAIT_UNTIL(guest_used_idx(guest, rx) != rx->last_used_idx);
     head = le32_to_cpu(used->ring[rx->last_used_idx % rx->size].id);
     len = le32_to_cpu(used->ring[rx->last_used_idx % rx->size].len);
     rx->last_used_idx++;
@@ -679,52 +666,44 @@ static size_t packet_payload(const Packet *p)
            l4_len(ip_protocol(p->data + l3));
 }
 
-/* The segments of @want, of which the first has been read to @got */
-static void expect_guest_rest(Side *s, Packet *got, const Packet *want)
-{
-    size_t done = 0;
-
-    for (;;) {
-        done += packet_assert_segment(got, want, done,
-                                      guest_has(s, VIRTIO_NET_F_GUEST_CSUM));
-        if (done >= packet_payload(want)) {
-            break;
-        }
-        guest_read(s, got);
-    }
-}
-
 static void expect_guest_segments(Side *s, const Packet *want)
 {
     g_autofree Packet *got = g_new(Packet, 1);
+    size_t done = 0;
 
-    guest_read(s, got);
-    expect_guest_rest(s, got, want);
-}
-
-/* A GSO packet, whole or in segments */
-static void expect_guest_either(Side *s, const Packet *want)
-{
-    g_autofree Packet *got = g_new(Packet, 1);
-
-    guest_read(s, got);
-    if (got->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE) {
-        packet_assert_equal(got, want);
-    } else {
-        expect_guest_rest(s, got, want);
-    }
+    do {
+        guest_read(s, got);
+        done += packet_assert_segment(got, want, done,
+                                      guest_has(s, VIRTIO_NET_F_GUEST_CSUM));
+    } while (done < packet_payload(want));
 }
 
 static void expect_guest_packet(Side *s, const Packet *want)
 {
     g_autofree Packet *got = g_new(Packet, 1);
 
-    if (!guest_gets_whole(s, want)) {
+    if (guest_gets_whole(s, want)) {
+        guest_read(s, got);
+        packet_assert_equal(got, want);
+    } else {
         expect_guest_segments(s, want);
-        return;
     }
-    guest_read(s, got);
-    packet_assert_equal(got, want);
+}
+
+/* A GSO packet may come in segments though the guest can take it whole. */
+static void expect_guest_either(Side *s, const Packet *want)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+    size_t done = 0;
+
+    do {
+        guest_read(s, got);
+        if (!done && got->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE) {
+            packet_assert_equal(got, want);
+            return;
+        }
+        done += packet_assert_segment(got, want, done, true);
+    } while (done < packet_payload(want));
 }
 
 /*
@@ -732,17 +711,16 @@ static void expect_guest_packet(Side *s, const Packet *want)
  */
 
 /* A record, parsed to @p as the stream has it, and as it is to @record */
-static void stream_read(const Side *s, int fd, bool vnet_hdr, Packet *p,
-                        Record *record)
+static void stream_read(const Side *s, int fd, Packet *p, Record *record)
 {
-    size_t prefix = vnet_hdr ? 8 : 4, len;
+    size_t prefix = s->stream_plain ? 4 : 8, len;
     uint8_t *header = record->data + prefix;
 
     read_full(fd, record->data, prefix);
     len = ldl_be_p(record->data);
     g_assert_cmpuint(len, >=, s->stream_hdr_len + ETH_HLEN);
     g_assert_cmpuint(len, <=, sizeof(record->data) - prefix);
-    if (vnet_hdr) {
+    if (!s->stream_plain) {
         g_assert_cmpuint(ldl_be_p(record->data + 4), ==, s->stream_hdr_len);
     }
     read_full(fd, header, len);
@@ -768,11 +746,29 @@ static void stream_write(int fd, const Record *record)
     }
 }
 
+/* The next record at @fd has this packet. */
+static void expect_record(const Side *s, int fd, const Packet *want,
+                          Record *record)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+
+    stream_read(s, fd, got, record);
+    packet_assert_equal(got, want);
+}
+
+/* ... and is passed on. */
+static void pass_record(const Side *s, int from, int to, const Packet *want)
+{
+    g_autofree Record *record = g_new(Record, 1);
+
+    expect_record(s, from, want, record);
+    stream_write(to, record);
+}
+
 /*
  * Two sides
  */
 
-#define BASE (1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_NET_F_MRG_RXBUF)
 #define CSUM (1ull << VIRTIO_NET_F_CSUM | 1ull << VIRTIO_NET_F_GUEST_CSUM)
 #define TSO4 (1ull << VIRTIO_NET_F_HOST_TSO4 | 1ull << VIRTIO_NET_F_GUEST_TSO4)
 #define TSO6 (1ull << VIRTIO_NET_F_HOST_TSO6 | 1ull << VIRTIO_NET_F_GUEST_TSO6)
@@ -783,25 +779,14 @@ static void stream_write(int fd, const Record *record)
 static void side_open(Side *s, const char *netdev_opts, const char *nic_opts,
                       const char *args)
 {
-    g_autofree char *command = NULL;
     g_autofree char *all_args = g_strconcat(GUEST_MAP_ARGS, args, NULL);
 
     memset(s, 0, sizeof(*s));
     fixture_init(&s->f, netdev_opts, nic_opts, all_args);
     guest_map_ram(&s->f);
-    command = g_strdup_printf("ip link set %s mtu %d txqueuelen 5000",
-                              s->f.ifname, MTU);
-    g_assert_cmpint(system(command), ==, 0);
+    run_command("ip link set %s mtu %d txqueuelen 5000", s->f.ifname, MTU);
     s->host = host_open(s->f.ifname);
-}
-
-static void side_start(Side *s, uint64_t features, uint32_t high)
-{
-    if (s->f.guest.rx) {
-        driver_stop(s);
-    }
-    driver_start(s, features, high);
-    s->stream_hdr_len = s->hdr_len;
+    s->no_header = strstr(netdev_opts, "vnet_hdr=off");
 }
 
 static void side_close(Side *s)
@@ -814,16 +799,6 @@ static void side_close(Side *s)
 static uint64_t tx_dropped(Side *s)
 {
     return statistic(s->f.ifname, "tx_dropped");
-}
-
-static void wait_tx_dropped(Side *s, uint64_t value)
-{
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-
-    while (tx_dropped(s) < value) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        g_usleep(1000);
-    }
 }
 
 /* A captures both ways, to its peers "out" (tx) and "in" (rx) ... */
@@ -839,7 +814,26 @@ static void wait_tx_dropped(Side *s, uint64_t value)
     "-object filter-redirector,id=injrx,netdev=n0,indev=out,queue=rx," \
     "vnet_hdr_support=on%s"
 
-/* From the host to the guest */
+/* From the host to the guest, or from the guest to the host */
+static void packet_write(Side *s, const Packet *p, bool rx)
+{
+    if (rx) {
+        guest_write(s, p);
+    } else {
+        host_write(s->host, p);
+    }
+}
+
+static void expect_packet(Side *s, const Packet *want, bool rx)
+{
+    if (rx) {
+        expect_host_packet(s->host, want);
+    } else {
+        expect_guest_packet(s, want);
+    }
+}
+
+/* From the host to A's guest, and across to B's */
 static void pass_tx(Side *a, Side *b, const Packet *p)
 {
     g_autofree Packet *got = g_new(Packet, 1);
@@ -849,26 +843,21 @@ static void pass_tx(Side *a, Side *b, const Packet *p)
     host_write(a->host, p);
     expect_guest_packet(a, p);
     if (guest_gets_whole(a, p)) {
-        stream_read(a, a->f.out, true, got, record);
-        packet_assert_equal(got, p);
-        stream_write(b->f.in, record);
+        pass_record(a, a->f.out, b->f.in, p);
         expect_guest_packet(b, p);
         return;
     }
     /* The kernel cuts it for A before it is captured. */
     do {
-        size_t len;
-
-        stream_read(a, a->f.out, true, got, record);
-        len = packet_assert_segment(got, p, done,
-                                    guest_has(a, VIRTIO_NET_F_GUEST_CSUM));
-        done += len;
+        stream_read(a, a->f.out, got, record);
+        done += packet_assert_segment(got, p, done,
+                                      guest_has(a, VIRTIO_NET_F_GUEST_CSUM));
         stream_write(b->f.in, record);
         expect_guest_packet(b, got);
     } while (done < packet_payload(p));
 }
 
-/* From the guest to the host, and across: to another guest */
+/* From A's guest to the host, and across to B's guest and host */
 static void pass_rx(Side *a, Side *b, const Packet *p)
 {
     g_autofree Packet *got = g_new(Packet, 1);
@@ -878,53 +867,68 @@ static void pass_rx(Side *a, Side *b, const Packet *p)
         return;
     }
     guest_write(a, p);
-    host_read(a->host, got);
-    packet_assert_equal(got, p);
-    stream_read(a, a->f.in, true, got, record);
-    packet_assert_equal(got, p);
+    expect_host_packet(a->host, p);
+    expect_record(a, a->f.in, p, record);
 
     stream_write(b->f.in, record);
     expect_guest_packet(b, p);
 
-    /* A header that is not there cannot say it. */
-    if (b->stream_hdr_len || p->hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE) {
-        stream_write(b->f.out, record);
+    stream_write(b->f.out, record);
+    if (b->stream_hdr_len || !p->hdr.flags) {
+        expect_host_packet(b->host, p);
+    } else if (p->hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE) {
         host_read(b->host, got);
-        if (b->stream_hdr_len || !p->hdr.flags) {
-            packet_assert_equal(got, p);
-        } else {
-            packet_assert_segment(got, p, 0, false);
-        }
+        packet_assert_segment(got, p, 0, false);
+    } else {
+        /* The network cannot get it whole without a header. */
+        wait_counter(&b->f, "injrx", "inject-skipped", ++b->skipped);
     }
 }
 
+/* @only are patterns, separated by "|". */
 static void pass_shapes(Side *a, Side *b, const char *only)
 {
+    g_auto(GStrv) patterns = g_strsplit(only, "|", -1);
     g_autofree Packet *p = g_new(Packet, 1);
 
     for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
-        if ((only && !g_pattern_match_simple(only, shapes[i].name)) ||
-            !kernel_has_shape(&shapes[i])) {
-            continue;
+        bool match = false;
+
+        for (char **pattern = patterns; *pattern; pattern++) {
+            match |= g_pattern_match_simple(*pattern, shapes[i].name);
         }
-        g_test_message("%s", shapes[i].name);
-        packet_make(p, &shapes[i], i);
-        pass_tx(a, b, p);
-        packet_make(p, &shapes[i], 100 + i);
-        pass_rx(a, b, p);
+        if (match && kernel_has_shape(&shapes[i])) {
+            g_test_message("%s", shapes[i].name);
+            packet_make(p, &shapes[i], i);
+            pass_tx(a, b, p);
+            packet_make(p, &shapes[i], 100 + i);
+            pass_rx(a, b, p);
+        }
     }
 }
 
-static void pair_open(Side *a, Side *b, const char *netdev_opts,
-                      const char *nic_opts, const char *filter_opts)
+static void pair_open(Side *a, Side *b, const char *a_netdev_opts,
+                      const char *b_netdev_opts, const char *nic_opts,
+                      const char *filter_opts)
 {
     g_autofree char *a_args = g_strdup_printf(SIDE_A, filter_opts,
                                               filter_opts);
     g_autofree char *b_args = g_strdup_printf(SIDE_B, filter_opts,
                                               filter_opts);
 
-    side_open(a, netdev_opts, nic_opts, a_args);
-    side_open(b, netdev_opts, nic_opts, b_args);
+    side_open(a, a_netdev_opts, nic_opts, a_args);
+    side_open(b, b_netdev_opts, nic_opts, b_args);
+}
+
+/* With vhost and all offloads */
+static void pair_start(Side *a, Side *b, const char *a_netdev_opts,
+                       const char *b_netdev_opts)
+{
+    pair_open(a, b, a_netdev_opts, b_netdev_opts, "", "");
+    side_start(a, GUEST_FEATURES | OFFLOADS, 0);
+    side_start(b, GUEST_FEATURES | OFFLOADS, 0);
+    g_assert_true(vhost_started(&a->f));
+    g_assert_true(vhost_started(&b->f));
 }
 
 /* What must go in segments is not tried otherwise: the kernel would tell. */
@@ -940,12 +944,8 @@ static void test_all_offloads(void)
 {
     Side a, b;
 
-    pair_open(&a, &b, "vhost=on", "", "");
-    side_start(&a, BASE | OFFLOADS, 0);
-    side_start(&b, BASE | OFFLOADS, 0);
-    g_assert_true(vhost_started(&a.f));
-    g_assert_true(vhost_started(&b.f));
-    pass_shapes(&a, &b, NULL);
+    pair_start(&a, &b, "vhost=on", "vhost=on");
+    pass_shapes(&a, &b, "*");
     pair_close(&a, &b);
 }
 
@@ -965,17 +965,14 @@ static void test_fewer_offloads(void)
     };
     Side a, b;
 
-    pair_open(&a, &b, "vhost=on", "", "");
+    pair_open(&a, &b, "vhost=on", "vhost=on", "", "");
     for (int i = 0; i < ARRAY_SIZE(cases); i++) {
         g_test_message("case %d", i);
         if (!i || cases[i].a != cases[i - 1].a) {
-            side_start(&a, BASE | cases[i].a, 0);
+            side_start(&a, GUEST_FEATURES | cases[i].a, 0);
         }
-        side_start(&b, BASE | cases[i].b, 0);
-        pass_shapes(&a, &b, "TSO*");
-        pass_shapes(&a, &b, "USO*");
-        pass_shapes(&a, &b, "TCP");
-        pass_shapes(&a, &b, "UDP, tagged");
+        side_start(&b, GUEST_FEATURES | cases[i].b, 0);
+        pass_shapes(&a, &b, "TSO*|USO*|TCP|UDP, tagged");
     }
     pair_close(&a, &b);
 }
@@ -984,143 +981,78 @@ static void test_fewer_offloads(void)
  * Headers: of each length on either side, changed by reloading the driver
  */
 
-typedef struct HeaderCase {
-    uint64_t features;
-    uint32_t high;
-    size_t len;
-} HeaderCase;
+typedef struct Headers {
+    const char *path;
+    const char *netdev_opts;
+    const char *nic_opts;
+    const char *filter_opts;
+    struct {
+        uint64_t features;
+        size_t len;
+    } sides[2];
+} Headers;
 
-static void header_start(Side *s, const HeaderCase *hc)
+static const Headers headers[] = {
+    /* Without and with mergeable buffers */
+    { "header/legacy", "vhost=on", ",disable-modern=on", "",
+      { { 0, 10 }, { 1ull << VIRTIO_NET_F_MRG_RXBUF, 12 } } },
+    { "header/modern", "vhost=on", "", "",
+      { { 1ull << VIRTIO_F_VERSION_1, 12 }, { GUEST_FEATURES, 12 } } },
+    /* No kernel's vhost has hash reporting (as of 6.18). */
+    { "header/hash-report", "vhost=off", ",hash=on", ",packet-socket=on",
+      { { GUEST_FEATURES | 1ull << VIRTIO_NET_F_HASH_REPORT, 20 },
+        { GUEST_FEATURES, 12 } } },
+};
+
+static void headers_start(Side *s, const Headers *h, int side)
 {
-    side_start(s, hc->features, hc->high);
-    g_assert_cmpuint(s->hdr_len, ==, hc->len);
+    side_start(s, h->sides[side].features | OFFLOADS, 0);
+    g_assert_cmpuint(s->hdr_len, ==, h->sides[side].len);
 }
 
-static void run_headers(const char *netdev_opts, const char *nic_opts,
-                        const char *filter_opts,
-                        const HeaderCase *cases, int n)
+static void test_headers(const void *data)
 {
+    const Headers *h = data;
     Side a, b;
 
-    pair_open(&a, &b, netdev_opts, nic_opts, filter_opts);
-    for (int i = 0; i < n * n; i++) {
-        g_test_message("from %zu to %zu bytes", cases[i / n].len,
-                       cases[i % n].len);
-        if (i % n == 0) {
-            header_start(&a, &cases[i / n]);
+    pair_open(&a, &b, h->netdev_opts, h->netdev_opts, h->nic_opts,
+              h->filter_opts);
+    for (int i = 0; i < 4; i++) {
+        g_test_message("from %zu to %zu bytes", h->sides[i / 2].len,
+                       h->sides[i % 2].len);
+        if (i % 2 == 0) {
+            headers_start(&a, h, i / 2);
         }
-        header_start(&b, &cases[i % n]);
-        pass_shapes(&a, &b, "60 bytes");
-        pass_shapes(&a, &b, "QinQ");
-        pass_shapes(&a, &b, "UDP");
-        pass_shapes(&a, &b, "TSO");
-        pass_shapes(&a, &b, "longest TSO");
+        headers_start(&b, h, i % 2);
+        pass_shapes(&a, &b, "60 bytes|QinQ|UDP|TSO|longest TSO");
     }
     pair_close(&a, &b);
 }
 
-/* Without and with mergeable buffers */
-static void test_header_legacy(void)
-{
-    static const HeaderCase cases[] = {
-        { OFFLOADS, 0, 10 },
-        { 1ull << VIRTIO_NET_F_MRG_RXBUF | OFFLOADS, 0, 12 },
-    };
+#define WITHOUT_HEADER "60 bytes|*tag*|*QinQ*|UDP*|TCP*|TSO*"
 
-    run_headers("vhost=on", ",disable-modern=on", "", cases,
-                ARRAY_SIZE(cases));
-}
-
-static void test_header_modern(void)
-{
-    static const HeaderCase cases[] = {
-        { 1ull << VIRTIO_F_VERSION_1 | OFFLOADS, 0, 12 },
-        { BASE | OFFLOADS, 0, 12 },
-    };
-
-    run_headers("vhost=on", "", "", cases, ARRAY_SIZE(cases));
-}
-
-/* No kernel's vhost has hash reporting (as of 6.18). */
-static void test_header_hash(void)
-{
-    static const HeaderCase cases[] = {
-        { BASE | OFFLOADS | 1ull << VIRTIO_NET_F_HASH_REPORT, 0, 20 },
-        { BASE | OFFLOADS, 0, 12 },
-    };
-
-    run_headers("vhost=off", ",hash=on", ",packet-socket=on", cases,
-                ARRAY_SIZE(cases));
-}
-
-/* There is no header: what it would say must be done before. */
+/*
+ * There is no header: what it would say must be done before.  vhost puts a
+ * header of zeroes before a frame, and skips the guest's.
+ */
 static void test_header_none(void)
 {
     Side a, b;
 
-    /* vhost puts a header of zeroes before a frame, and skips the guest's. */
-    pair_open(&a, &b, "vhost=on,vnet_hdr=off", "", "");
-    side_start(&a, BASE | OFFLOADS, 0);
-    side_start(&b, BASE | OFFLOADS, 0);
+    pair_start(&a, &b, "vhost=on,vnet_hdr=off", "vhost=on,vnet_hdr=off");
     g_assert_false(guest_has(&a, VIRTIO_NET_F_CSUM));
-    g_assert_true(vhost_started(&a.f));
-    a.stream_hdr_len = b.stream_hdr_len = 0;
-    pass_shapes(&a, &b, "60 bytes");
-    pass_shapes(&a, &b, "*tag*");
-    pass_shapes(&a, &b, "*QinQ*");
-    pass_shapes(&a, &b, "UDP");
-    pass_shapes(&a, &b, "TSO*");
+    pass_shapes(&a, &b, WITHOUT_HEADER);
     pair_close(&a, &b);
 }
 
 /* From one that has a header to one that has none */
 static void test_header_to_none(void)
 {
-    g_autofree char *a_args = g_strdup_printf(SIDE_A, "", "");
-    g_autofree char *b_args = g_strdup_printf(SIDE_B, "", "");
     Side a, b;
 
-    side_open(&a, "vhost=on", "", a_args);
-    side_open(&b, "vhost=on,vnet_hdr=off", "", b_args);
-    side_start(&a, BASE | OFFLOADS, 0);
-    side_start(&b, BASE | OFFLOADS, 0);
-    b.stream_hdr_len = 0;
-    pass_shapes(&a, &b, "60 bytes");
-    pass_shapes(&a, &b, "*tag*");
-    pass_shapes(&a, &b, "*QinQ*");
-    pass_shapes(&a, &b, "UDP*");
-    pass_shapes(&a, &b, "TCP*");
-    pass_shapes(&a, &b, "TSO*");
-    g_assert_cmpuint(counter(&b.f, "injrx", "inject-skipped"), ==, 0);
-    pair_close(&a, &b);
-}
-
-/* The network cannot get a packet whole without a header. */
-static void test_header_to_none_gso(void)
-{
-    static const Shape tso = GSO("TSO", 4, IPPROTO_TCP, TCPV4, 4000);
-    static const Shape plain = PLAIN("plain", 100);
-    g_autofree char *a_args = g_strdup_printf(SIDE_A, "", "");
-    g_autofree char *b_args = g_strdup_printf(SIDE_B, "", "");
-    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
-    g_autofree Record *record = g_new(Record, 1);
-    Side a, b;
-
-    side_open(&a, "vhost=on", "", a_args);
-    side_open(&b, "vhost=on,vnet_hdr=off", "", b_args);
-    side_start(&a, BASE | OFFLOADS, 0);
-    side_start(&b, BASE, 0);
-    packet_make(p, &tso, 1);
-    guest_write(&a, p);
-    stream_read(&a, a.f.in, true, got, record);
-    stream_write(b.f.out, record);
-    packet_make(p, &plain, 2);
-    guest_write(&a, p);
-    stream_read(&a, a.f.in, true, got, record);
-    stream_write(b.f.out, record);
-    host_read(b.host, got);
-    packet_assert_equal(got, p);
-    g_assert_cmpuint(counter(&b.f, "injrx", "inject-skipped"), ==, 1);
+    pair_start(&a, &b, "vhost=on", "vhost=on,vnet_hdr=off");
+    pass_shapes(&a, &b, WITHOUT_HEADER);
+    g_assert_cmpuint(b.skipped, >, 0);
     pair_close(&a, &b);
 }
 
@@ -1131,32 +1063,20 @@ static void test_header_to_none_gso(void)
 static void test_vlan_device(void)
 {
     static const Shape inner = PLAIN("inner", 300);
-    static const Shape one = {
-        "one", 304, .tpid = { ETH_P_8021Q }, .tci = { 5 },
-    };
-    static const Shape two = {
-        "two", 308, .tpid = { ETH_P_8021Q, ETH_P_8021Q }, .tci = { 5, 7 },
-    };
-    static const Shape service = {
-        "service", 304, .tpid = { ETH_P_8021AD }, .tci = { 9 },
-    };
     static const struct {
         const char *name;
-        const Shape *shape;
+        Shape tagged;
     } devices[] = {
-        { "fidelity.5", &one },
-        { "fidelity.5.7", &two },
-        { "fidelity.9", &service },
+        { "fidelity.5", { "", 304, .tpid = { ETH_P_8021Q }, .tci = { 5 } } },
+        { "fidelity.5.7", { "", 308, .tpid = { ETH_P_8021Q, ETH_P_8021Q },
+                            .tci = { 5, 7 } } },
+        { "fidelity.9", { "", 304, .tpid = { ETH_P_8021AD }, .tci = { 9 } } },
     };
     g_autofree Packet *p = g_new(Packet, 1), *tagged = g_new(Packet, 1);
-    g_autofree Packet *got = g_new(Packet, 1);
-    g_autofree Record *record = g_new(Record, 1);
     g_autofree char *command = NULL;
     Side a, b;
 
-    pair_open(&a, &b, "vhost=on", "", "");
-    side_start(&a, BASE | OFFLOADS, 0);
-    side_start(&b, BASE | OFFLOADS, 0);
+    pair_start(&a, &b, "vhost=on", "vhost=on");
     command = g_strdup_printf(
         "ip link add link %s name fidelity.5 type vlan id 5 && "
         "ip link add link fidelity.5 name fidelity.5.7 type vlan id 7 && "
@@ -1168,146 +1088,27 @@ static void test_vlan_device(void)
         return;
     }
     for (int i = 0; i < ARRAY_SIZE(devices); i++) {
-        set_interface_up(devices[i].name, true);
-    }
-    for (int i = 0; i < ARRAY_SIZE(devices); i++) {
-        size_t at = devices[i].shape->len - inner.len;
-        int fd = host_open(devices[i].name);
+        size_t at = devices[i].tagged.len - inner.len;
+        int fd;
 
         g_test_message("%s", devices[i].name);
+        set_interface_up(devices[i].name, true);
+        fd = host_open(devices[i].name);
         packet_make(p, &inner, i);
-        packet_make(tagged, devices[i].shape, i);
+        packet_make(tagged, &devices[i].tagged, i);
         memcpy(tagged->data + ETH_HLEN + at, p->data + ETH_HLEN,
                p->len - ETH_HLEN);
         host_write(fd, p);
         expect_guest_packet(&a, tagged);
-        stream_read(&a, a.f.out, true, got, record);
-        packet_assert_equal(got, tagged);
-        stream_write(b.f.in, record);
+        pass_record(&a, a.f.out, b.f.in, tagged);
         expect_guest_packet(&b, tagged);
 
         guest_write(&a, tagged);
-        host_read(fd, got);
-        packet_assert_equal(got, p);
-        stream_read(&a, a.f.in, true, got, record);
-        packet_assert_equal(got, tagged);
-        stream_write(b.f.out, record);
-        host_read(b.host, got);
-        packet_assert_equal(got, tagged);
+        expect_host_packet(fd, p);
+        pass_record(&a, a.f.in, b.f.out, tagged);
+        expect_host_packet(b.host, tagged);
         close(fd);
     }
-    pair_close(&a, &b);
-}
-
-/*
- * Offloads that cannot be had in full
- */
-
-/* Make a UDP packet one that is to be sent in fragments of IP. */
-static void packet_make_ufo(Packet *p, uint32_t number)
-{
-    static const Shape udp = L4("UFO", 4, IPPROTO_UDP, 5000);
-
-    packet_make(p, &udp, number);
-    stw_be_p(p->data + ETH_HLEN + 6, 0);    /* it may be fragmented */
-    stw_be_p(p->data + ETH_HLEN + 10, 0);
-    stw_be_p(p->data + ETH_HLEN + 10, ~sum(p->data + ETH_HLEN, 20, 0));
-    p->hdr.gso_type = VIRTIO_NET_HDR_GSO_UDP;
-    p->hdr.gso_size = 1480;
-    p->hdr.hdr_len = ETH_HLEN + 20 + 8;
-}
-
-static void inject_packet(Side *s, const Packet *p)
-{
-    g_autofree Record *record = g_new(Record, 1);
-    uint8_t *header = record->data + 8;
-
-    record->len = 8 + s->hdr_len + p->len;
-    stl_be_p(record->data, s->hdr_len + p->len);
-    stl_be_p(record->data + 4, s->hdr_len);
-    header_put(header, s->hdr_len, &p->hdr);
-    memcpy(header + s->hdr_len, p->data, p->len);
-    stream_write(s->f.in, record);
-}
-
-/* Returns how many packets were not captured, as the counters tell. */
-static uint64_t capture_lost(Side *s)
-{
-    return counter(&s->f, "caprx", "capture-kernel-drops") +
-           counter(&s->f, "caprx", "capture-skipped");
-}
-
-/*
- * Get the ring of the capture stuck.  That costs a few packets, which are
- * counted; those that come while the ring is given up are not.
- */
-static void capture_get_stuck(Side *s, const Packet *ufo)
-{
-    static const Shape shape = PLAIN("plain", 100);
-    g_autofree Packet *plain = g_new(Packet, 1), *got = g_new(Packet, 1);
-    g_autofree Record *record = g_new(Record, 1);
-    struct pollfd poll_in = { .fd = s->f.in, .events = POLLIN };
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    unsigned sent = 0;
-
-    guest_write(s, ufo);
-    do {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        packet_make(plain, &shape, ++sent);
-        guest_write(s, plain);
-    } while (!poll(&poll_in, 1, 20));
-    stream_read(s, s->f.in, true, got, record);
-    packet_assert_equal(got, plain);
-    g_assert_cmpuint(capture_lost(s), >, 0);
-    g_assert_cmpuint(capture_lost(s), <=, sent);
-}
-
-/*
- * UFO has gone from the kernel (Linux 4.14), and no packet socket has a header
- * for it: that is counted, and what comes behind is captured or injected.
- */
-static void test_ufo(void)
-{
-    static const Shape shape = PLAIN("plain", 100);
-    g_autofree Packet *ufo = g_new(Packet, 1), *plain = g_new(Packet, 1);
-    g_autofree Packet *got = g_new(Packet, 1);
-    g_autofree Record *record = g_new(Record, 1);
-    uint64_t features = BASE | OFFLOADS | 1ull << VIRTIO_NET_F_HOST_UFO |
-                        1ull << VIRTIO_NET_F_GUEST_UFO;
-    uint64_t lost;
-    Side a, b;
-
-    pair_open(&a, &b, "vhost=on", "", "");
-    side_start(&a, features, 0);
-    side_start(&b, features, 0);
-    if (!guest_has(&a, VIRTIO_NET_F_HOST_UFO)) {
-        g_test_skip("the kernel has no UFO");
-        pair_close(&a, &b);
-        return;
-    }
-    packet_make_ufo(ufo, 1);
-    capture_get_stuck(&a, ufo);
-    lost = capture_lost(&a);
-    for (unsigned i = 0; i < 1000; i++) {
-        guest_write(&a, ufo);
-        packet_make(plain, &shape, i);
-        guest_write(&a, plain);
-        stream_read(&a, a.f.in, true, got, record);
-        packet_assert_equal(got, plain);
-    }
-    g_assert_cmpuint(capture_lost(&a) - lost, ==, 1000);
-
-    /* To the guest, as another source can send it: that is not segmented. */
-    record->len = 8 + b.hdr_len + ufo->len;
-    stl_be_p(record->data, b.hdr_len + ufo->len);
-    stl_be_p(record->data + 4, b.hdr_len);
-    header_put(record->data + 8, b.hdr_len, &ufo->hdr);
-    memcpy(record->data + 8 + b.hdr_len, ufo->data, ufo->len);
-    stream_write(b.f.in, record);
-    packet_make(plain, &shape, 3);
-    inject_packet(&b, plain);
-    expect_guest_packet(&b, plain);
-    g_assert_cmpuint(counter(&b.f, "injtx", "inject-skipped"), ==, 1);
     pair_close(&a, &b);
 }
 
@@ -1331,25 +1132,25 @@ static uint32_t device_high_features(Side *s)
                                   device_feature));
 }
 
-static void packet_make_tunnel(Packet *p, uint32_t number)
+static Packet *packet_new_tunnel(uint32_t number)
 {
-    static const Shape tso = GSO("TSO", 4, IPPROTO_TCP, TCPV4, 4000);
-    uint8_t *ip = p->data + ETH_HLEN;
+    Packet *p = packet_new("TSO", number);
+    uint8_t *ip = p->data + ETH_HLEN, *udp = ip + 20;
 
-    packet_make(p, &tso, number);
     memmove(ip + TUNNEL_LEN, ip, p->len - ETH_HLEN);
     memcpy(ip + TUNNEL_LEN - ETH_HLEN, p->data, ETH_HLEN);
     p->len += TUNNEL_LEN;
     put_ip(ip, 4, IPPROTO_UDP, p->len - ETH_HLEN - 20, number);
-    memset(ip + 20, 0, 16);
-    stw_be_p(ip + 20, 50000);
-    stw_be_p(ip + 22, 4789);
-    stw_be_p(ip + 24, p->len - ETH_HLEN - 20);
-    ip[28] = 8;                 /* VXLAN: there is an identifier */
-    ip[34] = 42;
+    memset(udp, 0, 16);
+    stw_be_p(udp, 50000);
+    stw_be_p(udp + 2, 4789);
+    stw_be_p(udp + 4, p->len - ETH_HLEN - 20);
+    udp[8] = 8;                 /* VXLAN: there is an identifier */
+    udp[14] = 42;
     p->hdr.csum_start += TUNNEL_LEN;
     p->hdr.hdr_len += TUNNEL_LEN;
     p->hdr.gso_type |= VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4;
+    return p;
 }
 
 /* What makes up @want, with all headers around each piece */
@@ -1376,46 +1177,48 @@ static void expect_guest_tunnel(Side *s, const Packet *want)
     }
 }
 
+/* From the guest of A to the network, and across to both of B */
+static void pass_tunnel(Side *a, Side *b, const Packet *p)
+{
+    g_autofree Packet *got = g_new(Packet, 1);
+    g_autofree Record *record = g_new(Record, 1);
+    struct virtio_net_hdr_v1_hash_tunnel *hdr = (void *)(record->data + 8);
+
+    guest_write(a, p);
+    host_read(a->host, got);
+    g_assert_cmpmem(got->data, got->len, p->data, p->len);
+    expect_record(a, a->f.in, p, record);
+    g_assert_cmpuint(le16_to_cpu(hdr->outer_th_offset), ==, ETH_HLEN + 20);
+    g_assert_cmpuint(le16_to_cpu(hdr->inner_nh_offset), ==,
+                     ETH_HLEN + TUNNEL_LEN);
+    stream_write(b->f.in, record);
+    expect_guest_tunnel(b, p);
+    if (b->hdr_len == a->hdr_len) {
+        stream_write(b->f.out, record);
+        host_read(b->host, got);
+        g_assert_cmpmem(got->data, got->len, p->data, p->len);
+    }
+}
+
 static void run_tunnel(const char *netdev_opts, const char *filter_opts)
 {
-    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
-    g_autofree Record *record = g_new(Record, 1);
-    struct virtio_net_hdr_v1_hash_tunnel *hdr;
     Side a, b;
 
-    pair_open(&a, &b, netdev_opts, "", filter_opts);
+    pair_open(&a, &b, netdev_opts, netdev_opts, "", filter_opts);
     if ((device_high_features(&a) & TUNNEL_FEATURES) != TUNNEL_FEATURES) {
         g_test_skip("needs the offloads of UDP tunnels of Linux 6.17");
         pair_close(&a, &b);
         return;
     }
     for (int i = 0; i < 4; i++) {
-        side_start(&a, BASE | OFFLOADS, i & 2 ? 0 : TUNNEL_FEATURES);
-        side_start(&b, BASE | OFFLOADS, i & 1 ? 0 : TUNNEL_FEATURES);
+        g_autofree Packet *p = packet_new_tunnel(i);
+
+        side_start(&a, GUEST_FEATURES | OFFLOADS, i & 2 ? 0 : TUNNEL_FEATURES);
+        side_start(&b, GUEST_FEATURES | OFFLOADS, i & 1 ? 0 : TUNNEL_FEATURES);
         g_test_message("from %zu to %zu bytes", a.hdr_len, b.hdr_len);
-        pass_shapes(&a, &b, "60 bytes");
-        pass_shapes(&a, &b, "QinQ");
-        pass_shapes(&a, &b, "UDP");
-        pass_shapes(&a, &b, "TSO*");
-        if (i & 2) {
-            continue;
-        }
-        packet_make_tunnel(p, i);
-        guest_write(&a, p);
-        host_read(a.host, got);
-        g_assert_cmpmem(got->data, got->len, p->data, p->len);
-        stream_read(&a, a.f.in, true, got, record);
-        packet_assert_equal(got, p);
-        hdr = (void *)(record->data + 8);
-        g_assert_cmpuint(le16_to_cpu(hdr->outer_th_offset), ==, ETH_HLEN + 20);
-        g_assert_cmpuint(le16_to_cpu(hdr->inner_nh_offset), ==,
-                         ETH_HLEN + TUNNEL_LEN);
-        stream_write(b.f.in, record);
-        expect_guest_tunnel(&b, p);
-        if (b.hdr_len == a.hdr_len) {
-            stream_write(b.f.out, record);
-            host_read(b.host, got);
-            g_assert_cmpmem(got->data, got->len, p->data, p->len);
+        pass_shapes(&a, &b, "60 bytes|QinQ|UDP|TSO*");
+        if (!(i & 2)) {
+            pass_tunnel(&a, &b, p);
         }
     }
     pair_close(&a, &b);
@@ -1432,18 +1235,26 @@ static void test_header_tunnel_no_vhost(void)
 }
 
 /*
- * GSO packets that have to wait, or that the kernel refuses for ever
+ * GSO packets that have to wait, or cannot be injected
  */
 
-/* Write @p to the injector that puts it in toward the guest. */
+static void inject_packet(Side *s, const Packet *p)
+{
+    g_autofree Record *record = g_new(Record, 1);
+    uint8_t *header = record->data + 8;
+
+    record->len = 8 + s->hdr_len + p->len;
+    stl_be_p(record->data, s->hdr_len + p->len);
+    stl_be_p(record->data + 4, s->hdr_len);
+    header_put(header, s->hdr_len, &p->hdr);
+    memcpy(header + s->hdr_len, p->data, p->len);
+    stream_write(s->f.in, record);
+}
+
 static void injecting_open(Side *s, uint64_t features, const char *ip_args)
 {
-    g_autofree char *command = NULL;
-
-    side_open(s, "vhost=on", "", "-object filter-redirector,id=inj,netdev=n0,"
-              "indev=in,queue=tx,vnet_hdr_support=on,enable_when_stopped=on");
-    command = g_strdup_printf("ip link set %s %s", s->f.ifname, ip_args);
-    g_assert_cmpint(system(command), ==, 0);
+    side_open(s, "vhost=on", "", INJECT "tx,enable_when_stopped=on");
+    run_command("ip link set %s %s", s->f.ifname, ip_args);
     side_start(s, features, 0);
 }
 
@@ -1452,25 +1263,25 @@ static void injecting_open(Side *s, uint64_t features, const char *ip_args)
  */
 static void test_gso_peer_leaves(void)
 {
-    const Shape *shape = shape_named("longest TSO");
-    g_autofree Packet *p = g_new(Packet, 1);
+    g_autofree Packet *p = packet_new("longest TSO", 0);
     Side s;
 
-    injecting_open(&s, BASE, "txqueuelen 10");
+    injecting_open(&s, GUEST_FEATURES, "txqueuelen 10");
     vm_stop(&s.f);
-    packet_make(p, shape, 0);
     inject_packet(&s, p);
-    for (int i = 0; i < 3; i++) {
-        wait_tx_dropped(&s, tx_dropped(&s) + 1);
-        close(s.f.in);
-        expect_connected(&s.f, "in", false);
-        s.f.in = connect_to(&s.f, "in");
+    for (int i = 0; i < 4; i++) {
+        uint64_t dropped = tx_dropped(&s);
+
+        WAIT_UNTIL(tx_dropped(&s) > dropped);
+        if (i < 3) {
+            close(s.f.in);
+            expect_connected(&s.f, "in", false);
+            s.f.in = connect_to(&s.f, "in");
+        }
     }
-    wait_tx_dropped(&s, tx_dropped(&s) + 1);
     g_assert_cmpuint(counter(&s.f, "inj", "inject-packets"), ==, 0);
     vm_cont(&s.f);
     expect_guest_segments(&s, p);
-    packet_make(p, shape, 1);
     inject_packet(&s, p);
     expect_guest_segments(&s, p);
     wait_counter(&s.f, "inj", "inject-packets", 2);
@@ -1485,21 +1296,20 @@ static void test_gso_waits(void)
 {
     /* For a second or more; the packet and its segments are tried. */
     const uint32_t room = 10, tries = 38;
-    const Shape *shape = shape_named("TSO");
     g_autofree Packet *p = g_new(Packet, 1);
     Side s;
 
-    injecting_open(&s, BASE | OFFLOADS, "txqueuelen 10");
+    injecting_open(&s, GUEST_FEATURES | OFFLOADS, "txqueuelen 10");
     vm_stop(&s.f);
     for (uint32_t n = 0; n < room + 2; n++) {
-        packet_make(p, shape, n);
+        packet_make(p, shape_named("TSO"), n);
         inject_packet(&s, p);
     }
-    wait_tx_dropped(&s, tries);
+    WAIT_UNTIL(tx_dropped(&s) >= tries);
     g_assert_cmpuint(counter(&s.f, "inj", "inject-packets"), ==, room);
     vm_cont(&s.f);
     for (uint32_t n = 0; n < room + 2; n++) {
-        packet_make(p, shape, n);
+        packet_make(p, shape_named("TSO"), n);
         if (n >= room) {
             expect_guest_either(&s, p);
         } else {
@@ -1509,44 +1319,26 @@ static void test_gso_waits(void)
     side_close(&s);
 }
 
-/* Senders say what they like in hdr_len: the segments are the same. */
-static void test_gso_hdr_len(void)
+/*
+ * UFO has gone from the kernel (Linux 4.14) but for what guests negotiate: no
+ * packet socket takes it, and it is not segmented.
+ */
+static void test_gso_unknown(void)
 {
-    static const char *const shapes[] = { "TSO", "TSO over IPv6" };
-    static const uint16_t lengths[] = { 0, 20, 54, 100, 1000, UINT16_MAX };
-    g_autofree Packet *p = g_new(Packet, 1);
+    g_autofree Packet *ufo = packet_new("UDP, jumbo", 0);
+    g_autofree Packet *plain = packet_new("60 bytes", 1);
     Side s;
 
-    injecting_open(&s, BASE, "mtu 1500");
-    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
-        for (int j = 0; j < ARRAY_SIZE(lengths); j++) {
-            packet_make(p, shape_named(shapes[i]), j);
-            p->hdr.hdr_len = lengths[j];
-            inject_packet(&s, p);
-            expect_guest_segments(&s, p);
-        }
-    }
-    g_assert_cmpuint(counter(&s.f, "inj", "inject-skipped"), ==, 0);
-    side_close(&s);
-}
-
-/* The kernel says the same of a packet that it never takes. */
-static void test_gso_refused(void)
-{
-    const Shape *big = shape_named("TSO");
-    const Shape *small = shape_named("TSO, just two");
-    g_autofree Packet *p = g_new(Packet, 1);
-    Side s;
-
-    injecting_open(&s, BASE | OFFLOADS, "gso_max_size 3000");
-    for (uint32_t n = 0; n < 2; n++) {
-        packet_make(p, big, n);
-        inject_packet(&s, p);
-        expect_guest_segments(&s, p);
-        packet_make(p, small, n);
-        inject_packet(&s, p);
-        expect_guest_packet(&s, p);
-    }
+    ufo->hdr.gso_type = VIRTIO_NET_HDR_GSO_UDP;
+    ufo->hdr.gso_size = 1480;
+    ufo->hdr.hdr_len = ufo->hdr.csum_start + 8;
+    injecting_open(&s, GUEST_FEATURES | OFFLOADS |
+                       1ull << VIRTIO_NET_F_HOST_UFO |
+                       1ull << VIRTIO_NET_F_GUEST_UFO, "mtu 1500");
+    inject_packet(&s, ufo);
+    inject_packet(&s, plain);
+    expect_guest_packet(&s, plain);
+    g_assert_cmpuint(counter(&s.f, "inj", "inject-skipped"), ==, 1);
     side_close(&s);
 }
 
@@ -1554,168 +1346,127 @@ static void test_gso_refused(void)
  * Order: packets that are read and sent in different ways do not overtake
  */
 
-static const Shape *mixed_shape(uint32_t number)
+#define BURST 40
+
+/* The packet with this number, from the same mixture for all that make it */
+static const Packet *mixture(Packet *p, uint32_t number)
 {
     static const char *const names[] = {
         "60 bytes", "just over a slot of the ring", "TSO", "odd", "UDP",
         "jumbo", "tag", "TSO over IPv6", "full", "TCP, empty", "TSO, tagged",
     };
 
-    return shape_named(names[(number * 2654435761u >> 16) %
-                             ARRAY_SIZE(names)]);
+    packet_make(p, shape_named(names[(number * 2654435761u >> 16) %
+                                     ARRAY_SIZE(names)]), number);
+    return p;
+}
+
+static void pass_burst(Side *a, Side *b, uint32_t first, bool rx)
+{
+    g_autofree Packet *p = g_new(Packet, 1);
+    g_autofree Record *records = g_new(Record, BURST);
+
+    for (uint32_t i = 0; i < BURST; i++) {
+        packet_write(a, mixture(p, first + i), rx);
+    }
+    for (uint32_t i = 0; i < BURST; i++) {
+        expect_record(a, rx ? a->f.in : a->f.out, mixture(p, first + i),
+                      &records[i]);
+        expect_packet(a, p, rx);
+    }
+    for (uint32_t i = 0; i < BURST; i++) {
+        stream_write(rx ? b->f.out : b->f.in, &records[i]);
+    }
+    for (uint32_t i = 0; i < BURST; i++) {
+        expect_packet(b, mixture(p, first + i), rx);
+    }
 }
 
 static void run_order(uint64_t b_features)
 {
-    const uint32_t rounds = 12, burst = 40;
-    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
-    g_autofree Record *records = g_new(Record, burst);
     Side a, b;
 
-    pair_open(&a, &b, "vhost=on", "", "");
-    side_start(&a, BASE | OFFLOADS, 0);
+    pair_open(&a, &b, "vhost=on", "vhost=on", "", "");
+    side_start(&a, GUEST_FEATURES | OFFLOADS, 0);
     side_start(&b, b_features, 0);
-    for (uint32_t n = 0; n < rounds * burst; n += burst) {
-        for (uint32_t i = 0; i < burst; i++) {
-            packet_make(p, mixed_shape(n + i), n + i);
-            host_write(a.host, p);
-        }
-        for (uint32_t i = 0; i < burst; i++) {
-            packet_make(p, mixed_shape(n + i), n + i);
-            stream_read(&a, a.f.out, true, got, &records[i]);
-            packet_assert_equal(got, p);
-            expect_guest_packet(&a, p);
-        }
-        for (uint32_t i = 0; i < burst; i++) {
-            stream_write(b.f.in, &records[i]);
-        }
-        for (uint32_t i = 0; i < burst; i++) {
-            packet_make(p, mixed_shape(n + i), n + i);
-            expect_guest_packet(&b, p);
-        }
-        /* And the other direction */
-        for (uint32_t i = 0; i < burst; i++) {
-            packet_make(p, mixed_shape(n + i), n + i);
-            guest_write(&a, p);
-        }
-        for (uint32_t i = 0; i < burst; i++) {
-            packet_make(p, mixed_shape(n + i), n + i);
-            stream_read(&a, a.f.in, true, got, &records[i]);
-            packet_assert_equal(got, p);
-            host_read(a.host, got);
-            packet_assert_equal(got, p);
-        }
-        for (uint32_t i = 0; i < burst; i++) {
-            stream_write(b.f.out, &records[i]);
-        }
-        for (uint32_t i = 0; i < burst; i++) {
-            packet_make(p, mixed_shape(n + i), n + i);
-            host_read(b.host, got);
-            packet_assert_equal(got, p);
-        }
+    for (uint32_t n = 0; n < 12 * BURST; n += BURST) {
+        pass_burst(&a, &b, n, false);
+        pass_burst(&a, &b, n, true);
     }
     pair_close(&a, &b);
 }
 
 static void test_order(void)
 {
-    run_order(BASE | OFFLOADS);
+    run_order(GUEST_FEATURES | OFFLOADS);
 }
 
 /* Some go as they are, and some in segments. */
 static void test_order_segments(void)
 {
-    run_order(BASE);
+    run_order(GUEST_FEATURES);
 }
 
 /*
  * Interoperation: each that writes the stream with each that reads it
  */
 
-static void add_filter(Side *s, const char *type, const char *id,
-                       const char *chardev, const char *queue, bool vnet_hdr,
-                       const char *opts)
-{
-    g_autofree char *args = g_strdup_printf(
-        "{'qom-type': '%s', 'id': '%s', 'netdev': 'n0', '%s': '%s',"
-        " 'queue': '%s', 'vnet_hdr_support': %s%s}", type, id,
-        g_str_equal(id, "cap") ? "outdev" : "indev", chardev, queue,
-        vnet_hdr ? "true" : "false", opts);
-
-    qtest_qmp_assert_success(s->f.qts, "{'execute': 'object-add',"
-                             " 'arguments': %p}",
-                             qobject_from_json(args, &error_abort));
-}
-
+/* One that writes to "out", or reads from "in" */
 typedef struct StreamEnd {
-    const char *name;
+    const char *args;
     bool vhost;
-    const char *type;
-    const char *opts;
     bool takes;                 /* the packets, so that they go nowhere else */
 } StreamEnd;
+
+static const StreamEnd stream_writers[] = {
+    { "filter-redirector,outdev=out", .vhost = true },
+    { "filter-mirror,outdev=out", .vhost = true },
+    { "filter-redirector,outdev=out,packet-socket=on" },
+    { "filter-redirector,outdev=out", .takes = true },
+    { "filter-mirror,outdev=out" },
+};
+
+static const StreamEnd stream_readers[] = {
+    { "filter-redirector,indev=in", .vhost = true },
+    { "filter-redirector,indev=in" },
+};
+
+static void add_stream_end(Side *s, const char *args, bool rx, bool vnet_hdr)
+{
+    object_add(&s->f, "-object %s,id=end,netdev=n0,queue=%s,"
+               "vnet_hdr_support=%s", args, rx ? "rx" : "tx",
+               vnet_hdr ? "on" : "off");
+    s->stream_plain = !vnet_hdr;
+}
 
 static void run_streams(Side *a, const StreamEnd *from, Side *b,
                         const StreamEnd *to, bool rx, bool vnet_hdr)
 {
     static const char *const names[] = {
-        "odd", "tag", "UDP over IPv6", "longest TSO", "60 bytes",
+        "odd", "60 bytes", "tag", "UDP over IPv6", "longest TSO",
     };
-    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
-    g_autofree Record *record = g_new(Record, 1);
 
-    g_test_message("%s to %s, %s, vnet_hdr_support=%s", from->name, to->name,
-                   rx ? "rx" : "tx", vnet_hdr ? "on" : "off");
-    add_filter(a, from->type, "cap", "out", rx ? "rx" : "tx", vnet_hdr,
-               from->opts);
-    add_filter(b, to->type, "inj", "in", rx ? "rx" : "tx", vnet_hdr,
-               to->opts);
-    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
-        for (int j = 0; j < ARRAY_SIZE(names); j++) {
-            if (!g_str_equal(shapes[i].name, names[j])) {
-                continue;
-            }
-            packet_make(p, &shapes[i], i);
-            if (rx) {
-                guest_write(a, p);
-            } else {
-                host_write(a->host, p);
-            }
-            stream_read(a, a->f.out, vnet_hdr, got, record);
-            packet_assert_equal(got, p);
-            stream_write(b->f.in, record);
-            if (rx) {
-                host_read(b->host, got);
-                packet_assert_equal(got, p);
-            } else {
-                expect_guest_packet(b, p);
-            }
-            if (!from->takes && rx) {
-                host_read(a->host, got);
-                packet_assert_equal(got, p);
-            } else if (!from->takes) {
-                expect_guest_packet(a, p);
-            }
+    g_test_message("%s, vhost=%d, to %s, vhost=%d, %s, vnet_hdr_support=%d",
+                   from->args, from->vhost, to->args, to->vhost,
+                   rx ? "rx" : "tx", vnet_hdr);
+    add_stream_end(a, from->args, rx, vnet_hdr);
+    add_stream_end(b, to->args, rx, vnet_hdr);
+    for (int i = 0; i < ARRAY_SIZE(names); i++) {
+        g_autofree Packet *p = packet_new(names[i], i);
+
+        packet_write(a, p, rx);
+        pass_record(a, a->f.out, b->f.in, p);
+        expect_packet(b, p, rx);
+        if (!from->takes) {
+            expect_packet(a, p, rx);
         }
     }
-    del_object(&a->f, "cap");
-    del_object(&b->f, "inj");
+    del_object(&a->f, "end");
+    del_object(&b->f, "end");
 }
 
 static void test_streams(void)
 {
-    static const StreamEnd from[] = {
-        { "redirector", true, "filter-redirector", "" },
-        { "mirror", true, "filter-mirror", "" },
-        { "redirector without vhost", false, "filter-redirector",
-          ", 'packet-socket': 'on'" },
-        { "redirector on the chain", false, "filter-redirector", "", true },
-        { "mirror on the chain", false, "filter-mirror", "" },
-    };
-    static const StreamEnd to[] = {
-        { "redirector", true, "filter-redirector", "" },
-        { "redirector on the chain", false, "filter-redirector", "" },
-    };
     Side a[2], b[2];            /* without and with vhost */
 
     for (int i = 0; i < 2; i++) {
@@ -1723,14 +1474,17 @@ static void test_streams(void)
 
         side_open(&a[i], opts, "", "");
         side_open(&b[i], opts, "", "");
-        side_start(&a[i], BASE | OFFLOADS, 0);
-        side_start(&b[i], BASE | OFFLOADS, 0);
+        side_start(&a[i], GUEST_FEATURES | OFFLOADS, 0);
+        side_start(&b[i], GUEST_FEATURES | OFFLOADS, 0);
     }
-    for (int i = 0; i < ARRAY_SIZE(from); i++) {
-        for (int j = 0; j < ARRAY_SIZE(to); j++) {
+    for (int i = 0; i < ARRAY_SIZE(stream_writers); i++) {
+        for (int j = 0; j < ARRAY_SIZE(stream_readers); j++) {
+            const StreamEnd *from = &stream_writers[i];
+            const StreamEnd *to = &stream_readers[j];
+
             for (int k = 0; k < 4; k++) {
-                run_streams(&a[from[i].vhost], &from[i],
-                            &b[to[j].vhost], &to[j], k & 1, k & 2);
+                run_streams(&a[from->vhost], from, &b[to->vhost], to, k & 1,
+                            k & 2);
             }
         }
     }
@@ -1746,81 +1500,59 @@ static void test_streams(void)
 static void run_colo(Side *primary, Side *secondary, Side *b, bool vnet_hdr)
 {
     static const char *const names[] = { "odd", "UDP", "UDP over IPv6" };
-    static const char *const chardevs[] = { "pri", "sec", "out" };
-    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
     g_autofree Record *first = g_new(Record, 1), *second = g_new(Record, 1);
-    Fixture colo = { };
-    int fds[3];
+    int pri, sec, out;
+    Fixture colo;
 
-    colo.dir = g_dir_make_tmp("filter-redirector-colo-XXXXXX", NULL);
-    g_assert_nonnull(colo.dir);
-    colo.qts = qtest_initf(
-        "-nodefaults -machine none -object iothread,id=io "
-        "-chardev socket,id=pri,path=%s/pri,server=on,wait=off "
-        "-chardev socket,id=sec,path=%s/sec,server=on,wait=off "
-        "-chardev socket,id=out,path=%s/out,server=on,wait=off "
-        "-object colo-compare,id=cmp,primary_in=pri,secondary_in=sec,"
-        "outdev=out,iothread=io,vnet_hdr_support=%s",
-        colo.dir, colo.dir, colo.dir, vnet_hdr ? "on" : "off");
-    for (int i = 0; i < ARRAY_SIZE(chardevs); i++) {
-        fds[i] = connect_to(&colo, chardevs[i]);
-        expect_connected(&colo, chardevs[i], true);
-    }
-    add_filter(primary, "filter-redirector", "cap", "out", "rx", vnet_hdr, "");
-    add_filter(secondary, "filter-redirector", "cap", "out", "rx", vnet_hdr,
-               "");
-    add_filter(b, "filter-redirector", "inj", "in", "rx", vnet_hdr, "");
-    for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
-        for (int j = 0; j < ARRAY_SIZE(names); j++) {
-            if (!g_str_equal(shapes[i].name, names[j])) {
-                continue;
-            }
-            g_test_message("%s, vnet_hdr_support=%s", names[j],
-                           vnet_hdr ? "on" : "off");
-            packet_make(p, &shapes[i], i);
-            guest_write(primary, p);
-            guest_write(secondary, p);
-            stream_read(primary, primary->f.out, vnet_hdr, got, first);
-            stream_read(secondary, secondary->f.out, vnet_hdr, got, second);
-            stream_write(fds[0], first);
-            stream_write(fds[1], second);
-            stream_read(primary, fds[2], vnet_hdr, got, second);
-            g_assert_cmpmem(second->data, second->len,
-                            first->data, first->len);
-            stream_write(b->f.in, second);
-            host_read(b->host, got);
-            packet_assert_equal(got, p);
-            host_read(primary->host, got);
-        }
-    }
-    del_object(&primary->f, "cap");
-    del_object(&secondary->f, "cap");
-    del_object(&b->f, "inj");
-    qtest_quit(colo.qts);
-    for (int i = 0; i < ARRAY_SIZE(chardevs); i++) {
-        g_autofree char *path = g_build_filename(colo.dir, chardevs[i], NULL);
+    fixture_name(&colo);
+    colo.qts = qtest_init("-nodefaults -machine none -object iothread,id=io");
+    pri = add_peer(&colo, "pri");
+    sec = add_peer(&colo, "sec");
+    out = add_peer(&colo, "out");
+    object_add(&colo, "-object colo-compare,id=cmp,primary_in=pri,"
+               "secondary_in=sec,outdev=out,iothread=io,vnet_hdr_support=%s",
+               vnet_hdr ? "on" : "off");
+    add_stream_end(primary, "filter-redirector,outdev=out", true, vnet_hdr);
+    add_stream_end(secondary, "filter-redirector,outdev=out", true, vnet_hdr);
+    add_stream_end(b, "filter-redirector,indev=in", true, vnet_hdr);
+    for (int i = 0; i < ARRAY_SIZE(names); i++) {
+        g_autofree Packet *p = packet_new(names[i], i);
 
-        close(fds[i]);
-        unlink(path);
+        g_test_message("%s, vnet_hdr_support=%s", names[i],
+                       vnet_hdr ? "on" : "off");
+        guest_write(primary, p);
+        guest_write(secondary, p);
+        expect_record(primary, primary->f.out, p, first);
+        stream_write(pri, first);
+        pass_record(secondary, secondary->f.out, sec, p);
+        expect_record(primary, out, p, second);
+        g_assert_cmpmem(second->data, second->len, first->data, first->len);
+        stream_write(b->f.in, second);
+        expect_host_packet(b->host, p);
+        expect_host_packet(primary->host, p);
     }
-    rmdir(colo.dir);
-    g_free(colo.dir);
+    del_object(&primary->f, "end");
+    del_object(&secondary->f, "end");
+    del_object(&b->f, "end");
+    close(pri);
+    close(sec);
+    close(out);
+    fixture_close(&colo);
 }
 
 static void test_colo_compare(void)
 {
-    Side a, secondary, b;
+    Side sides[3];              /* primary, secondary, and the host's */
 
-    side_open(&a, "vhost=on", "", "");
-    side_open(&secondary, "vhost=off", "", "");
-    side_open(&b, "vhost=on", "", "");
-    side_start(&a, BASE | OFFLOADS, 0);
-    side_start(&secondary, BASE | OFFLOADS, 0);
-    side_start(&b, BASE | OFFLOADS, 0);
-    run_colo(&a, &secondary, &b, true);
-    run_colo(&a, &secondary, &b, false);
-    pair_close(&a, &b);
-    side_close(&secondary);
+    for (int i = 0; i < ARRAY_SIZE(sides); i++) {
+        side_open(&sides[i], i == 1 ? "vhost=off" : "vhost=on", "", "");
+        side_start(&sides[i], GUEST_FEATURES | OFFLOADS, 0);
+    }
+    run_colo(&sides[0], &sides[1], &sides[2], true);
+    run_colo(&sides[0], &sides[1], &sides[2], false);
+    for (int i = 0; i < ARRAY_SIZE(sides); i++) {
+        side_close(&sides[i]);
+    }
 }
 
 /*
@@ -1829,66 +1561,39 @@ static void test_colo_compare(void)
 
 #define DUMP_LAST 0xfeedbeef    /* the number of the last packet */
 
-/* Something that is run, and the file that it writes */
-typedef struct Tcpdump {
-    GPid pid;
-    char *path;
-} Tcpdump;
-
-static void tcpdump_start(Tcpdump *t, const char *ifname, const char *dir)
+static GPid tcpdump_start(const char *ifname, const char *path)
 {
     int before = packet_sockets(ifname, ETH_P_ALL, 1);
-    gint64 end = g_get_monotonic_time() + TIMEOUT_US;
-    char *argv[] = {
-        (char *)"tcpdump", (char *)"-i", (char *)ifname, (char *)"-q",
-        (char *)"--immediate-mode", (char *)"-U", (char *)"-B",
-        (char *)"32768", (char *)"-s", (char *)"262144", (char *)"-Z",
-        (char *)"root", (char *)"-w", NULL, NULL,
-    };
+    g_autofree char *command = g_strdup_printf(
+        "tcpdump -i %s -q --immediate-mode -U -B 32768 -s 262144 -Z root -w %s",
+        ifname, path);
+    g_auto(GStrv) argv = g_strsplit(command, " ", -1);
+    GPid pid;
 
-    t->path = g_build_filename(dir, "tcpdump", NULL);
-    argv[ARRAY_SIZE(argv) - 2] = t->path;
     g_assert_true(g_spawn_async(NULL, argv, NULL, G_SPAWN_SEARCH_PATH |
-                                G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL,
-                                &t->pid, NULL));
-    while (packet_sockets(ifname, ETH_P_ALL, 1) == before ||
-           access(t->path, R_OK) < 0) {
-        g_assert_cmpint(g_get_monotonic_time(), <, end);
-        g_usleep(1000);
-    }
+                                G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL, &pid,
+                                NULL));
+    WAIT_UNTIL(packet_sockets(ifname, ETH_P_ALL, 1) > before &&
+               access(path, R_OK) == 0);
+    return pid;
 }
 
-static void tcpdump_stop(Tcpdump *t)
+/* Returns where the frame has a checksum of TCP or UDP, which is right; or 0 */
+static size_t frame_checksum(const uint8_t *frame, size_t len)
 {
-    kill(t->pid, SIGINT);
-    g_assert_cmpint(waitpid(t->pid, NULL, 0), ==, t->pid);
-    unlink(t->path);
-    g_free(t->path);
-}
-
-/* Whether the frame has a checksum of TCP or UDP, and puts its place to @at. */
-static bool frame_checksum(const uint8_t *frame, size_t len, size_t *at)
-{
-    size_t l3 = l3_offset(frame);
+    size_t l3 = l3_offset(frame), l4;
     uint16_t type = lduw_be_p(frame + l3 - 2);
+    uint8_t protocol;
 
     if (type != ETH_P_IP && type != ETH_P_IPV6) {
-        return false;
+        return 0;
     }
-    *at = l3 + ip_len(frame + l3) +
-          (ip_protocol(frame + l3) == IPPROTO_TCP ? 16 : 6);
-    return true;
-}
-
-static void expect_checksum(const uint8_t *frame, size_t len)
-{
-    const uint8_t *ip = frame + l3_offset(frame);
-    const uint8_t *l4 = ip + ip_len(ip);
-    size_t l4_bytes = frame + len - l4;
-
-    g_assert_cmphex(sum(l4, l4_bytes,
-                        sum_pseudo(ip, l4_bytes, ip_protocol(ip))), ==,
+    l4 = l3 + ip_len(frame + l3);
+    protocol = ip_protocol(frame + l3);
+    g_assert_cmphex(sum(frame + l4, len - l4,
+                        sum_pseudo(frame + l3, len - l4, protocol)), ==,
                     0xffff);
+    return l4 + l4_csum_offset(protocol);
 }
 
 /*
@@ -1911,20 +1616,19 @@ static bool expect_same_packet(FILE *ours, FILE *theirs, uint32_t *number)
     g_assert_cmpuint(pa.usec, ==, pb.usec);
     *number = pa.len >= 18 ? ldl_be_p(a + 14) : 0;
     differs = memcmp(a, b, pa.len);
-    if (frame_checksum(a, pa.len, &at)) {
-        expect_checksum(a, pa.len);
+    at = frame_checksum(a, pa.len);
+    if (at) {
         memcpy(b + at, a + at, 2);
     }
     g_assert_cmpmem(a, pa.len, b, pb.len);
     return differs;
 }
 
-/* What Wireshark shows of the file has no flaw. */
-static void expect_tshark_content(const char *path, unsigned packets)
+/* Wireshark finds no flaw in the file: it shows only packets that have one. */
+static void expect_no_flaw(const char *path)
 {
     g_autofree char *program = g_find_program_in_path("tshark");
     g_autofree char *command = NULL, *text = NULL;
-    g_auto(GStrv) lines = NULL;
     int status;
 
     if (!program) {
@@ -1932,49 +1636,35 @@ static void expect_tshark_content(const char *path, unsigned packets)
         g_test_incomplete("there is no tshark");
         return;
     }
-    /* A line for each packet, and in it the flaws. */
     command = g_strdup_printf(
-        "tshark -n -r %s -o tcp.check_checksum:TRUE -o udp.check_checksum:TRUE"
-        " -o ip.check_checksum:TRUE -T fields -E separator=, -e frame.number"
-        " -e _ws.malformed -e ip.checksum.status -e tcp.checksum.status"
-        " -e udp.checksum.status", path);
+        "tshark -n -r %s -o ip.check_checksum:TRUE -o tcp.check_checksum:TRUE "
+        "-o udp.check_checksum:TRUE -Y '_ws.malformed || "
+        "ip.checksum.status != 1 || tcp.checksum.status != 1 || "
+        "udp.checksum.status != 1'", path);
     g_assert_true(g_spawn_command_line_sync(command, &text, NULL, &status,
                                             NULL));
     g_assert_cmpint(status, ==, 0);
-    lines = g_strsplit(text, "\n", -1);
-    g_assert_cmpuint(g_strv_length(lines), ==, packets + 1);
-    for (unsigned i = 0; i < packets; i++) {
-        g_auto(GStrv) fields = g_strsplit(lines[i], ",", -1);
-
-        g_test_message("%s", lines[i]);
-        g_assert_cmpuint(g_strv_length(fields), ==, 5);
-        g_assert_cmpstr(fields[1], ==, "");
-        for (int j = 2; j < 5; j++) {
-            g_assert_true(!*fields[j] || g_str_equal(fields[j], "1"));
-        }
-    }
+    g_assert_cmpstr(text, ==, "");
 }
 
 static void run_dump(uint64_t features, bool whole)
 {
-    char dir[] = "/tmp/filter-dump-XXXXXX";
-    static const Shape last = PLAIN("last", 64);
-    g_autofree char *path = NULL, *args = NULL;
-    g_autofree Packet *p = g_new(Packet, 1), *got = g_new(Packet, 1);
+    g_autofree char *path = NULL, *tcpdump_path = NULL;
+    g_autofree Packet *p = g_new(Packet, 1);
     unsigned packets = 0, completed = 0;
-    uint32_t number;
     FILE *ours, *theirs;
-    Tcpdump tcpdump;
+    uint32_t number;
+    GPid tcpdump;
     Side a;
 
-    g_assert_nonnull(mkdtemp(dir));
-    path = g_build_filename(dir, "dump", NULL);
-    args = g_strdup_printf("-object filter-dump,id=dump,netdev=n0,"
-                           "maxlen=262144,file=%s", path);
-    side_open(&a, "vhost=on", "", args);
+    side_open(&a, "vhost=on", "", "");
     side_start(&a, features, 0);
+    path = g_build_filename(a.f.dir, "dump", NULL);
+    tcpdump_path = g_build_filename(a.f.dir, "tcpdump", NULL);
+    object_add(&a.f, "-object filter-dump,id=dump,netdev=n0,maxlen=262144,"
+               "file=%s", path);
     g_assert_true(vhost_started(&a.f));
-    tcpdump_start(&tcpdump, a.f.ifname, dir);
+    tcpdump = tcpdump_start(a.f.ifname, tcpdump_path);
     for (int i = 0; i < ARRAY_SIZE(shapes); i++) {
         if (!kernel_has_shape(&shapes[i])) {
             continue;
@@ -1985,14 +1675,14 @@ static void run_dump(uint64_t features, bool whole)
         if (guest_can_send(&a, p)) {
             packet_make(p, &shapes[i], 100 + i);
             guest_write(&a, p);
-            host_read(a.host, got);
+            expect_host_packet(a.host, p);
         }
     }
-    packet_make(p, &last, DUMP_LAST);
+    packet_make(p, shape_named("60 bytes"), DUMP_LAST);
     host_write(a.host, p);
 
     ours = open_pcap(path);
-    theirs = open_pcap(tcpdump.path);
+    theirs = open_pcap(tcpdump_path);
     do {
         completed += expect_same_packet(ours, theirs, &number);
         packets++;
@@ -2000,14 +1690,13 @@ static void run_dump(uint64_t features, bool whole)
     g_assert_cmpuint(packets, ==, counter(&a.f, "dump", "capture-packets"));
     g_assert_cmpuint(packets, >=, ARRAY_SIZE(shapes));
     g_assert_true(!whole || completed > 0);
-    expect_tshark_content(path, packets);
+    expect_no_flaw(path);
 
     fclose(ours);
     fclose(theirs);
-    tcpdump_stop(&tcpdump);
+    kill(tcpdump, SIGINT);
+    g_assert_cmpint(waitpid(tcpdump, NULL, 0), ==, tcpdump);
     side_close(&a);
-    unlink(path);
-    rmdir(dir);
 }
 
 static void test_dump(void)
@@ -2018,8 +1707,8 @@ static void test_dump(void)
         g_test_skip("there is no tcpdump");
         return;
     }
-    run_dump(BASE | OFFLOADS, true);
-    run_dump(BASE, false);
+    run_dump(GUEST_FEATURES | OFFLOADS, true);
+    run_dump(GUEST_FEATURES, false);
 }
 
 int main(int argc, char **argv)
@@ -2027,20 +1716,18 @@ int main(int argc, char **argv)
     rig_init(&argc, &argv, "filter-redirector-fidelity");
     rig_add("offloads/all", test_all_offloads);
     rig_add("offloads/fewer", test_fewer_offloads);
-    rig_add("header/legacy", test_header_legacy);
-    rig_add("header/modern", test_header_modern);
-    rig_add("header/hash-report", test_header_hash);
+    for (int i = 0; i < ARRAY_SIZE(headers); i++) {
+        rig_add_data(headers[i].path,
+                     g_memdup2(&headers[i], sizeof(headers[i])), test_headers);
+    }
     rig_add("header/none", test_header_none);
     rig_add("header/to-none", test_header_to_none);
-    rig_add("header/to-none-gso", test_header_to_none_gso);
     rig_add("vlan/device", test_vlan_device);
     rig_add("header/tunnel", test_header_tunnel);
     rig_add("header/tunnel-no-vhost", test_header_tunnel_no_vhost);
-    rig_add("offloads/ufo", test_ufo);
     rig_add("gso/peer-leaves", test_gso_peer_leaves);
     rig_add("gso/waits", test_gso_waits);
-    rig_add("gso/refused", test_gso_refused);
-    rig_add("gso/hdr-len", test_gso_hdr_len);
+    rig_add("gso/unknown", test_gso_unknown);
     rig_add("order/whole", test_order);
     rig_add("order/segments", test_order_segments);
     rig_add("streams/each-with-each", test_streams);
