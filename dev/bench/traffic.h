@@ -29,8 +29,8 @@ typedef struct Options {
     int gso;                /* TCPv4 frames that have to be segmented */
     int bypass;             /* the queueing discipline, as QEMU does */
     int mix;                /* every second frame is a small one, no GSO */
-    int written;            /* every so many frames is written to @tap, as ... */
-    int tap;                /* ... the guest does; 0: none */
+    int written;            /* every so many frames is written to ... */
+    int tap;                /* ... this one, as the guest does; 0: none */
     unsigned targets;
     const char *target[MAX_TARGETS];
 } Options;

@@ -51,9 +51,9 @@ def find_kernel(version=None):
              if version in (None, 'newest', name)
              or re.match(re.escape(version) + r'\b', name)]
     if not found:
+        option = ' --kernels' if version else ''
         raise Failure(f'no kernel {version or ""} in the cache: run '
-                      f'dev/build/apt-other-suites{" --kernels" if version else ""} '
-                      'to fetch one')
+                      f'dev/build/apt-other-suites{option} to fetch one')
     name = max(found, key=numbers)
     return name, uncompressed_kernel(name, images[name])
 
@@ -96,8 +96,8 @@ def firmware_options():
 def busybox():
     path = ROOT / 'bin/busybox'
     if not path.exists():
-        raise Failure(f'no busybox in {ROOT}/bin: run dev/build/apt-other-suites '
-                      'to fetch it')
+        raise Failure(f'no busybox in {ROOT}/bin: run '
+                      'dev/build/apt-other-suites to fetch it')
     return path.read_bytes()
 
 
@@ -174,8 +174,8 @@ def cpio(entries):
 def make(version, wanted_modules, init, extra=None):
     """
     Return a cpio archive for the kernel VERSION: busybox, the modules with
-    a list of them in load order, INIT (the rest of a shell script) as /init, and the
-    entries of EXTRA.
+    a list of them in load order, INIT (the rest of a shell script) as /init,
+    and the entries of EXTRA.
     """
     entries = dict.fromkeys(DIRECTORIES)
     entries['bin/busybox'] = busybox()

@@ -72,7 +72,7 @@ class Repository:
 
 
 def results(title):
-    """The table behind the line that begins with TITLE, no wider than a mail."""
+    """The table behind the line that begins with TITLE, for a mail."""
     found = re.search(rf'^({title}.*:)\n\n((?:\S.*\n)+)', RESULTS.read_text(),
                       flags=re.M)
     if not found:

@@ -643,8 +643,9 @@ class World:
         if not was:
             return
         self.check_alive()
-        lost = sum(map(int, re.findall(r'(\d+) packets (?:that the guest did '
-                                       r'not get )?are lost', self.said[said:])))
+        lost = sum(map(int, re.findall(
+            r'(\d+) packets (?:that the guest did not get )?are lost',
+            self.said[said:])))
         if o.takes:
             o.tap.lost += lost
         elif o.captures and not fast:
