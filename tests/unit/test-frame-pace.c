@@ -112,6 +112,9 @@ static void test_change(void)
     Stream s = begin;
 
     for (int i = 0; i < 5; i++) {
+        /* After a silence, too */
+        g_assert_cmpint(stream_run(&s, 5 * SCALE_US, 64, 200 * SCALE_US), >,
+                        0);
         stream_run(&s, SCALE_MS, 64, 50 * SCALE_MS);
         g_assert_cmpint(stream_run(&s, 5 * SCALE_US, 64, 100 * SCALE_MS), >,
                         SCALE_MS);
