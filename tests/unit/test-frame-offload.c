@@ -997,6 +997,9 @@ static void test_limits(void)
     segments_new(&fs, frame, &plan);
     g_assert_cmpuint(fs.count, ==, UDP_SEGMENTS_MAX);
     segments_check(&fs, frame);
+    plan.payload++;
+    frame_build(frame, &plan);
+    g_assert_false(segments_good(frame));
 
     /* The longest headers, and those that are longer by one word */
     for (unsigned words = 0; words <= 10; words++) {

@@ -768,6 +768,23 @@ static void test_writer_memory(void)
         g_assert_cmpuint(memory_used(), <, before + MEMORY_LIMIT);
     }
 }
+
+/* The memory that a burst took is given back. */
+static void test_writer_memory_burst(void)
+{
+    /* malloc() gets so much from the kernel, and free() returns it. */
+    const size_t limit = 64 * MiB;
+    g_autoptr(Link) link = link_new(true);
+    size_t full;
+
+    link_add_writer(link, limit);
+    link_connect(link);
+    link_fill(link, 50000);
+    full = memory_used();
+    link_flush(link);
+    AWAIT((peer_take(link), link_forget(link), frame_writer_empty(link->fw)));
+    AWAIT(memory_used() + limit / 2 < full);
+}
 #endif
 
 /*
@@ -851,6 +868,22 @@ static void test_writer_errors(void)
         g_assert_cmpint(link_flush(link), ==, 0);
         expect_all(link);
     }
+}
+
+/* What was written up to the end of a frame does not come again. */
+static void test_writer_rewind_whole(void)
+{
+    TestChardev *tc = test_chardev_new(EAGAIN);
+    g_autoptr(Link) link = tc->link;
+
+    link_stage_many(link, 2);
+    tc->budget = link->expected->len;
+    link_stage_many(link, 1);
+    g_assert_cmpint(link_flush(link), ==, 0);
+    frame_writer_rewind(link->fw);
+    tc->budget = SIZE_MAX;
+    g_assert_cmpint(link_flush(link), ==, 0);
+    expect_all(link);
 }
 
 /* One that cannot tell when it takes more: it is tried again. */
@@ -1611,8 +1644,10 @@ int main(int argc, char **argv)
               test_writer_close);
 #if !defined(QEMU_SANITIZE_ADDRESS) && defined(CONFIG_LINUX)
     TEST("writer/memory", test_writer_memory);
+    TEST("writer/memory-burst", test_writer_memory_burst);
 #endif
     TEST("writer/errors", test_writer_errors);
+    TEST("writer/rewind-whole", test_writer_rewind_whole);
     TEST("writer/retry", test_writer_retry);
     TEST_FORMATS("writer/datagrams", test_writer_datagrams);
 
