@@ -54,7 +54,7 @@ static void __attribute__((constructor)) fault_open(void)
     control = map;
 }
 
-/* Whether there is any need to look what the call is about. */
+/* Otherwise there is no need to look what the call is about. */
 static bool armed(FaultCall call)
 {
     return qatomic_read(&control->fault[call].times);
@@ -64,7 +64,7 @@ static bool fails(FaultCall call)
 {
     Fault *fault = &control->fault[call];
 
-    if (!qatomic_read(&fault->times)) {
+    if (!armed(call)) {
         return false;
     }
     if (fault->skip) {
@@ -77,33 +77,31 @@ static bool fails(FaultCall call)
     return true;
 }
 
-static bool is_packet_socket(int fd)
+static bool packet_fails(FaultCall call, int fd)
 {
     int value;
     socklen_t size = sizeof(value);
 
-    return REAL(getsockopt)(fd, SOL_SOCKET, SO_DOMAIN, &value, &size) == 0 &&
-           value == AF_PACKET;
+    return armed(call) &&
+           REAL(getsockopt)(fd, SOL_SOCKET, SO_DOMAIN, &value, &size) == 0 &&
+           value == AF_PACKET && fails(call);
 }
 
 static bool is_named(const struct sockaddr_un *addr, const char *name)
 {
-    size_t len = strnlen(addr->sun_path, sizeof(addr->sun_path));
-    size_t name_len = strlen(name);
-
-    return addr->sun_family == AF_UNIX && len > name_len &&
-           addr->sun_path[len - name_len - 1] == '/' &&
-           !memcmp(addr->sun_path + len - name_len, name, name_len);
+    return addr->sun_family == AF_UNIX &&
+           g_str_has_suffix(addr->sun_path, name);
 }
 
-static bool is_chardev(int fd, const char *name)
+static bool unix_fails(FaultCall call, int fd, const char *name)
 {
     struct sockaddr_un own = { }, peer = { };
     socklen_t own_len = sizeof(own), peer_len = sizeof(peer);
 
-    return getsockname(fd, (struct sockaddr *)&own, &own_len) == 0 &&
+    return armed(call) &&
+           getsockname(fd, (struct sockaddr *)&own, &own_len) == 0 &&
            getpeername(fd, (struct sockaddr *)&peer, &peer_len) == 0 &&
-           (is_named(&own, name) || is_named(&peer, name));
+           (is_named(&own, name) || is_named(&peer, name)) && fails(call);
 }
 
 int socket(int domain, int type, int protocol)
@@ -116,10 +114,8 @@ int socket(int domain, int type, int protocol)
 
 int connect(int fd, __CONST_SOCKADDR_ARG addr, socklen_t size)
 {
-    const struct sockaddr *generic = (const void *)addr.__sockaddr__;
-
-    if (armed(FAULT_CONNECT) && generic->sa_family == AF_UNIX &&
-        is_named((const void *)generic, "client") && fails(FAULT_CONNECT)) {
+    if (armed(FAULT_CONNECT) && is_named(addr.__sockaddr_un__, "/client") &&
+        fails(FAULT_CONNECT)) {
         return -1;
     }
     return REAL(connect)(fd, addr, size);
@@ -128,46 +124,32 @@ int connect(int fd, __CONST_SOCKADDR_ARG addr, socklen_t size)
 int setsockopt(int fd, int level, int option, const void *value,
                socklen_t size)
 {
-    if (armed(FAULT_SETSOCKOPT) && is_packet_socket(fd) &&
-        fails(FAULT_SETSOCKOPT)) {
-        return -1;
-    }
-    return REAL(setsockopt)(fd, level, option, value, size);
+    return packet_fails(FAULT_SETSOCKOPT, fd) ? -1 :
+           REAL(setsockopt)(fd, level, option, value, size);
 }
 
 int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
 {
-    if (armed(FAULT_GETSOCKOPT) && is_packet_socket(fd) &&
-        fails(FAULT_GETSOCKOPT)) {
-        return -1;
-    }
-    return REAL(getsockopt)(fd, level, option, value, size);
+    return packet_fails(FAULT_GETSOCKOPT, fd) ? -1 :
+           REAL(getsockopt)(fd, level, option, value, size);
 }
 
 int bind(int fd, __CONST_SOCKADDR_ARG addr, socklen_t size)
 {
-    if (armed(FAULT_BIND) && is_packet_socket(fd) && fails(FAULT_BIND)) {
-        return -1;
-    }
-    return REAL(bind)(fd, addr, size);
+    return packet_fails(FAULT_BIND, fd) ? -1 : REAL(bind)(fd, addr, size);
 }
 
 void *mmap(void *addr, size_t size, int protection, int flags, int fd,
            off_t offset)
 {
-    if (armed(FAULT_MMAP) && fd >= 0 && is_packet_socket(fd) &&
-        fails(FAULT_MMAP)) {
-        return MAP_FAILED;
-    }
-    return REAL(mmap)(addr, size, protection, flags, fd, offset);
+    return fd >= 0 && packet_fails(FAULT_MMAP, fd) ? MAP_FAILED :
+           REAL(mmap)(addr, size, protection, flags, fd, offset);
 }
 
 ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
 {
-    if ((armed(FAULT_RECVMSG) && is_packet_socket(fd) &&
-         fails(FAULT_RECVMSG)) ||
-        (armed(FAULT_READ_IN) && is_chardev(fd, "in") &&
-         fails(FAULT_READ_IN))) {
+    if (packet_fails(FAULT_RECVMSG, fd) ||
+        unix_fails(FAULT_READ_IN, fd, "/in")) {
         return -1;
     }
     return REAL(recvmsg)(fd, msg, flags);
@@ -175,20 +157,14 @@ ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
 
 ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
 {
-    if (armed(FAULT_WRITE_OUT) && is_chardev(fd, "out") &&
-        fails(FAULT_WRITE_OUT)) {
-        return -1;
-    }
-    return REAL(sendmsg)(fd, msg, flags);
+    return unix_fails(FAULT_WRITE_OUT, fd, "/out") ? -1 :
+           REAL(sendmsg)(fd, msg, flags);
 }
 
 int sendmmsg(int fd, struct mmsghdr *msgs, unsigned n, int flags)
 {
-    if (armed(FAULT_SENDMMSG) && is_packet_socket(fd) &&
-        fails(FAULT_SENDMMSG)) {
-        return -1;
-    }
-    return REAL(sendmmsg)(fd, msgs, n, flags);
+    return packet_fails(FAULT_SENDMMSG, fd) ? -1 :
+           REAL(sendmmsg)(fd, msgs, n, flags);
 }
 
 ssize_t writev(int fd, const struct iovec *iov, int n)
@@ -221,10 +197,7 @@ int ioctl(int fd, unsigned long request, ...)
 
 int timerfd_create(int clock, int flags)
 {
-    if (fails(FAULT_TIMERFD)) {
-        return -1;
-    }
-    return REAL(timerfd_create)(clock, flags);
+    return fails(FAULT_TIMERFD) ? -1 : REAL(timerfd_create)(clock, flags);
 }
 
 /* Of the GNU C library.  dlsym() will not do, since it allocates by itself. */
