@@ -105,9 +105,21 @@ static void wait_for_end(void)
     }
 }
 
-static void set_nonblocking(int fd)
+static int receive_all(const Options *o,
+                       void (*open_source)(Source *, const char *),
+                       Drain *drain)
 {
-    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    Source *source = allocate(MAX_TARGETS * sizeof(*source));
+    Tally tally;
+
+    tally_init(&tally, o);
+    for (unsigned i = 0; i < o->targets; i++) {
+        open_source(&source[i], o->target[i]);
+    }
+    receive(o, source, drain, &tally);
+    tally_print(&tally, "");
+    wait_for_end();
+    return 0;
 }
 
 /* Of a stream */
@@ -149,20 +161,15 @@ static void drain_stream(Source *source, Tally *tally)
     }
 }
 
+static void open_stream(Source *source, const char *path)
+{
+    source->fd = open_unix(path, false);
+    source->data = allocate(STREAM_BUFFER);
+}
+
 int read_main(const Options *o)
 {
-    Source *source = allocate(MAX_TARGETS * sizeof(*source));
-    Tally tally;
-
-    tally_init(&tally, o);
-    for (unsigned i = 0; i < o->targets; i++) {
-        source[i].fd = open_unix(o->target[i], false);
-        source[i].data = allocate(STREAM_BUFFER);
-    }
-    receive(o, source, drain_stream, &tally);
-    tally_print(&tally, "");
-    wait_for_end();
-    return 0;
+    return receive_all(o, open_stream, drain_stream);
 }
 
 /* Of a TAP's queue, whose fd is inherited */
@@ -181,28 +188,23 @@ static void drain_tap(Source *source, Tally *tally)
     }
 }
 
+static void open_tap(Source *source, const char *fd)
+{
+    source->fd = atoi(fd);
+    source->data = allocate(MAX_FRAME + 64);
+    if (ioctl(source->fd, TUNGETVNETHDRSZ, &source->vnet_hdr_len) < 0) {
+        die("TUNGETVNETHDRSZ of fd %s: %s", fd, strerror(errno));
+    }
+    fcntl(source->fd, F_SETFL, fcntl(source->fd, F_GETFL) | O_NONBLOCK);
+    /* What is left of earlier runs. */
+    while (read(source->fd, source->data, MAX_FRAME + 64) > 0) {
+        continue;
+    }
+}
+
 int tap_main(const Options *o)
 {
-    Source *source = allocate(MAX_TARGETS * sizeof(*source));
-    Tally tally;
-
-    tally_init(&tally, o);
-    for (unsigned i = 0; i < o->targets; i++) {
-        source[i].fd = atoi(o->target[i]);
-        source[i].data = allocate(MAX_FRAME + 64);
-        if (ioctl(source[i].fd, TUNGETVNETHDRSZ, &source[i].vnet_hdr_len) < 0) {
-            die("TUNGETVNETHDRSZ of fd %s: %s", o->target[i], strerror(errno));
-        }
-        set_nonblocking(source[i].fd);
-        /* What is left of earlier runs. */
-        while (read(source[i].fd, source[i].data, MAX_FRAME + 64) > 0) {
-            continue;
-        }
-    }
-    receive(o, source, drain_tap, &tally);
-    tally_print(&tally, "");
-    wait_for_end();
-    return 0;
+    return receive_all(o, open_tap, drain_tap);
 }
 
 /* Of a packet socket: the bare loop */

@@ -30,7 +30,6 @@ typedef struct Load {
     const Options *options;
     uint64_t sent;
     uint64_t refused;
-    uint64_t late_ns;
     int fd[MAX_TARGETS];
     int tap_hdr_len;
     Head head[MAX_BATCH];
@@ -67,7 +66,7 @@ static void run_batches(Load *load, Emit *emit, uint64_t start, unsigned most)
     uint64_t total = o->rate * o->seconds, tick = start, i = 0;
 
     while (i < total) {
-        uint64_t due = frames_due(o, start), now;
+        uint64_t due = frames_due(o, start);
 
         while (i < due) {
             unsigned count = due - i < most ? due - i : most;
@@ -76,12 +75,7 @@ static void run_batches(Load *load, Emit *emit, uint64_t start, unsigned most)
             i += count;
         }
         tick += o->batch_us * 1000ull;
-        now = now_ns();
-        if (now > tick) {
-            load->late_ns = now - tick > load->late_ns ? now - tick :
-                                                         load->late_ns;
-            tick = now;
-        }
+        tick = tick < now_ns() ? now_ns() : tick;
         if (i < total) {
             sleep_until(tick);
         }
@@ -93,22 +87,16 @@ static void run_single(Load *load, Emit *emit, uint64_t start, unsigned most)
 {
     const Options *o = load->options;
     uint64_t total = o->rate * o->seconds, i = 0;
+    /* Then the rate is out of reach. */
     uint64_t end = start + (o->seconds + 1) * SECOND;
 
     most = (unsigned)o->burst < most ? (unsigned)o->burst : most;
-    while (i < total) {
+    while (i < total && now_ns() < end) {
         uint64_t due = frames_due(o, start);
 
         if (i < due) {
-            uint64_t now = now_ns(), when = start + i * (1e9 / o->rate);
             unsigned count = due - i < most ? due - i : most;
 
-            if (now > when && now - when > load->late_ns) {
-                load->late_ns = now - when;
-            }
-            if (now > end) {
-                break;          /* the rate is out of reach */
-            }
             emit(load, i, count);
             i += count;
         }
@@ -141,8 +129,8 @@ static void run(Load *load, Emit *emit)
     }
     cpu = cpu_ns() - cpu;
     printf("{\"sent\": %" PRIu64 ", \"refused\": %" PRIu64 ", \"cpu_ns\": %"
-           PRIu64 ", \"ns\": %" PRIu64 ", \"late_ns\": %" PRIu64 "}\n",
-           load->sent, load->refused, cpu, now_ns() - start, load->late_ns);
+           PRIu64 ", \"ns\": %" PRIu64 "}\n",
+           load->sent, load->refused, cpu, now_ns() - start);
 }
 
 /* Out of an interface, or into it as a guest does */
