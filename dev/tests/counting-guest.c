@@ -46,7 +46,7 @@ asm(".text\n"
     "stack_end = stack + 16384\n");
 
 void run(void);
-extern const char tick[];
+void tick(void);
 
 static struct {
     uint16_t low, selector, flags, high;
@@ -59,10 +59,12 @@ static struct {
     uint16_t flags, next;
 } queue[RING_MAX * 2] __attribute__((aligned(4096)));
 
+/* volatile: the device writes there, too */
 static volatile struct {
     uint16_t flags, index, ring[];
 } *avail;
 
+/* volatile, as above */
 static volatile struct {
     uint16_t flags, index;
     struct {
