@@ -35,7 +35,7 @@ APPEND = 'console=ttyS0 panic=-1 nokaslr mitigations=off tsc=reliable ' \
 BOOT_LIMIT = 120
 # For a machine that is busy.  A guest that was just migrated is slow until
 # QEMU has translated its code.
-LIMIT = 300
+LIMIT = 420
 
 
 class Line:
