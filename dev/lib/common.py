@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 Shared by the project's Python programs: where things are, and how to run
-something, wait for it and report.  Its sibling for shells is build/common.sh.
+something, wait for it and report.  Its sibling for shells is
+dev/build/common.sh.
 """
 
 import argparse

@@ -4,6 +4,7 @@ The guest of the demonstration, a Linux that counts numbered UDP packets, and
 who sends them.
 """
 
+import os
 import signal
 import subprocess
 
@@ -41,8 +42,10 @@ def compile_program():
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
     if not PROGRAM.exists() or \
             PROGRAM.stat().st_mtime < source.stat().st_mtime:
-        run('gcc', '-std=gnu11', '-static', '-O2', '-Wall', '-o', PROGRAM,
+        part = PROGRAM.with_suffix(f'.{os.getpid()}')   # others may look now
+        run('gcc', '-std=gnu11', '-static', '-O2', '-Wall', '-o', part,
             source)
+        part.rename(PROGRAM)
 
 
 def make_state(kind, say, scratch, append='ipv6.disable=1'):

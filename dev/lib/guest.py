@@ -153,7 +153,7 @@ def make_state(kind, init, nic, append, extra, say, scratch):
         return target
     say('booting the guest, once, to put its state aside')
     for old in target.parent.glob('guest-*.state'):
-        old.unlink()
+        old.unlink(missing_ok=True)
     part = target.with_suffix(f'.{os.getpid()}')
     qemu = Guest('boot', scratch, nic, '-netdev', 'hubport,id=n0,hubid=0',
                  '-kernel', str(kernel), '-initrd', str(initrd),
