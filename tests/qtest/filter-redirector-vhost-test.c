@@ -860,6 +860,7 @@ static void test_inject_rx_waits(Fixture *f)
 {
     vm_stop(f);
     in_send(f, 0, 200);
+    wait_inject_pending(f, "inj", true);
     g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 0);
     vm_cont(f);
     expect_host(f, 0, 200);
