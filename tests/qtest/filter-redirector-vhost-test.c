@@ -688,6 +688,7 @@ static void test_take_two(Fixture *f)
     g_test_message("%u sent, %u and %u taken", sent, first, second);
     /* 4/5 of that each, and little more for each time that it was full */
     g_assert_cmpuint(first, <, 18000);
+    g_assert_cmpuint(second, >, 0);
     g_assert_cmpuint(second, <, 18000 + 6 * 3000);
     expect_out(f, 0, 10000);
 }
