@@ -582,7 +582,7 @@ static void test_writer_rewind(gconstpointer vnet_hdr)
     peer_expect(link);
 }
 
-/* Nobody is there: nothing is lost, nothing is called, full() holds. */
+/* Nobody is there: nothing is lost, and full() holds. */
 static void test_writer_unconnected(void)
 {
     g_autoptr(Link) link = link_new_writer(true);
@@ -595,7 +595,8 @@ static void test_writer_unconnected(void)
         }
         g_assert_cmpuint(link->expected->len, >=, WRITER_LIMIT);
         settle();
-        g_assert_cmpuint(link->progress, ==, 0);
+        /* discard() may have started the timer that gives memory back. */
+        g_assert_cmpuint(link->progress, <=, i);
         g_assert_true(frame_writer_full(link->fw));
         if (i < 2) {
             g_assert_cmpuint(frame_writer_discard(link->fw), ==,
