@@ -216,15 +216,16 @@ def clean_up(source, target, redirector=True):
 
 class Lines(threading.Thread):
     """
-    A TCP connection to the guest, which sends each line back.  One is sent
-    each PERIOD.
+    A TCP connection to the guest in VM, which sends each line back.  One is
+    sent each PERIOD.
     """
 
     PERIOD = 0.1
+    PORT = 7
 
-    def __init__(self, port):
+    def __init__(self, vm):
         super().__init__(daemon=True)
-        self.port = port
+        vm.guest_runs(f'nc -ll -p {self.PORT} -e cat > /dev/null 2>&1 &')
         self.connection = wait_for('the guest to listen', self.connect,
                                    LIMIT, 1)
         self.sent = []          # when
@@ -238,7 +239,7 @@ class Lines(threading.Thread):
 
     def connect(self):
         try:
-            return socket.create_connection((GUEST_ADDRESS, self.port),
+            return socket.create_connection((GUEST_ADDRESS, self.PORT),
                                             LIMIT)
         except ConnectionRefusedError:
             return None
