@@ -176,12 +176,12 @@ static void filter_tap_capture_skip(FilterTapCapture *fc, int err)
 static void filter_tap_capture_error(FilterTapCapture *fc, int err)
 {
     const char *ifname = fc->user->link->ifname;
-    char name[IF_NAMESIZE];
 
     trace_filter_tap_capture_error(ifname, err);
-    if (err == ENETDOWN && !if_indextoname(fc->user->link->ifindex, name)) {
-        warn_report("netdev '%s': interface '%s' is gone; nothing more can be "
-                    "captured from it", fc->nf->netdev_id, ifname);
+    if (err == ENETDOWN) {
+        /* Which of them is not known yet when the kernel says this. */
+        warn_report("netdev '%s': interface '%s' is down or gone; nothing is "
+                    "captured from it now", fc->nf->netdev_id, ifname);
     }
 }
 

@@ -843,11 +843,11 @@ class World:
             self.copies(o) and o.tap is tap and not o.stalled
             for o in self.objects.values())
         tap.unplug()
-        text = f"'{tap.name}' is gone; nothing more can be captured"
+        text = f"'{tap.name}' is down or gone"
         if concerned:
             self.said = ''
             self.wait('source', tap.name, lambda: self.check_alive() or
-                      text not in self.said and 'nobody said that it is gone')
+                      text not in self.said and 'nobody said so')
         return True
 
     def do_replug(self, number):

@@ -693,7 +693,7 @@ static void test_segments_kernel(gconstpointer data)
         plan_fill(&plan, &plans[i / 4], i & 1 ? 6 : 4, i & 2);
         lab_compare(&lab, &plan);
     }
-    for (int i = 0; i < (g_test_slow() ? 20000 : 500); i++) {
+    for (int i = 0; i < (g_test_slow() ? 20000 : 250); i++) {
         plan_random(&plan, tunnel);
         lab_compare(&lab, &plan);
     }
