@@ -83,9 +83,12 @@ static bool packet_passed_has_ring(int fd)
 bool packet_passed_check(int fd, const char *ifname, unsigned ifindex,
                          Error **errp)
 {
+    int domain = packet_get_option(fd, SOL_SOCKET, SO_DOMAIN);
     const char *flaw = NULL;
 
-    if (packet_get_option(fd, SOL_SOCKET, SO_DOMAIN) != AF_PACKET) {
+    if (!domain && errno == EACCES) {
+        flaw = "is refused, as AppArmor or SELinux may do";
+    } else if (domain != AF_PACKET) {
         flaw = "is not a packet socket";
     } else if (packet_get_option(fd, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
         flaw = "is not of type SOCK_RAW";

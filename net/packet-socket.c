@@ -92,9 +92,11 @@ static bool packet_socket_open(PacketSocket *ps, Error **errp)
     if (ps->fd < 0) {
         error_setg_errno(errp, errno, "could not open a packet socket for "
                          "interface '%s'%s", ps->ifname,
-                         errno == EPERM || errno == EACCES ?
+                         errno == EPERM ?
                          " (it needs CAP_NET_RAW; without, pass a packet "
-                         "socket)" : "");
+                         "socket)" :
+                         errno == EACCES ?
+                         " (AppArmor or SELinux may refuse it)" : "");
         return false;
     }
     return true;
