@@ -97,6 +97,7 @@ struct FilterTapCapture {
     bool takes;
     bool active;
     CaptureState state;
+    bool hook_failed;           /* and that has been told */
     PacketPollEntry poll;
     PacketSocket *socket;       /* NULL if it takes */
     FrameWriter *writer;        /* NULL if there is a sink */
@@ -179,9 +180,9 @@ static void filter_tap_capture_error(FilterTapCapture *fc, int err)
 
     trace_filter_tap_capture_error(ifname, err);
     if (err == ENETDOWN) {
-        /* Which of them is not known yet when the kernel says this. */
-        warn_report("netdev '%s': interface '%s' is down or gone; nothing is "
-                    "captured from it now", fc->nf->netdev_id, ifname);
+        /* Which of them cannot be known yet. */
+        warn_report("netdev '%s': interface '%s' went down or away; nothing is "
+                    "captured until it is up", fc->nf->netdev_id, ifname);
     }
 }
 
@@ -345,10 +346,16 @@ static bool filter_tap_capture_hook(FilterTapCapture *fc)
     Error *err = NULL;
 
     if (!packet_socket_hook(fc->socket, &err)) {
-        warn_reportf_err(err, "netdev '%s': nothing is captured: ",
-                         fc->nf->netdev_id);
+        if (!fc->hook_failed) {
+            /* A peer can come again and again, so tell it once. */
+            warn_report("netdev '%s': nothing is captured: %s",
+                        fc->nf->netdev_id, error_get_pretty(err));
+        }
+        error_free(err);
+        fc->hook_failed = true;
         return false;
     }
+    fc->hook_failed = false;
     return true;
 }
 

@@ -95,6 +95,12 @@ bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp)
                    "use one of its chardevs", label);
         return false;
     }
+    if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX)) {
+        /* It takes some bytes for commands, as that to end QEMU. */
+        error_setg(errp, "chardev '%s' has mux=on and cannot carry frames",
+                   label);
+        return false;
+    }
     if (reads && object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP)) {
         /* It reads only the first 4096 bytes of a datagram. */
         error_setg(errp, "chardev '%s' is a udp one, which cannot read "

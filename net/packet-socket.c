@@ -378,8 +378,11 @@ static ssize_t packet_socket_recv_queue(PacketSocket *ps,
     struct tpacket_auxdata aux = { };
     ssize_t len;
 
-    /* With MSG_TRUNC the length is the frame's even if it does not fit. */
-    len = RETRY_ON_EINTR(recvmsg(ps->fd, &msg, MSG_TRUNC));
+    /*
+     * With MSG_TRUNC the length is the frame's even if it does not fit.  Who
+     * has a copy of a passed socket can make it blocking at any time.
+     */
+    len = RETRY_ON_EINTR(recvmsg(ps->fd, &msg, MSG_TRUNC | MSG_DONTWAIT));
     if (len < 0) {
         return -errno;
     }
@@ -523,7 +526,7 @@ int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
             .msg_iovlen = ARRAY_SIZE(iov[i]),
         };
     }
-    ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, 0));
+    ret = RETRY_ON_EINTR(sendmmsg(ps->fd, msgs, n, MSG_DONTWAIT));
     if (ret < 0) {
         return errno == ENOBUFS || errno == ENETDOWN ? -EAGAIN : -errno;
     }

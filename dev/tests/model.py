@@ -843,7 +843,7 @@ class World:
             self.copies(o) and o.tap is tap and not o.stalled
             for o in self.objects.values())
         tap.unplug()
-        text = f"'{tap.name}' is down or gone"
+        text = f"'{tap.name}' went down or away"
         if concerned:
             self.said = ''
             self.wait('source', tap.name, lambda: self.check_alive() or

@@ -999,6 +999,12 @@ static void test_capture_stuck(Lab *lab)
             }
         }
         g_assert_cmpuint(packet_socket_drops(ps), ==, incoming ? 1 + lost : 0);
+
+        /* Who has a copy of a passed socket can make it blocking. */
+        g_unix_set_fd_nonblocking(packet_socket_fd(ps), false, NULL);
+        alarm(LIMIT_MS / 1000);
+        capture_expect_none(ps);
+        alarm(0);
     }
 }
 
@@ -1706,7 +1712,8 @@ static void test_inject_queue_full(Tap *tap)
 
         g_test_message("queue of %d, %d at a time", cases[i].queue_len, batch);
         set_queue_len(tap, cases[i].queue_len);
-        while (sent < (g_test_slow() ? 20000 : 500)) {
+        while (sent < (g_test_slow() ? 20000 : 500) || !refused ||
+               (!partly && batch > 1)) {
             g_autofree Frame *frames = frames_make(make_for_guest, sent, batch);
             int ret = inject_frames(ps, frames, batch);
 
@@ -1723,8 +1730,6 @@ static void test_inject_queue_full(Tap *tap)
                                      g_rand_int_range(rand, 0, batch + 2));
         }
         tap_expect_made(tap, make_for_guest, arrived, sent - arrived);
-        g_assert_cmpuint(refused, >, 0);
-        g_assert_true(partly > 0 || batch == 1);
     }
     packet_socket_free(ps);
 }
