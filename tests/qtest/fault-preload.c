@@ -9,6 +9,7 @@
 #include "qemu/osdep.h"
 #include <dlfcn.h>
 #include <net/if.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -197,7 +198,13 @@ int ioctl(int fd, unsigned long request, ...)
 
 int timerfd_create(int clock, int flags)
 {
-    return fails(FAULT_TIMERFD) ? -1 : REAL(timerfd_create)(clock, flags);
+    return fails(FAULT_POLL) ? -1 : REAL(timerfd_create)(clock, flags);
+}
+
+int epoll_ctl(int epoll_fd, int op, int fd, struct epoll_event *event)
+{
+    return op == EPOLL_CTL_ADD && packet_fails(FAULT_POLL, fd) ? -1 :
+           REAL(epoll_ctl)(epoll_fd, op, fd, event);
 }
 
 /* Of the GNU C library.  dlsym() will not do, since it allocates by itself. */

@@ -23,7 +23,7 @@ typedef enum FaultCall {
     FAULT_RECVMSG,
     FAULT_SENDMMSG,
     FAULT_IOCTL,        /* of TAPs, and of interfaces by their name */
-    FAULT_TIMERFD,      /* timerfd_create() */
+    FAULT_POLL,         /* timerfd_create(), epoll_ctl() of packet sockets */
     FAULT_VHOST,        /* ioctls of vhost */
     FAULT_WRITE_OUT,    /* sendmsg() to "out" */
     FAULT_READ_IN,      /* recvmsg() from "in" */

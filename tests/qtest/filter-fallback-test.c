@@ -662,6 +662,8 @@ static void test_last(Fixture *f)
         { "object_del a", "" },
         { "set_link n0 off", "the link is down" },
         { "set_link n0 on", "" },
+        { "set_link nic off", "the link is down" },
+        { "set_link nic on", "" },
         { "qom-set /objects/c status on", "filter 'c' is on" },
         /* It goes with its netdev. */
         { "netdev_del n0", "the link is down" },
