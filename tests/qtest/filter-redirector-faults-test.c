@@ -1113,17 +1113,17 @@ static void check_setup(Fixture *f, const char *object)
 
 static void test_error_setup(Fixture *f)
 {
+    /* The first opens what all share, and the last closes it. */
+    del_object(f, "other");
+    check_setup(f, CAPTURE "tx");
+    add_other(f);
     check_setup(f, CAPTURE "tx");
     check_setup(f, CAPTURE "all");
     check_setup(f, INJECT "tx");
-    /* The last of all closes what they share. */
-    del_object(f, "other");
-    check_setup(f, CAPTURE "tx");
     add_capture(f);
     add_inject(f);
     guest_begin(f);
     expect_working(f);
-    add_other(f);
 }
 
 /* Frames on their way, and a call on it that fails */
