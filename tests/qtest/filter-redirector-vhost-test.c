@@ -91,7 +91,7 @@ static void test_capture(const void *data)
     g_assert_cmpint(vhost_started(&f), ==,
                     g_str_has_prefix(d->netdev_opts, "vhost=on"));
     expect_source(&f, "cap", "packet-socket");
-    guest_post(&f, 50);
+    guest_post(&f, 51);
     /* That frames are not captured shows by the next ones. */
     for (uint32_t n = 0; n < 100; n += 50) {
         host_to_guest(&f, n, 25);
@@ -103,6 +103,11 @@ static void test_capture(const void *data)
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, captured);
     g_assert_cmpuint(counter(&f, "cap", "capture-bytes"), ==,
                      captured * FRAME_LEN);
+    /* The TAP is held no longer than the filter is there. */
+    vm_stop(&f);
+    del_object(&f, "cap");
+    vm_cont(&f);
+    host_to_guest(&f, 100, 1);
     fixture_close(&f);
 }
 
@@ -575,6 +580,12 @@ static void test_take_multiqueue(void)
     expect_flows(&f, 100);
     host_send_flows(&f, 200);
     expect_flows(&f, 200);
+    /* Without a peer both are held. */
+    close(f.out);
+    expect_connected(&f, "out", false);
+    host_send_flows(&f, 100);
+    f.out = connect_to(&f, "out");
+    expect_flows(&f, 100);
     vm_cont(&f);
     qvirtio_reset(&f.dev->vdev);
     for (int i = 0; i < 5; i++) {
@@ -1538,6 +1549,7 @@ static void test_errors(Fixture *f)
           "'plain'" },
         { "netdev=n0,outdev=out,buffer-size=1000000",
           "from 1 MiB to 1 GiB" },
+        { "netdev=n0,outdev=out,buffer-size=1025M", "from 1 MiB to 1 GiB" },
         { "netdev=n0,outdev=none", "'none' not found" },
         { "netdev=n0", "at least one property" },
         { "netdev=n0", "filter-redirector 'bad': " },
@@ -1730,8 +1742,11 @@ int main(int argc, char **argv)
     rig_add_guest("stop/mirror", MIRROR STOPPED_ONLY, test_stop_mirror);
     rig_add_guest("stop/nothing-lost", CAPTURE "tx " INJECT "tx",
                   test_stop_nothing_lost);
-    rig_add_vm("stop/nothing-read", CAPTURE "tx", test_stop_nothing_read);
-    rig_add_guest("stop/stopped-only", TAKE, test_take);
+    /* The second takes nothing of what is for the guest. */
+    rig_add_vm("stop/nothing-read", CAPTURE "tx " CAPTURE2
+               "rx,enable_when_running=off,enable_when_stopped=on",
+               test_stop_nothing_read);
+    rig_add_guest("stop/stopped-only", TAKE " " CAPTURE2 "tx", test_take);
     rig_add_guest("stop/stopped-only-announce",
                   CAPTURE "all,enable_when_running=off,enable_when_stopped=on",
                   test_take_announce);
