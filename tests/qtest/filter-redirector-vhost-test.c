@@ -8,6 +8,7 @@
 #include <net/if.h>
 #include <sched.h>
 #include <glib/gstdio.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <linux/capability.h>
@@ -22,6 +23,10 @@
                "vnet_hdr_support=on,queue="
 /* What came while the VM was stopped, so that the guest does not get it */
 #define TAKE CAPTURE STOPPED_ONLY
+/* A second redirector, and the first without vnet_hdr_support */
+#define CAPTURE2 "-object filter-redirector,id=cap2,netdev=n0,outdev=in," \
+                 "vnet_hdr_support=on,queue="
+#define PLAIN "-object filter-redirector,netdev=n0,queue=tx,"
 #define MULTIQUEUE_NETDEV "vhost=on,queues=2"
 #define MULTIQUEUE_NIC ",mq=on,vectors=6"
 
@@ -338,6 +343,13 @@ static void test_unhooked(Fixture *f)
         WAIT_UNTIL(hooked(f) == 0);
         capture_on(f, by);
     }
+    /* One that is on again stays there, also when that time is over. */
+    object_add(f, CAPTURE2 "tx");
+    capture_off(f, BY_STATUS);
+    capture_on(f, BY_STATUS);
+    set_status(f, "cap2", "off");
+    WAIT_UNTIL(hooked(f) == 1);
+    expect_source(f, "cap", "packet-socket");
 }
 
 /*
@@ -565,15 +577,15 @@ static void expect_flows(Fixture *f, uint16_t count)
     }
 }
 
-/* What waits in the TAP's second queue is saved as well. */
-static void test_take_multiqueue(void)
+/* What waits in the TAP's second queue, or the NIC's, is saved as well. */
+static void check_take_multiqueue(const char *netdev_opts, bool vhost)
 {
     QVirtQueue *queues[5];
     Fixture f;
 
-    fixture_init(&f, MULTIQUEUE_NETDEV, MULTIQUEUE_NIC, TAKE);
+    fixture_init(&f, netdev_opts, MULTIQUEUE_NIC, TAKE ",packet-socket=on");
     guest_start_multiqueue(&f, queues);
-    g_assert_true(vhost_started(&f));
+    g_assert_cmpint(vhost_started(&f), ==, vhost);
     host_send_flows(&f, 100);
     vm_stop(&f);
     wait_counter(&f, "cap", "capture-packets", 100);
@@ -592,6 +604,12 @@ static void test_take_multiqueue(void)
         qvirtqueue_cleanup(f.dev->vdev.bus, queues[i], &f.alloc);
     }
     fixture_close(&f);
+}
+
+static void test_take_multiqueue(void)
+{
+    check_take_multiqueue(MULTIQUEUE_NETDEV, true);
+    check_take_multiqueue("vhost=off,queues=2", false);
 }
 
 /* Nobody listens: the packets stay where they are, for the guest. */
@@ -1031,6 +1049,9 @@ static void test_hotplug(Fixture *f)
     g_assert_cmpint(hooked(f), ==, 0);
     expect_guest(f, 20, 20);
     g_assert_true(vhost_started(f));
+    vm_stop(f);
+    add_capture(f);
+    expect_source(f, "cap", "none");
 }
 
 static void test_netdev_del(Fixture *f)
@@ -1184,18 +1205,17 @@ static void test_slow_peer_deleted(Fixture *f)
  */
 static void test_deleted_accepting(Fixture *f)
 {
-    const uint32_t n = 1000;
-    const size_t len = 9000;
+    const uint32_t n = 1200;
+    const size_t len = 1500;
     g_autofree uint8_t *frame = g_malloc0(len);
     g_autofree char *path = g_build_filename(f->dir, "file", NULL);
     pid_t pid = qtest_pid(f->qts);
     struct stat st;
 
-    run_command("ip link set %s mtu %zu", f->ifname, len);
     hmp(f, "chardev-add file,id=file,path=%s", path);
     for (int round = 1; round <= 3; round++) {
         object_add(f, "-object filter-redirector,id=cap,netdev=n0,"
-                   "outdev=file,queue=tx");
+                   "outdev=file,queue=tx,buffer-size=4M");
         expect_source(f, "cap", "packet-socket");
         make_frame(frame, round);
         kill(pid, SIGSTOP);
@@ -1598,6 +1618,20 @@ static void test_error_interface_gone(Fixture *f)
                  "netdev 'n0': could not get the TAP's interface");
 }
 
+/* With its own capabilities */
+static void run_in_child(void (*func)(void))
+{
+    int status;
+    pid_t pid = fork();
+
+    if (!pid) {
+        func();
+        _exit(0);
+    }
+    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
+    g_assert_cmpint(status, ==, 0);
+}
+
 static void no_cap_net_raw(void)
 {
     Fixture f;
@@ -1613,18 +1647,9 @@ static void no_cap_net_raw(void)
     fixture_close(&f);
 }
 
-/* In a child that has its own capabilities */
 static void test_error_no_cap_net_raw(void)
 {
-    int status;
-    pid_t pid = fork();
-
-    if (!pid) {
-        no_cap_net_raw();
-        _exit(0);
-    }
-    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
-    g_assert_cmpint(status, ==, 0);
+    run_in_child(no_cap_net_raw);
 }
 
 /* A QEMU that gets its TAP, or what looks like one */
@@ -1636,16 +1661,21 @@ static void start_with_fd(Fixture *f, int fd)
 }
 
 /* A TAP of another namespace, with the name of an interface that is here. */
-static void test_error_netns(void)
+static void check_netns(bool same_address)
 {
     int own = open("/proc/self/ns/net", O_RDONLY);
     int here = open_tap("tapns"), there;
+    struct ifreq ifr;
     Fixture f;
 
     g_assert_cmpint(unshare(CLONE_NEWNET), ==, 0);
     there = open_tap("tapns");
     g_assert_cmpint(setns(own, CLONE_NEWNET), ==, 0);
     g_assert_cmpint(fcntl(there, F_SETFD, 0), ==, 0);
+    if (same_address) {
+        g_assert_cmpint(ioctl(there, SIOCGIFHWADDR, &ifr), ==, 0);
+        g_assert_cmpint(ioctl(here, SIOCSIFHWADDR, &ifr), ==, 0);
+    }
 
     start_with_fd(&f, there);
     expect_error(&f, "netdev=n0,outdev=out",
@@ -1657,6 +1687,19 @@ static void test_error_netns(void)
     qtest_quit(f.qts);
     close(there);
     close(own);
+}
+
+/* QEMU may not ask for the namespace: the MAC address tells. */
+static void no_cap_net_admin(void)
+{
+    g_assert_cmpint(prctl(PR_CAPBSET_DROP, CAP_NET_ADMIN), ==, 0);
+    check_netns(false);
+}
+
+static void test_error_netns(void)
+{
+    run_in_child(no_cap_net_admin);
+    check_netns(true);
 }
 
 /* A macvtap's fd is like a TAP's, but its directions are the other way. */
@@ -1701,11 +1744,6 @@ static void add_directions(const Direction *directions, int count,
                      g_memdup2(&directions[i], sizeof(directions[i])), func);
     }
 }
-
-/* A second redirector, and the first without vnet_hdr_support */
-#define CAPTURE2 "-object filter-redirector,id=cap2,netdev=n0,outdev=in," \
-                 "vnet_hdr_support=on,queue="
-#define PLAIN "-object filter-redirector,netdev=n0,queue=tx,"
 
 int main(int argc, char **argv)
 {
