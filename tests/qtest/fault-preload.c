@@ -164,6 +164,9 @@ ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
 
 int sendmmsg(int fd, struct mmsghdr *msgs, unsigned n, int flags)
 {
+    if (packet_fails(FAULT_SEND_PART, fd)) {
+        return REAL(sendmmsg)(fd, msgs, 1, flags);
+    }
     return packet_fails(FAULT_SENDMMSG, fd) ? -1 :
            REAL(sendmmsg)(fd, msgs, n, flags);
 }

@@ -16,12 +16,13 @@
 /* "out", "in" and "client" are Unix sockets with such a path at one end. */
 typedef enum FaultCall {
     FAULT_SOCKET,       /* packet sockets, and those for ioctls */
-    FAULT_SETSOCKOPT,   /* of packet sockets, as all to FAULT_SENDMMSG */
+    FAULT_SETSOCKOPT,   /* of packet sockets, as all to FAULT_SEND_PART */
     FAULT_GETSOCKOPT,
     FAULT_BIND,
     FAULT_MMAP,
     FAULT_RECVMSG,
     FAULT_SENDMMSG,
+    FAULT_SEND_PART,    /* sendmmsg() does not fail: it sends one message */
     FAULT_IOCTL,        /* of TAPs, and of interfaces by their name */
     FAULT_POLL,         /* timerfd_create(), epoll_ctl() of packet sockets */
     FAULT_VHOST,        /* ioctls of vhost */

@@ -1283,6 +1283,7 @@ static void test_error_inject_gso(Fixture *f)
         { ENOBUFS, 5, GSO_SEGMENTS }, { EAGAIN, 5, GSO_SEGMENTS },
     };
     uint8_t packet[12 + GSO_LEN];
+    struct virtio_net_hdr *hdr = (void *)packet;
 
     for (int i = 0; i < ARRAY_SIZE(table); i++) {
         guest_begin_gso(f, GSO_WHOLE);
@@ -1297,11 +1298,29 @@ static void test_error_inject_gso(Fixture *f)
         expect_injected(f, 6 * (i + 1), 0, 0);
     }
 
+    /* What has gone in part goes on in segments. */
+    guest_begin_gso(f, GSO_WHOLE);
+    fail_after(FAULT_SEND_PART, 0, 1, 1);
+    fail(FAULT_SENDMMSG, ENOBUFS, 2);
+    g_assert_cmpuint(inject_gso(f), ==, GSO_SEGMENTS);
+
+    /* Without GUEST_ECN it is not tried whole: there is no second call. */
+    make_gso(packet, false);
+    hdr->gso_type |= VIRTIO_NET_HDR_GSO_ECN;
+    fail_after(FAULT_SENDMMSG, EIO, 1, 1);
+    in_send_packet(f, packet, sizeof(packet));
+    expect_injected(f, 6 * ARRAY_SIZE(table) + 3, 0, 0);
+    g_assert_cmpuint(fail_no_more(FAULT_SENDMMSG), ==, 0);
+
+    /* Segments as small as these cost the kernel too much. */
+    hdr->gso_size = cpu_to_le16(47);
+    in_send_packet(f, packet, sizeof(packet));
+    wait_counter(f, "inj", "inject-skipped", 1);
+
     /* What can only go whole is tried for some time, each time anew. */
     make_gso(packet, false);
     stw_be_p(packet + 12 + 12, ETH_P_LOOPBACK);
-    guest_begin_gso(f, GSO_WHOLE);
-    for (int i = 1; i <= 2; i++) {
+    for (int i = 2; i <= 3; i++) {
         fail(FAULT_SENDMMSG, ENOBUFS, FOREVER);
         in_send_packet(f, packet, sizeof(packet));
         wait_counter(f, "inj", "inject-skipped", i);
