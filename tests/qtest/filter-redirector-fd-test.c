@@ -322,6 +322,7 @@ static void test_helper_refuses(void)
         { NO_CAPABILITY, "--as=" FIRST_FD, "CAP_NET_RAW is missing" },
         { NO_CAPABILITY, "--as=" FIRST_FD, "--ambient-caps=+net_raw" },
         { NO_CAPABILITY, "--as=" FIRST_FD, "AmbientCapabilities=" },
+        { NET_RAW, "--ifname=nowhere --as=" FIRST_FD, "nowhere: " },
     };
     int tap;
 
