@@ -1588,6 +1588,7 @@ static void test_errors(Fixture *f)
         { "netdev=n0,outdev=out,indev=out", "could not be same" },
         { "netdev=n0,outdev=both", "chardev 'both' is a hub" },
         { "netdev=n0,queue=tx,indev=both", "chardev 'both' is a hub" },
+        { "netdev=n0,queue=tx,indev=mux", "chardev 'mux' has mux=on" },
         { "netdev=n0,queue=tx,indev=udp", "chardev 'udp' is a udp one" },
         { "netdev=n0,outdev=out,position=id=io", "'io' is not a filter" },
         /* So that no peer can make a loop of it */
@@ -1844,6 +1845,7 @@ int main(int argc, char **argv)
     rig_add("chain/mirror", test_chain_mirror);
     rig_add_vm("error/options", "-object iothread,id=io "
                "-chardev udp,id=udp,host=127.0.0.1,port=9 "
+               "-chardev null,id=mux,mux=on "
                "-chardev null,id=null1 -chardev null,id=null2 "
                "-chardev hub,id=both,chardevs.0=null1,chardevs.1=null2 "
                "-netdev hubport,id=hub,hubid=1 "
