@@ -89,16 +89,11 @@ bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp)
 {
     const char *label = chr->chr->label;
 
-    if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB)) {
-        /* It mixes its peers' streams, and loses track of their frames. */
-        error_setg(errp, "chardev '%s' is a hub, which cannot carry frames; "
-                   "use one of its chardevs", label);
-        return false;
-    }
-    if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX)) {
-        /* It takes some bytes for commands, as that to end QEMU. */
-        error_setg(errp, "chardev '%s' has mux=on and cannot carry frames",
-                   label);
+    if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB) ||
+        object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX)) {
+        /* One mixes its peers' streams, the other has bytes for commands. */
+        error_setg(errp, "chardev '%s' is a hub or has mux=on, and cannot "
+                   "carry frames", label);
         return false;
     }
     if (reads && object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP)) {
@@ -417,7 +412,6 @@ static void frame_reader_break(FrameReader *fr)
     fr->broken = true;
     qemu_chr_fe_disconnect(fr->chr);
 }
-
 
 /* Hand out a batch.  Returns false when no more can be handed out now. */
 static bool frame_reader_hand_out(FrameReader *fr)
