@@ -1588,7 +1588,7 @@ static void test_errors(Fixture *f)
         { "netdev=n0,outdev=out,indev=out", "could not be same" },
         { "netdev=n0,outdev=both", "chardev 'both' is a hub" },
         { "netdev=n0,queue=tx,indev=both", "chardev 'both' is a hub" },
-        { "netdev=n0,queue=tx,indev=mux", "chardev 'mux' is a hub or has mux=on" },
+        { "netdev=n0,queue=tx,indev=mux", "'mux' is a hub or has mux=on" },
         { "netdev=n0,queue=tx,indev=udp", "chardev 'udp' is a udp one" },
         { "netdev=n0,outdev=out,position=id=io", "'io' is not a filter" },
         /* So that no peer can make a loop of it */
