@@ -1521,7 +1521,9 @@ static const LoadTest load_tests[] = {
       .switches = 30 },
     /* Nobody kicks for what was in the rings before the switch. */
     { "switch/no-ioeventfd", test_switch, .nic_opts = ",ioeventfd=off",
-      .features = EVENT_IDX, .pairs = 2, .switches = 10 },
+      .features = EVENT_IDX, .switches = 10 },
+    { "switch/no-ioeventfd-multiqueue", test_switch,
+      .nic_opts = ",ioeventfd=off", .pairs = 2, .switches = 10 },
     { "switch/multiqueue", test_switch, .pairs = 2, .switches = 30 },
     { "multiqueue-direction", test_multiqueue_direction, .pairs = 2 },
     { "packed", test_packed, .nic_opts = ",packed=on", .no_driver = true },

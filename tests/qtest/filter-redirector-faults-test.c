@@ -1313,6 +1313,7 @@ static void test_error_inject_gso(Fixture *f)
     g_assert_cmpuint(fail_no_more(FAULT_SENDMMSG), ==, 0);
 
     /* Segments as small as these cost the kernel too much. */
+    hdr->gso_type = VIRTIO_NET_HDR_GSO_TCPV4;
     hdr->gso_size = cpu_to_le16(47);
     in_send_packet(f, packet, sizeof(packet));
     wait_counter(f, "inj", "inject-skipped", 1);
