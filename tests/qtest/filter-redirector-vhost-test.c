@@ -705,6 +705,7 @@ static void test_take_slow_peer(Fixture *f)
     size_t got = 0;
     ssize_t n;
 
+    run_command("ip link set %s txqueuelen 1000", f->ifname);
     vm_stop(f);
     next = overfill_take(f, &sent) / 2;
     /* When there is room again, none is left behind. */
