@@ -533,7 +533,7 @@ static void test_take_announce(Fixture *f)
 static void test_take_no_vhost(Fixture *f)
 {
     g_assert_false(vhost_started(f));
-    host_send(f, 0, 20);
+    host_send_taken(f, 0, 20);
     vm_stop(f);
     expect_out(f, 0, 20);
     host_to_out(f, 20, 20);
@@ -929,6 +929,11 @@ static void test_inject_rx_waits(Fixture *f)
     g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 0);
     vm_cont(f);
     expect_host(f, 0, 200);
+    /* What nobody takes has not been injected. */
+    hmp(f, "set_link n0 off");
+    in_send(f, 0, 3);
+    wait_counter(f, "inj", "inject-interface-drops", 3);
+    g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 200);
 }
 
 /* What an object injects it does not capture; nor does another. */
@@ -1232,8 +1237,8 @@ static void test_slow_peer_deleted(Fixture *f)
  */
 static void test_deleted_accepting(Fixture *f)
 {
-    const uint32_t n = 1200;
-    const size_t most = 9000;
+    const uint32_t n = 1600;
+    const size_t most = 3500;
     g_autofree uint8_t *frame = g_malloc0(most);
     g_autofree char *path = g_build_filename(f->dir, "file", NULL);
     pid_t pid = qtest_pid(f->qts);
@@ -1247,7 +1252,7 @@ static void test_deleted_accepting(Fixture *f)
         uint64_t dropped = 0;
 
         object_add(f, "-object filter-redirector,id=cap,netdev=n0,"
-                   "outdev=file,queue=tx,buffer-size=4M");
+                   "outdev=file,queue=tx,buffer-size=6M");
         expect_source(f, "cap", "packet-socket");
         make_frame(frame, round);
         kill(pid, SIGSTOP);
