@@ -97,6 +97,7 @@ class Vm(Guest):
                  nic=demo_guest.NIC, vhost='on',
                  start=('-incoming', 'defer')):
         self.taps = []
+        self.vhost = vhost
         options = []
         name = name or str(Vm.made)
         Vm.made += 1
@@ -111,6 +112,11 @@ class Vm(Guest):
                 options += ['-device', json.dumps(SECOND_NIC)]
         self.tap = self.taps[0]
         super().__init__(name, directory, nic, *start, *options)
+
+    def add_filter(self, kind, name, netdev, **properties):
+        if self.vhost == 'off':
+            properties['packet-socket'] = 'on'
+        super().add_filter(kind, name, netdev, **properties)
 
     def set_capabilities(self, *names):
         self.qmp('migrate-set-capabilities', capabilities=[
@@ -217,14 +223,14 @@ def clean_up(source, target, redirector=True):
 class Lines(threading.Thread):
     """
     A TCP connection to the guest in VM, which sends each line back.  One is
-    sent each PERIOD.
+    sent each PERIOD, in seconds.
     """
 
-    PERIOD = 0.1
     PORT = 7
 
-    def __init__(self, vm):
+    def __init__(self, vm, period=0.1):
         super().__init__(daemon=True)
+        self.period = period
         vm.guest_runs(f'nc -ll -p {self.PORT} -e cat > /dev/null 2>&1 &')
         self.connection = wait_for('the guest to listen', self.connect,
                                    LIMIT, 1)
@@ -246,7 +252,7 @@ class Lines(threading.Thread):
 
     def run(self):
         try:
-            while not self.quit.wait(self.PERIOD):
+            while not self.quit.wait(self.period):
                 self.sent.append(time.monotonic())
                 self.connection.sendall(b'%d\n' % (len(self.sent) - 1))
             self.connection.shutdown(socket.SHUT_WR)
