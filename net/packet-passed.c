@@ -88,6 +88,8 @@ bool packet_passed_check(int fd, const char *ifname, unsigned ifindex,
 
     if (!domain && errno == EACCES) {
         flaw = "is refused, as AppArmor or SELinux may do";
+    } else if (!domain && errno == EBADF) {
+        flaw = "is not open";
     } else if (domain != AF_PACKET) {
         flaw = "is not a packet socket";
     } else if (packet_get_option(fd, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {

@@ -974,7 +974,7 @@ static void test_bad_value(Fixture *f)
           "'packet-fd': File descriptor named 'nothing' has not been found" },
         { QMP_CAPTURE "'packet-fd': '7up'",
           "'packet-fd': Invalid file descriptor number '7up'" },
-        { QMP_CAPTURE "'packet-fd': '1000'", "it is not a packet socket" },
+        { QMP_CAPTURE "'packet-fd': '1000'", "it is not open" },
         { QMP_CAPTURE "'packet-fd': '/dev/fdset/9'",
           "'packet-fd': Failed to find fdset /dev/fdset/9" },
         { QMP_INJECT "'queue': 'rx', 'packet-fd': 'c'",

@@ -2152,7 +2152,7 @@ static void test_passed_errors(Tap *tap)
             const char *flaw;
         } cases[] = {
             { open("/dev/null", O_RDWR), "is not a packet socket" },
-            { 1000, "is not a packet socket" },
+            { 1000, "is not open" },
             { socket(AF_UNIX, SOCK_DGRAM, 0), "is not a packet socket" },
             { socket(AF_PACKET, SOCK_DGRAM, 0), "SOCK_RAW" },
             { sender_new(other.index), "bound to another interface" },
