@@ -217,11 +217,6 @@ static void make_small(Frame *frame, uint32_t number)
     frame_make(frame, number, 60 + number % 40);
 }
 
-static void make_full(Frame *frame, uint32_t number)
-{
-    frame_make(frame, number, 1490 + number % 25);
-}
-
 static void make_jumbo(Frame *frame, uint32_t number)
 {
     frame_make(frame, number, 1600 + number * 37 % 7400);
@@ -284,7 +279,6 @@ static const struct {
     FrameMaker *make;
 } makers[] = {
     { "small", make_small },
-    { "full", make_full },
     { "jumbo", make_jumbo },
     { "gso", make_long_gso },
     { "mixed", make_mixed },
@@ -693,20 +687,13 @@ static void test_capture_foreign(Lab *lab)
     for (int i = 0; i < (g_test_slow() ? 1000 : 100); i++) {
         PacketSocket *ps = capture_new(&lab->tap, -1, lab->way->directions);
 
+        flood_pass(&f);
         capture_expect_none(ps);
-        if (i % 4 == 0) {
-            flood_pass(&f);
-        }
         packet_socket_hook(ps, &error_abort);
-        capture_expect_none(ps);
-        if (i % 4 == 1) {
-            flood_pass(&f);
-        }
+        flood_pass(&f);
         lab_check(lab, ps, make_small, i);
         packet_socket_unhook(ps);
-        if (i % 4 == 2) {
-            flood_pass(&f);
-        }
+        flood_pass(&f);
         capture_expect_none(ps);
         packet_socket_free(ps);
     }
@@ -1410,24 +1397,20 @@ static void test_inject_gso(Tap *tap)
         TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN,
     };
     g_autofree Frame *frame = g_new0(Frame, 1), *got = g_new0(Frame, 1);
-    g_autoptr(GRand) rand = g_rand_new_with_seed(1);
     PacketSocket *ps = inject_new(tap, -1);
     PacketSocket *capture = capture_new_hooked(tap, BOTH);
 
-    for (int round = 0; round < 50; round++) {
-        unsigned offload = offloads[g_rand_int_range(rand, 0,
-                                                     ARRAY_SIZE(offloads))];
-
-        tap_set_offload(tap, offload);
-        for (int i = 0; i < 4; i++) {
-            bool tcp6 = i & 1, ecn = i & 2;
+    for (int i = 0; i < ARRAY_SIZE(offloads); i++) {
+        tap_set_offload(tap, offloads[i]);
+        for (int j = 0; j < 4; j++) {
+            bool tcp6 = j & 1, ecn = j & 2;
             unsigned needed = (tcp6 ? TUN_F_TSO6 : TUN_F_TSO4) |
                               (ecn ? TUN_F_TSO_ECN : 0);
 
             frame_make_gso(frame, tcp6 ? 6 : 4, 5 * MSS);
             frame->hdr.gso_type |= ecn ? VIRTIO_NET_HDR_GSO_ECN : 0;
             check_inject_gso(ps, capture, tap, frame,
-                             (offload & needed) == needed);
+                             (offloads[i] & needed) == needed);
         }
         frame_make_gso_type(frame, 0);
         check_inject_gso(ps, capture, tap, frame, false);
