@@ -540,21 +540,6 @@ static void test_writer_slow_peer(void)
     g_assert_cmpuint(link->progress, ==, 0);
 }
 
-/* A peer that keeps up: no progress calls are needed, and none come late. */
-static void test_writer_fast_peer(void)
-{
-    g_autoptr(Link) link = link_new_writer(false);
-
-    link_connect(link);
-    for (int i = 0; i < 2000; i++) {
-        link_stage(link, 100);
-        link_flush(link);
-        g_assert_cmpuint(peer_take(link), ==, 104);
-    }
-    peer_expect(link);
-    g_assert_cmpuint(link->progress, ==, 0);
-}
-
 static void test_writer_rewind(gconstpointer vnet_hdr)
 {
     g_autoptr(Link) link = link_new_writer(GPOINTER_TO_INT(vnet_hdr));
@@ -655,7 +640,7 @@ static void test_writer_discard(void)
     link_flush(link);
     peer_expect(link);
 
-    /* Some written, one begun: the rest of that one stays. */
+    /* Some written, one begun: its rest stays, and what is staged follows. */
     for (int i = 0; i < 3; i++) {
         link_stage(link, 500 + i);
     }
@@ -665,17 +650,7 @@ static void test_writer_discard(void)
                      frame_count(link) - 1);
     g_assert_false(frame_writer_full(link->fw));
     g_byte_array_set_size(link->expected, frame_end(link, link->expected, 0));
-    peer_expect(link);
-
-    /* Frames staged later come after it. */
-    link_stage(link, 60000);
-    link_stage_many(link, 1);
-    cut_off(link);
-    g_assert_cmpuint(frame_count(link), ==, 2);
-    g_assert_cmpuint(frame_writer_discard(link->fw), ==, 1);
-    g_byte_array_set_size(link->expected, frame_end(link, link->expected, 0));
     link_stage_many(link, 10);
-    link_flush(link);
     peer_expect(link);
 
     /* What a closed connection cut off counts as not begun. */
@@ -714,26 +689,27 @@ static void test_writer_flush_now(void)
 enum { UNCONNECTED, NOT_BEGUN, BEGUN, DISCONNECTED };
 
 /* The connection ends only if it could not go on with a frame. */
-static void test_writer_close(gconstpointer data)
+static void test_writer_close(void)
 {
-    int state = GPOINTER_TO_INT(data);
-    g_autoptr(Link) link = link_new_writer(true);
-    uint8_t byte;
+    for (int state = UNCONNECTED; state <= DISCONNECTED; state++) {
+        g_autoptr(Link) link = link_new_writer(true);
+        uint8_t byte;
 
-    if (state >= NOT_BEGUN) {
-        link_connect_narrow(link);
-    }
-    link_fill(link, 50000);
-    if (state >= BEGUN) {
-        cut_off(link);
-    }
-    if (state == DISCONNECTED) {
-        link_disconnect(link);
-    }
-    g_assert_cmpuint(link_close_writer(link), ==, frame_count(link));
-    if (link->peer >= 0) {
-        g_assert_cmpint(recv(link->peer, &byte, 1, 0), ==,
-                        state == BEGUN ? 0 : -1);
+        if (state >= NOT_BEGUN) {
+            link_connect_narrow(link);
+        }
+        link_fill(link, 50000);
+        if (state >= BEGUN) {
+            cut_off(link);
+        }
+        if (state == DISCONNECTED) {
+            link_disconnect(link);
+        }
+        g_assert_cmpuint(link_close_writer(link), ==, frame_count(link));
+        if (link->peer >= 0) {
+            g_assert_cmpint(recv(link->peer, &byte, 1, 0), ==,
+                            state == BEGUN ? 0 : -1);
+        }
     }
 }
 
@@ -1314,11 +1290,15 @@ static void peer_send(Link *link, const uint8_t *data, size_t size)
 }
 
 /* A length that breaks framing ends this connection, and only this one. */
-static void test_reader_too_long(gconstpointer data)
+static void test_reader_too_long(void)
 {
-    uint32_t length = GPOINTER_TO_UINT(data);
+    static const uint32_t lengths[] = {
+        FRAME_STREAM_MAX_PAYLOAD + 1, UINT32_MAX,
+    };
 
-    for (int wait = 0; wait < 2; wait++) {
+    for (int i = 0; i < 2 * ARRAY_SIZE(lengths); i++) {
+        uint32_t length = lengths[i / 2];
+        bool wait = i & 1;
         g_autoptr(Link) link = link_new_reader(true);
         size_t room = frame_reader_room(link->fr);
         uint8_t byte;
@@ -1330,7 +1310,7 @@ static void test_reader_too_long(gconstpointer data)
         append_be32(link->expected, length);
         append_be32(link->expected, 12);
         /* Would pass for frames */
-        for (int i = 0; i < 20; i++) {
+        for (int j = 0; j < 20; j++) {
             link_make(link, 90);
         }
 
@@ -1466,20 +1446,12 @@ int main(int argc, char **argv)
     TEST_FORMATS("writer/format", test_writer_format);
     TEST("writer/full", test_writer_full);
     TEST("writer/slow-peer", test_writer_slow_peer);
-    TEST("writer/fast-peer", test_writer_fast_peer);
     TEST_FORMATS("writer/rewind", test_writer_rewind);
     TEST("writer/unconnected", test_writer_unconnected);
     TEST("writer/closed-in-flush", test_writer_closed_in_flush);
     TEST("writer/discard", test_writer_discard);
     TEST("writer/flush-now", test_writer_flush_now);
-    TEST_DATA("writer/close/unconnected", GINT_TO_POINTER(UNCONNECTED),
-              test_writer_close);
-    TEST_DATA("writer/close/not-begun", GINT_TO_POINTER(NOT_BEGUN),
-              test_writer_close);
-    TEST_DATA("writer/close/begun", GINT_TO_POINTER(BEGUN),
-              test_writer_close);
-    TEST_DATA("writer/close/disconnected", GINT_TO_POINTER(DISCONNECTED),
-              test_writer_close);
+    TEST("writer/close", test_writer_close);
 #if !defined(QEMU_SANITIZE_ADDRESS) && defined(CONFIG_LINUX)
     TEST("writer/memory", test_writer_memory);
     TEST("writer/memory-burst", test_writer_memory_burst);
@@ -1495,11 +1467,7 @@ int main(int argc, char **argv)
     TEST_FORMATS("reader/parts", test_reader_parts);
     TEST("reader/room", test_reader_room);
     TEST_FORMATS("reader/reset", test_reader_reset);
-    TEST_DATA("reader/too-long/by-one",
-              GUINT_TO_POINTER(FRAME_STREAM_MAX_PAYLOAD + 1),
-              test_reader_too_long);
-    TEST_DATA("reader/too-long/most", GUINT_TO_POINTER(UINT32_MAX),
-              test_reader_too_long);
+    TEST("reader/too-long", test_reader_too_long);
     TEST("reader/too-long/once", test_reader_too_long_once);
     TEST("reader/free", test_reader_free);
     TEST("reader/turns", test_reader_turns);
