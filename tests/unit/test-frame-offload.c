@@ -324,10 +324,13 @@ static bool segments_try(FrameSegments *fs, const Frame *frame)
     return ok;
 }
 
+/* The frame is cut as it is planned. */
 static void segments_new(FrameSegments *fs, const Frame *frame,
                          const Plan *plan)
 {
-    if (!segments_try(fs, frame)) {
+    if (!segments_try(fs, frame) || fs->count != plan_count(plan) ||
+        fs->headers != plan->headers || fs->payload != plan->payload ||
+        fs->size != plan->size) {
         plan_describe(plan);
         g_assert_not_reached();
     }
@@ -585,10 +588,9 @@ static void lab_compare(Lab *lab, Plan *plan)
         }
         count++;
     }
-    if (count != fs.count || count != plan_count(plan)) {
+    if (count != fs.count) {
         plan_describe(plan);
         g_assert_cmpuint(count, ==, fs.count);
-        g_assert_cmpuint(count, ==, plan_count(plan));
     }
 }
 
@@ -700,26 +702,6 @@ static void test_segments_kernel(gconstpointer data)
     lab_free(&lab);
 }
 
-/* Without the kernel */
-static void test_segments_plan(void)
-{
-    g_autofree Frame *frame = g_new0(Frame, 1);
-
-    for (int i = 0; i < 200; i++) {
-        FrameSegments fs;
-        Plan plan;
-
-        plan_random(&plan, i & 1);
-        frame_build(frame, &plan);
-        segments_new(&fs, frame, &plan);
-        g_assert_cmpuint(fs.count, ==, plan_count(&plan));
-        g_assert_cmpuint(fs.headers, ==, plan.headers);
-        g_assert_cmpuint(fs.payload, ==, plan.payload);
-        g_assert_cmpuint(fs.size, ==, plan.size);
-        segments_check(&fs, frame);
-    }
-}
-
 /*
  * Frames that are not segmented
  */
@@ -767,46 +749,6 @@ static void test_refused_truncated(void)
         }
         g_assert_true(segments_good(frame));
     }
-}
-
-static void change_bytes(Frame *frame, const Plan *plan)
-{
-    for (unsigned i = 0; i <= pick(4); i++) {
-        unsigned at = pick(plan->headers + sizeof(frame->hdr));
-
-        if (at >= plan->headers) {
-            ((uint8_t *)&frame->hdr)[at - plan->headers] = g_test_rand_int();
-        } else if (pick(2)) {
-            frame->data[at] = g_test_rand_int();
-        } else {
-            frame->data[at] ^= 1 << pick(8);
-        }
-    }
-    frame->len -= pick(8) ? 0 : pick(frame->len);
-}
-
-/* Whatever the frame says: nothing out of bounds, and no byte gets lost. */
-static void test_random(void)
-{
-    g_autofree Frame *frame = g_new0(Frame, 1);
-    unsigned rounds = g_test_slow() ? 300000 : 50000, accepted = 0;
-
-    for (unsigned i = 0; i < rounds; i++) {
-        Plan plan;
-
-        plan_kind(&plan, i % KINDS);
-        plan.payload = 1 + pick(900);
-        frame_build(frame, &plan);
-        change_bytes(frame, &plan);
-        accepted += segments_good(frame);
-
-        /* Nothing is left of it but, mostly, what Ethernet carries. */
-        frame->len = 14 + pick(400);
-        random_bytes(frame->data + 14, frame->len - 14);
-        segments_good(frame);
-    }
-    g_assert_cmpuint(accepted, >, rounds / 20);
-    g_assert_cmpuint(accepted, <, rounds - rounds / 20);
 }
 
 /* One thing of a good frame is changed, and the frame is refused. */
@@ -880,8 +822,6 @@ static void check_flaws(Plan plan)
     FLAW(tcp, l4[12] = 0x4f);
     FLAW(tcp, (l4[12] = 0xff, frame->len = plan.l4 + 59));
     FLAW(tcp, (l4[12] = 0xff, frame->len = plan.l4 + 60));
-    FLAW(!tcp, (hdr->gso_size = 48,
-                frame->len = plan.headers + 48 * UDP_SEGMENTS_MAX + 1));
 }
 
 static void test_refused_flaws(void)
@@ -951,14 +891,12 @@ static void test_ignored(void)
     for (unsigned kind = 0; kind < KINDS; kind++) {
         struct virtio_net_hdr hdrs[7];
         FrameSegments fs;
-        unsigned count;
         Plan plan;
 
         plan_kind(&plan, kind);
         frame_build(frame, &plan);
         segments_new(&fs, frame, &plan);
         segment_get(&fs, 1, good);
-        count = fs.count;
         for (int i = 0; i < ARRAY_SIZE(hdrs); i++) {
             hdrs[i] = frame->hdr;
         }
@@ -976,7 +914,6 @@ static void test_ignored(void)
         for (int i = 0; i < ARRAY_SIZE(hdrs); i++) {
             frame->hdr = hdrs[i];
             segments_new(&fs, frame, &plan);
-            g_assert_cmpuint(fs.count, ==, count);
             segment_get(&fs, 1, got);
             assert_bytes(got, good, &plan, 1);
         }
@@ -995,7 +932,6 @@ static void test_limits(void)
     plan.payload = 48 * UDP_SEGMENTS_MAX;
     frame_build(frame, &plan);
     segments_new(&fs, frame, &plan);
-    g_assert_cmpuint(fs.count, ==, UDP_SEGMENTS_MAX);
     segments_check(&fs, frame);
     plan.payload++;
     frame_build(frame, &plan);
@@ -1070,7 +1006,7 @@ static void test_to_guest(void)
 {
     g_autofree Frame *frame = g_new0(Frame, 1);
 
-    for (size_t len = 10; len <= FRAME_OFFLOAD_MAX_HEADER; len++) {
+    for (size_t len = 0; len <= TUNNEL_HEADER; len += len ? 1 : 10) {
         for (int i = 0; i < 2 * KINDS; i++) {
             Plan plan;
 
@@ -1087,22 +1023,9 @@ static void test_to_guest(void)
                 frame->hdr.flags &= ~VIRTIO_NET_HDR_F_NEEDS_CSUM;
                 frame->hdr.csum_start = 0;
             }
-            g_assert_true(to_guest(frame, &plan, len, i & 1));
-        }
-    }
-}
-
-/* Without a header a frame must be whole. */
-static void test_to_guest_none(void)
-{
-    uint8_t frame[60] = {};
-
-    for (unsigned type = 0; type < 0x100; type++) {
-        for (int swap = 0; swap < 2; swap++) {
-            struct virtio_net_hdr hdr = { .gso_type = type };
-
-            g_assert_true(frame_offload_to_guest(&hdr, frame, sizeof(frame),
-                                                 NULL, 0, swap) == !type);
+            /* Without a header a frame must be whole. */
+            g_assert_true(to_guest(frame, &plan, len, i & 1) ==
+                          (len || !frame->hdr.gso_type));
         }
     }
 }
@@ -1142,7 +1065,6 @@ static void test_tunnel_capture(void)
         }
         if (plan.tunnel) {
             segments_new(&fs, got, &plan);
-            g_assert_cmpuint(fs.count, ==, plan_count(&plan));
         }
     }
     packet_socket_free(ps);
@@ -1208,7 +1130,7 @@ static void test_tunnel_like(void)
         frame->hdr.csum_offset = 6;
         plan.tunnel = 0;
         g_assert_true(to_guest(frame, &plan, TUNNEL_HEADER, false));
-        segments_new(&fs, frame, &plan);
+        g_assert_true(segments_try(&fs, frame));
         g_assert_cmpuint(fs.headers, ==, plan.tunnel_l4 + 8);
         segments_check(&fs, frame);
     }
@@ -1265,17 +1187,14 @@ int main(int argc, char **argv)
     TEST_KERNEL("kernel-checksum", KERNEL_CHECKSUM);
     TEST_KERNEL("kernel-tunnel", KERNEL_TUNNEL);
     TEST_KERNEL("kernel-tunnel-checksum", KERNEL_TUNNEL | KERNEL_CHECKSUM);
-    TEST("segments/plan", test_segments_plan);
     TEST("segments/limits", test_limits);
     TEST("segments/refused/truncated", test_refused_truncated);
     TEST("segments/refused/flaws", test_refused_flaws);
     TEST("segments/refused/overlap", test_refused_overlap);
     TEST("segments/refused/tunnel-cut", test_refused_tunnel_cut);
     TEST("segments/ignored", test_ignored);
-    TEST("segments/random", test_random);
     TEST("header/from-guest", test_from_guest);
     TEST("header/to-guest", test_to_guest);
-    TEST("header/none", test_to_guest_none);
     TEST("header/tunnel/capture", test_tunnel_capture);
     TEST("header/tunnel/short", test_tunnel_short);
     TEST("header/tunnel/addresses", test_tunnel_addresses);
