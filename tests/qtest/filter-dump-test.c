@@ -3,9 +3,9 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Pipes, whose reader may be slow or end, and files that were passed.  What
- * a file on disk gets is in filter-redirector-vhost-test and
- * filter-redirector-fidelity-test, and test-filter-dump has pipes on the chain.
+ * FIFOs, whose reader may be slow or end.  What a file on disk gets is in
+ * filter-redirector-vhost-test and filter-redirector-fidelity-test, and
+ * test-filter-dump has FIFOs on the chain, and files that were passed.
  */
 
 #include "qemu/osdep.h"
@@ -16,16 +16,8 @@
 /* Frames for which a pipe of 1 MiB has no room */
 #define TOO_MANY 400
 
-static void add_dump(Fixture *f, const char *path)
-{
-    run_command("ip link set %s mtu 9000", f->ifname);
-    object_add(f, "-object filter-dump,id=dump,netdev=n0,queue=tx,file=%s",
-               path);
-    expect_source(f, "dump", "packet-socket");
-}
-
 /* Dump to a new FIFO.  Returns: its end for reading */
-static int add_dump_fifo(Fixture *f)
+static int add_dump(Fixture *f)
 {
     g_autofree char *path = g_build_filename(f->dir, "fifo", NULL);
     int fd;
@@ -33,17 +25,11 @@ static int add_dump_fifo(Fixture *f)
     g_assert_cmpint(mkfifo(path, 0600), ==, 0);
     fd = open(path, O_RDONLY | O_NONBLOCK);
     g_assert_cmpint(fd, >=, 0);
-    add_dump(f, path);
+    run_command("ip link set %s mtu 9000", f->ifname);
+    object_add(f, "-object filter-dump,id=dump,netdev=n0,queue=tx,file=%s",
+               path);
+    expect_source(f, "dump", "packet-socket");
     return fd;
-}
-
-/* As "/dev/fdset/1"; QEMU has it then, and not the test. */
-static void pass_fd(Fixture *f, int fd)
-{
-    g_assert_cmpint(fd, >=, 0);
-    qtest_qmp_fds_assert_success(f->qts, &fd, 1, "{ 'execute': 'add-fd', "
-                                 "'arguments': { 'fdset-id': 1 } }");
-    close(fd);
 }
 
 /* What is written, or will be as soon as there is room */
@@ -91,19 +77,10 @@ static uint32_t read_kept(Fixture *f, FILE *file, uint64_t *got)
     return number;
 }
 
-/* Delete the dump; nothing more is in the file. */
-static void end_dump(Fixture *f, FILE *file)
-{
-    del_object(f, "dump");
-    clearerr(file);
-    g_assert_cmpint(fgetc(file), ==, EOF);
-    g_assert_true(feof(file));
-    fclose(file);
-}
-
 /* The reader stops twice; whole packets are missing then, and counted. */
-static void check_stalled(Fixture *f, int fd)
+static void test_fifo_stalled(Fixture *f)
 {
+    int fd = add_dump(f);
     g_autofree char *path = g_strdup_printf("/proc/self/fd/%d", fd);
     FILE *file = open_pcap(path);
     uint32_t sent = 0;
@@ -120,18 +97,17 @@ static void check_stalled(Fixture *f, int fd)
         send_long(f, &sent, 1);
         g_assert_cmpuint(read_kept(f, file, &got), ==, sent - 1);
     }
-    end_dump(f, file);
+    del_object(f, "dump");
+    clearerr(file);
+    g_assert_cmpint(fgetc(file), ==, EOF);
+    g_assert_true(feof(file));
+    fclose(file);
     close(fd);
-}
-
-static void test_fifo_stalled(Fixture *f)
-{
-    check_stalled(f, add_dump_fifo(f));
 }
 
 static void test_fifo_gone(Fixture *f)
 {
-    int fd = add_dump_fifo(f);
+    int fd = add_dump(f);
     uint32_t sent = 0;
     uint64_t before;
 
@@ -143,45 +119,10 @@ static void test_fifo_gone(Fixture *f)
     del_object(f, "dump");
 }
 
-static void test_fdset_pipe(Fixture *f)
-{
-    int fds[2];
-
-    g_assert_cmpint(pipe(fds), ==, 0);
-    pass_fd(f, fds[1]);
-    add_dump(f, "/dev/fdset/1");
-    /* So that the pipe ends with the dump */
-    qtest_qmp_assert_success(f->qts, "{ 'execute': 'remove-fd', 'arguments': "
-                                     "{ 'fdset-id': 1 } }");
-    check_stalled(f, fds[0]);
-}
-
-static void test_fdset_file(Fixture *f)
-{
-    g_autofree char *path = g_build_filename(f->dir, "file", NULL);
-
-    pass_fd(f, open(path, O_CREAT | O_WRONLY, 0600));
-    for (int i = 0; i < 2; i++) {
-        /* The counters begin anew with the object. */
-        uint32_t sent = 0;
-        uint64_t got = 0;
-        FILE *file;
-
-        add_dump(f, "/dev/fdset/1");
-        send_long(f, &sent, 20);
-        file = open_pcap(path);
-        g_assert_cmpuint(read_kept(f, file, &got), ==, sent - 1);
-        g_assert_cmpuint(got, ==, sent);
-        end_dump(f, file);
-    }
-}
-
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-dump");
     rig_add_vm("fifo/stalled", "", test_fifo_stalled);
     rig_add_vm("fifo/gone", "", test_fifo_gone);
-    rig_add_vm("fdset/pipe", "", test_fdset_pipe);
-    rig_add_vm("fdset/file", "", test_fdset_file);
     return g_test_run();
 }
