@@ -25,7 +25,8 @@ bool can_run(void)
     return !no_namespace;
 }
 
-int control_socket(void)
+/* For the ioctls of interfaces */
+static int control_socket(void)
 {
     static int fd = -1;
 
@@ -142,13 +143,13 @@ bool readable(int fd, int timeout)
     return pfd.revents;
 }
 
-bool frame_read(int fd, Frame *frame)
+bool tap_try_read(Tap *tap, Frame *frame)
 {
     struct iovec iov[] = {
         { &frame->hdr, sizeof(frame->hdr) },
         { frame->data, sizeof(frame->data) },
     };
-    ssize_t ret = readv(fd, iov, 2);
+    ssize_t ret = readv(tap->fd, iov, 2);
 
     if (ret < 0) {
         g_assert_cmpint(errno, ==, EAGAIN);
@@ -157,11 +158,6 @@ bool frame_read(int fd, Frame *frame)
     g_assert_cmpint(ret, >=, sizeof(frame->hdr));
     frame->len = ret - sizeof(frame->hdr);
     return true;
-}
-
-bool tap_try_read(Tap *tap, Frame *frame)
-{
-    return frame_read(tap->fd, frame);
 }
 
 void tap_read(Tap *tap, Frame *frame)

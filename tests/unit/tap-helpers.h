@@ -42,9 +42,6 @@ void enter_namespace(void);
 /* Returns: whether that was possible.  If not, the test is skipped. */
 bool can_run(void);
 
-/* For the ioctls of interfaces */
-int control_socket(void);
-
 void set_up(const char *name, bool up);
 void set_queue_len(Tap *tap, int len);
 void set_mtu(Tap *tap, int mtu);
@@ -65,11 +62,10 @@ void tap_set_offload(Tap *tap, unsigned offload);
 
 bool readable(int fd, int timeout);
 
-/* A frame with its header.  Returns: false if there is none. */
-bool frame_read(int fd, Frame *frame);
+/* A frame with its header.  Returns: false with errno if it is refused. */
 bool frame_write(int fd, const Frame *frame);
 
-/* The guest reads. */
+/* The guest reads.  Returns: false if there is no frame. */
 bool tap_try_read(Tap *tap, Frame *frame);
 void tap_read(Tap *tap, Frame *frame);
 void tap_drain(Tap *tap);
