@@ -1867,22 +1867,16 @@ static void run_lab_test(gconstpointer data)
     }
 }
 
-static void add_lab_test(const char *name, const Way *way,
-                         void (*func)(Lab *lab))
-{
-    g_autofree char *path = g_strdup_printf("/packet-socket/%s/%s", name,
-                                            way->name);
-    LabTest test = { .way = way, .func = func };
-
-    g_test_add_data_func_full(path, g_memdup2(&test, sizeof(test)),
-                              run_lab_test, g_free);
-}
-
 /* A test for each way */
 static void add_lab_tests(const char *name, void (*func)(Lab *lab))
 {
     for (int i = 0; i < ARRAY_SIZE(ways); i++) {
-        add_lab_test(name, &ways[i], func);
+        g_autofree char *path = g_strdup_printf("/packet-socket/%s/%s", name,
+                                                ways[i].name);
+        LabTest test = { .way = &ways[i], .func = func };
+
+        g_test_add_data_func_full(path, g_memdup2(&test, sizeof(test)),
+                                  run_lab_test, g_free);
     }
 }
 
