@@ -18,16 +18,14 @@
 #include "libqos/virtio.h"
 #include "qemu/bswap.h"
 #include "qemu/units.h"
-#include "qobject/qdict.h"
 
 #define MIRROR "-object filter-mirror,id=cap,netdev=n0,outdev=out," \
                "vnet_hdr_support=on,queue="
 /* What came while the VM was stopped, so that the guest does not get it */
 #define TAKE CAPTURE STOPPED_ONLY
-/* A second redirector, and the first without vnet_hdr_support */
+/* A second redirector */
 #define CAPTURE2 "-object filter-redirector,id=cap2,netdev=n0,outdev=in," \
                  "vnet_hdr_support=on,queue="
-#define PLAIN "-object filter-redirector,netdev=n0,queue=tx,"
 #define MULTIQUEUE_NETDEV "vhost=on,queues=2"
 #define MULTIQUEUE_NIC ",mq=on,vectors=6"
 
@@ -117,28 +115,6 @@ static void test_capture(const void *data)
     fixture_close(&f);
 }
 
-/* One copy each, whether vhost or the chain reads the TAP. */
-static void test_capture_driver_reload(Fixture *f)
-{
-    uint32_t n = 0;
-
-    g_assert_false(vhost_started(f));
-    for (int round = 0; round < 5; round++, n += 40) {
-        host_to_out(f, n, 10);
-        guest_start(f);
-        g_assert_true(vhost_started(f));
-        guest_post(f, 30);
-        host_to_out(f, n + 10, 10);
-        guest_stop(f);
-        g_assert_false(vhost_started(f));
-        host_to_out(f, n + 20, 10);
-        qtest_system_reset(f->qts);
-        host_to_out(f, n + 30, 10);
-        qvirtio_pci_device_enable(f->dev);
-    }
-    g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, n);
-}
-
 /* In bursts the sockets are not polled: each last one comes all the same. */
 static void test_capture_bursts(Fixture *f)
 {
@@ -154,51 +130,7 @@ static void test_capture_bursts(Fixture *f)
     g_assert_cmpuint(counter(f, "cap", "capture-kernel-drops"), ==, 0);
 }
 
-/* Two filters are looked at together, whoever's packets call for it. */
-static void test_capture_two(Fixture *f)
-{
-    uint32_t n = 0;
-
-    guest_post(f, 10);
-    for (int round = 0; round < 10; round++) {
-        host_to_out(f, n, 300);
-        expect_stream(f->in, n, 300);
-        n += 300;
-        guest_send(f, n, 1);
-        expect_stream(f->in, n++, 1);
-    }
-    del_object(f, "cap");
-    host_send(f, n, 300);
-    expect_stream(f->in, n, 300);
-}
-
-/* All bytes of the stream, with vnet_hdr_support and without */
-static void test_capture_stream_format(Fixture *f)
-{
-    uint8_t want[RECORD_LEN], got[RECORD_LEN];
-
-    make_record(want, 9);
-    host_send(f, 9, 1);
-    read_full(f->out, got, RECORD_LEN);
-    g_assert_cmpmem(got, RECORD_LEN, want, RECORD_LEN);
-
-    /* The latter does not tell the header's length. */
-    memmove(want + 4, want + 8, RECORD_LEN - 8);
-    read_full(f->in, got, RECORD_LEN - 4);
-    g_assert_cmpmem(got, RECORD_LEN - 4, want, RECORD_LEN - 4);
-}
-
 /* filter-dump */
-
-/* Returns the file of a dump "cap", which is added here. */
-static FILE *add_dump(Fixture *f, const char *opts)
-{
-    g_autofree char *path = g_build_filename(f->dir, "dump", NULL);
-
-    object_add(f, "-object filter-dump,id=cap,netdev=n0,file=%s,%s", path,
-               opts);
-    return open_pcap(path);
-}
 
 /* The next packet of the file, which has its first @caplen bytes */
 static void expect_dump(FILE *file, uint32_t number, uint32_t caplen)
@@ -212,36 +144,15 @@ static void expect_dump(FILE *file, uint32_t number, uint32_t caplen)
     g_assert_cmpuint(packet.len, ==, FRAME_LEN);
 }
 
-/* The file can be read while it is written, and says what was on the wire. */
-static void test_capture_dump(Fixture *f)
-{
-    FILE *file = add_dump(f, "queue=all");
-
-    g_assert_true(vhost_started(f));
-    expect_source(f, "cap", "packet-socket");
-    guest_post(f, 10);
-    for (int i = 0; i < 20; i += 2) {
-        host_to_guest(f, i, 1);
-        guest_send(f, i + 1, 1);
-        expect_dump(file, i, FRAME_LEN);
-        expect_dump(file, i + 1, FRAME_LEN);
-    }
-    set_status(f, "cap", "off");
-    host_send(f, 20, 1);
-    set_status(f, "cap", "on");
-    host_send(f, 21, 1);
-    expect_dump(file, 21, FRAME_LEN);
-    g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, 21);
-    del_object(f, "cap");
-    g_assert_cmpint(hooked(f), ==, 0);
-    fclose(file);
-}
-
 /* What is longer than maxlen is cut off, and its length is told. */
 static void test_capture_dump_maxlen(Fixture *f)
 {
-    FILE *file = add_dump(f, "queue=tx,maxlen=20");
+    g_autofree char *path = g_build_filename(f->dir, "dump", NULL);
+    FILE *file;
 
+    object_add(f, "-object filter-dump,id=cap,netdev=n0,queue=tx,maxlen=20,"
+               "file=%s", path);
+    file = open_pcap(path);
     host_send(f, 0, 2);
     expect_dump(file, 0, 20);
     expect_dump(file, 1, 20);
@@ -380,19 +291,6 @@ static void test_lingers(Fixture *f)
 
 /* Run state */
 
-static void test_stop_both(Fixture *f)
-{
-    guest_post(f, 30);
-    host_send(f, 0, 10);
-    vm_stop(f);
-    expect_source(f, "cap", "packet-socket");
-    host_send(f, 10, 10);
-    expect_out(f, 0, 20);
-    vm_cont(f);
-    host_to_out(f, 20, 10);
-    g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, 30);
-}
-
 /* A mirror takes nothing from the guest, whenever it works. */
 static void test_stop_mirror(Fixture *f)
 {
@@ -407,21 +305,6 @@ static void test_stop_mirror(Fixture *f)
     expect_guest(f, 10, 10);
     host_to_guest(f, 20, 10);
     g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, 10);
-}
-
-/* The TAP is not read while the VM is stopped: the guest gets it all. */
-static void test_stop_nothing_lost(Fixture *f)
-{
-    guest_post(f, 30);
-    for (int i = 0; i < 3; i++) {
-        vm_stop(f);
-        host_send(f, 10 * i, 10);
-        /* Each answer is a turn of the main loop, in which it could read. */
-        counter(f, "cap", "capture-packets");
-        counter(f, "cap", "capture-packets");
-        vm_cont(f);
-        expect_guest(f, 10 * i, 10);
-    }
 }
 
 /*
@@ -642,20 +525,6 @@ static void test_take_not_connected(Fixture *f)
     expect_guest(f, taken, 30 - taken);
 }
 
-/* The peer comes later: what waited in the NIC's queue is first. */
-static void test_take_late_peer(Fixture *f)
-{
-    close(f->out);
-    host_send(f, 0, 5);
-    vm_stop(f);
-    expect_source(f, "cap", "chain");
-    for (int i = 0; i < 5; i++) {
-        g_assert_cmpuint(counter(f, "cap", "capture-packets"), <=, 1);
-    }
-    f->out = connect_to(f, "out");
-    expect_out(f, 0, 5);
-}
-
 /* A pty throws away what nobody reads, so it gets nothing before. */
 static void test_take_pty(Fixture *f)
 {
@@ -759,36 +628,6 @@ static void test_take_two(Fixture *f)
 
 /* Migration */
 
-/*
- * What was handed over is gone for the guest, what was not is the guest's; and
- * all of it is while the filter was off.
- */
-static void test_migration_cancelled(Fixture *f)
-{
-    guest_post(f, 100);
-    host_to_guest(f, 0, 10);
-    for (int i = 0; i < 3; i++) {
-        uint32_t n = 10 + 40 * i;
-
-        set_status(f, "cap", "on");
-        migration_start(f);
-        expect_source(f, "cap", "chain");
-        host_to_out(f, n, 10);
-        migration_cancel(f);
-        expect_source(f, "cap", "none");
-        g_assert_true(vhost_started(f));
-        host_to_guest(f, n + 10, 10);
-
-        set_status(f, "cap", "off");
-        migration_start(f);
-        host_send(f, n + 20, 10);
-        migration_cancel(f);
-        host_send(f, n + 30, 10);
-        expect_guest(f, n + 20, 20);
-    }
-    g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, 30);
-}
-
 static void *migration_drain(void *opaque)
 {
     int fd = GPOINTER_TO_INT(opaque);
@@ -811,7 +650,8 @@ static void expect_migration_failed(Fixture *f)
 }
 
 /*
- * The same for a migration that fails: the target goes away when the VM has
+ * What was handed over is gone for the guest, what was not is the guest's; and
+ * all of it is while the filter was off.  The target goes away when the VM has
  * stopped, or there never is one.
  */
 static void test_migration_failed(Fixture *f)
@@ -910,16 +750,6 @@ static void test_inject_hold(Fixture *f)
     expect_guest(f, 40, 10);
 }
 
-static void test_inject_when_stopped(Fixture *f)
-{
-    vm_stop(f);
-    in_send(f, 0, 10);
-    wait_counter(f, "inj", "inject-packets", 10);
-    vm_cont(f);
-    guest_post(f, 20);
-    expect_guest(f, 0, 10);
-}
-
 /* While the VM is stopped what goes to the network waits, and is not lost. */
 static void test_inject_rx_waits(Fixture *f)
 {
@@ -934,32 +764,6 @@ static void test_inject_rx_waits(Fixture *f)
     in_send(f, 0, 3);
     wait_counter(f, "inj", "inject-interface-drops", 3);
     g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 200);
-}
-
-/* What an object injects it does not capture; nor does another. */
-static void test_no_loop(Fixture *f)
-{
-    guest_post(f, 20);
-    in_send(f, 100, 10);
-    expect_guest(f, 100, 10);
-    host_to_out(f, 0, 1);
-    expect_guest(f, 0, 1);
-    g_assert_cmpuint(counter(f, "both", "capture-packets"), ==, 1);
-    g_assert_cmpuint(counter(f, "both", "inject-packets"), ==, 10);
-}
-
-/* To the interface, what is injected toward the network is the guest's. */
-static void test_injected_rx_captured(Fixture *f)
-{
-    for (int i = 0; i < 5; i++) {
-        in_send(f, 11 * i, 10);
-        expect_host(f, 11 * i, 10);
-        guest_send(f, 11 * i + 10, 1);
-        expect_host(f, 11 * i + 10, 1);
-        expect_out(f, 11 * i, 11);
-    }
-    g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, 55);
-    g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 50);
 }
 
 /* Bad frames are skipped and counted, and the good ones arrive. */
@@ -1032,28 +836,6 @@ static void test_inject_shifted(Fixture *f)
     g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 1);
 }
 
-/* A GSO frame that the kernel cannot segment holds nothing up for ever. */
-static void test_inject_bad_gso(Fixture *f)
-{
-    uint8_t record[8 + 12 + 2000] = { };
-    struct virtio_net_hdr *hdr = (void *)(record + 8);
-
-    guest_post(f, 20);
-    in_send(f, 0, 1);
-    stl_be_p(record, 12 + 2000);
-    stl_be_p(record + 4, 12);
-    make_frame(record + 8 + 12, 0xbad);
-    hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
-    hdr->gso_type = VIRTIO_NET_HDR_GSO_TCPV4;
-    hdr->gso_size = 1000;
-    hdr->hdr_len = 54;
-    hdr->csum_start = 34;
-    hdr->csum_offset = 16;
-    g_assert_cmpint(write(f->in, record, sizeof(record)), ==, sizeof(record));
-    in_send(f, 1, 10);
-    expect_guest(f, 0, 11);
-}
-
 /* Life cycle */
 
 static void test_hotplug(Fixture *f)
@@ -1084,16 +866,6 @@ static void test_hotplug(Fixture *f)
     vm_stop(f);
     add_capture(f);
     expect_source(f, "cap", "none");
-}
-
-static void test_netdev_del(Fixture *f)
-{
-    g_autofree char *text = NULL;
-
-    hmp(f, "netdev_del n0");
-    text = qtest_hmp(f->qts, "qom-list /objects/cap");
-    g_assert_nonnull(strstr(text, "not found"));
-    g_assert_cmpint(hooked(f), ==, 0);
 }
 
 static void test_device_del(Fixture *f)
@@ -1295,38 +1067,6 @@ static void test_buffer_size(Fixture *f)
     g_assert_cmpuint(counter(f, "cap", "buffer-size"), ==, 32 * MiB);
 }
 
-/* The peer leaves in the middle of a frame. */
-static void test_reconnect(Fixture *f)
-{
-    for (int i = 0; i < 20; i++) {
-        uint8_t byte;
-
-        host_send(f, 1000 * i, 20);
-        read_full(f->out, &byte, 1);
-        capture_off(f, BY_PEER);
-        capture_on(f, BY_PEER);
-        host_to_out(f, 1000 * i + 500, 5);
-    }
-}
-
-/* Without a packet socket: with a peer, and without */
-static void test_chain_mirror(void)
-{
-    Fixture f;
-
-    fixture_init(&f, "vhost=off", "", MIRROR "tx");
-    guest_start(&f);
-    guest_post(&f, 210);
-    for (uint32_t n = 0; n < 200; n += 20) {
-        host_to_out(&f, n, 20);
-    }
-    expect_guest(&f, 0, 200);
-    close(f.out);
-    expect_connected(&f, "out", false);
-    host_to_guest(&f, 200, 10);
-    fixture_close(&f);
-}
-
 /* Filters of all kinds on one netdev */
 
 /* The last two need the chain, and keep vhost off. */
@@ -1514,55 +1254,6 @@ static void test_mixed(Fixture *f)
     g_free(m.path);
 }
 
-/*
- * On the chain the order counts: what comes behind one that takes the packets
- * gets none.  They go from the head to the tail to the guest, and the other
- * way from it.  A packet socket sees them on the TAP, before or after that.
- */
-static void test_mixed_order(Fixture *f)
-{
-    static const char mirror[] = "filter-mirror,id=m,outdev=mir";
-    static const char taker[] = "filter-redirector,id=t,outdev=tak";
-    static const struct {
-        const char *first;
-        const char *second;
-        const char *place;      /* of the second */
-        bool mirror_is_first;
-    } places[] = {
-        { taker, mirror, "position=head", true },
-        { taker, mirror, "position=tail", false },
-        { taker, mirror, "position=id=t,insert=before", true },
-        { taker, mirror, "position=id=t,insert=behind", false },
-        { mirror, taker, "position=head", false },
-        { mirror, taker, "position=tail", true },
-        { mirror, taker, "position=id=m,insert=before", false },
-        { mirror, taker, "position=id=m,insert=behind", true },
-    };
-    static const char rest[] = "netdev=n0,vnet_hdr_support=on,"
-                               "packet-socket=off";
-    int mir = add_peer(f, "mir"), tak = add_peer(f, "tak");
-    uint32_t n = 0;
-
-    guest_map(f);
-    for (int i = 0; i < ARRAY_SIZE(places); i++, n += 2) {
-        g_test_message("%s, %s", places[i].second, places[i].place);
-        object_add(f, "-object %s,%s", places[i].first, rest);
-        object_add(f, "-object %s,%s,%s", places[i].second, rest,
-                   places[i].place);
-        g_assert_false(vhost_started(f));
-        host_send(f, n, 1);
-        expect_stream(tak, n, 1);
-        expect_out(f, n, 1);
-        guest_put(f, n + 1);
-        expect_stream(tak, n + 1, 1);
-        expect_stream(mir, places[i].mirror_is_first ? n : n + 1, 1);
-        del_object(f, "m");
-        del_object(f, "t");
-    }
-    close(mir);
-    close(tak);
-}
-
 /* Errors */
 
 static void expect_error(Fixture *f, const char *args, const char *error)
@@ -1661,40 +1352,6 @@ static void test_error_interface_gone(Fixture *f)
                  "netdev 'n0': could not get the TAP's interface");
 }
 
-/* With its own capabilities */
-static void run_in_child(void (*func)(void))
-{
-    int status;
-    pid_t pid = fork();
-
-    if (!pid) {
-        func();
-        _exit(0);
-    }
-    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
-    g_assert_cmpint(status, ==, 0);
-}
-
-static void no_cap_net_raw(void)
-{
-    Fixture f;
-
-    g_assert_cmpint(prctl(PR_CAPBSET_DROP, CAP_NET_RAW), ==, 0);
-    fixture_start(&f, "");
-    expect_error(&f, "netdev=n0,outdev=out",
-                 "(it needs CAP_NET_RAW; without, pass a packet ");
-    expect_error(&f, "netdev=n0,indev=in,queue=tx", "Operation not permitted");
-    /* What needs no packet socket needs no capability. */
-    object_add(&f, "-object filter-redirector,id=cap,netdev=n0,outdev=out,"
-               "enable_when_running=off,enable_when_stopped=on");
-    fixture_close(&f);
-}
-
-static void test_error_no_cap_net_raw(void)
-{
-    run_in_child(no_cap_net_raw);
-}
-
 /* A QEMU that gets its TAP, or what looks like one */
 static void start_with_fd(Fixture *f, int fd)
 {
@@ -1732,16 +1389,19 @@ static void check_netns(bool same_address)
     close(own);
 }
 
-/* QEMU may not ask for the namespace: the MAC address tells. */
-static void no_cap_net_admin(void)
-{
-    g_assert_cmpint(prctl(PR_CAPBSET_DROP, CAP_NET_ADMIN), ==, 0);
-    check_netns(false);
-}
-
 static void test_error_netns(void)
 {
-    run_in_child(no_cap_net_admin);
+    int status;
+    pid_t pid = fork();
+
+    if (!pid) {
+        /* QEMU may not ask for the namespace: the MAC address tells. */
+        g_assert_cmpint(prctl(PR_CAPBSET_DROP, CAP_NET_ADMIN), ==, 0);
+        check_netns(false);
+        _exit(0);
+    }
+    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
+    g_assert_cmpint(status, ==, 0);
     check_netns(true);
 }
 
@@ -1768,17 +1428,6 @@ static void test_error_not_a_tap(void)
     close(tap);
 }
 
-static void test_info_network(Fixture *f)
-{
-    g_autofree char *text = NULL;
-
-    host_to_out(f, 0, 3);
-    text = qtest_hmp(f->qts, "info network");
-    g_assert_nonnull(strstr(text, "capture-packets=3"));
-    g_assert_nonnull(strstr(text, "source=packet-socket"));
-    g_assert_nonnull(strstr(text, f->ifname));
-}
-
 static void add_directions(const Direction *directions, int count,
                            void (*func)(const void *data))
 {
@@ -1793,23 +1442,13 @@ int main(int argc, char **argv)
     rig_init(&argc, &argv, "filter-redirector-vhost");
 
     add_directions(captures, ARRAY_SIZE(captures), test_capture);
-    rig_add_vm("capture/driver-reload", CAPTURE "tx",
-               test_capture_driver_reload);
     rig_add_guest("capture/bursts", CAPTURE "tx", test_capture_bursts);
-    rig_add_guest("capture/two", CAPTURE "tx " CAPTURE2 "all",
-                  test_capture_two);
-    rig_add_guest("capture/stream-format",
-                  CAPTURE "tx " PLAIN "id=plain,outdev=in",
-                  test_capture_stream_format);
     if (HAS_DUMP) {
-        rig_add_guest("capture/dump", "", test_capture_dump);
         rig_add_vm("capture/dump-maxlen", "", test_capture_dump_maxlen);
         rig_add_vm("capture/dump-full", "", test_capture_dump_full);
     }
     if (HAS_FALLBACK) {
         rig_add_guest("mixed", GUEST_MAP_ARGS, test_mixed);
-        rig_add_guest("mixed-order", GUEST_MAP_ARGS CAPTURE "all",
-                      test_mixed_order);
     }
     rig_add_guest("status/on-off", CAPTURE "tx", test_on_off);
     rig_add_guest("status/on-off-mirror", MIRROR "tx", test_on_off);
@@ -1818,11 +1457,7 @@ int main(int argc, char **argv)
                   test_off_at_start);
     rig_add_vm("status/unhooked", CAPTURE "tx", test_unhooked);
     rig_add_guest("status/lingers", CAPTURE "all,buffer-size=1M", test_lingers);
-    rig_add_guest("stop/both", CAPTURE "tx,enable_when_stopped=on",
-                  test_stop_both);
     rig_add_guest("stop/mirror", MIRROR STOPPED_ONLY, test_stop_mirror);
-    rig_add_guest("stop/nothing-lost", CAPTURE "tx " INJECT "tx",
-                  test_stop_nothing_lost);
     /* The second takes nothing of what is for the guest. */
     rig_add_vm("stop/nothing-read", CAPTURE "tx " CAPTURE2
                "rx,enable_when_running=off,enable_when_stopped=on",
@@ -1836,7 +1471,6 @@ int main(int argc, char **argv)
     rig_add("stop/stopped-only-multiqueue", test_take_multiqueue);
     rig_add_guest("stop/stopped-only-not-connected", TAKE,
                   test_take_not_connected);
-    rig_add_vm("stop/stopped-only-late-peer", TAKE, test_take_late_peer);
     rig_add_vm("stop/stopped-only-pty", "-chardev pty,id=pty "
                "-object filter-redirector,id=cap,netdev=n0,outdev=pty,"
                "vnet_hdr_support=on,queue=" STOPPED_ONLY, test_take_pty);
@@ -1844,26 +1478,15 @@ int main(int argc, char **argv)
                   test_take_slow_peer);
     rig_add_vm("stop/two-filters", TAKE ",buffer-size=1M "
                CAPTURE2 STOPPED_ONLY ",buffer-size=1M", test_take_two);
-    rig_add_guest("stop/migration-cancelled", TAKE, test_migration_cancelled);
     rig_add_guest("stop/migration-failed", TAKE, test_migration_failed);
     add_directions(injects, ARRAY_SIZE(injects), test_inject);
     rig_add_guest("inject/hold", INJECT "tx", test_inject_hold);
-    rig_add_guest("inject/when-stopped", INJECT "tx,enable_when_stopped=on",
-                  test_inject_when_stopped);
     rig_add_guest("inject/rx-waits", INJECT "rx,enable_when_stopped=on",
                   test_inject_rx_waits);
-    rig_add_guest("inject/no-loop",
-                  "-object filter-redirector,id=both,netdev=n0,indev=in,"
-                  "outdev=out,vnet_hdr_support=on,queue=tx",
-                  test_no_loop);
-    rig_add_guest("inject/rx-captured", CAPTURE "all " INJECT "rx",
-                  test_injected_rx_captured);
     rig_add_guest("inject/bad-frames", INJECT "tx", test_inject_bad_frames);
-    rig_add_guest("inject/bad-gso", INJECT "tx", test_inject_bad_gso);
-    rig_add_vm("inject/shifted", PLAIN "id=inj,indev=in", test_inject_shifted);
+    rig_add_vm("inject/shifted", "-object filter-redirector,id=inj,netdev=n0,"
+               "queue=tx,indev=in", test_inject_shifted);
     rig_add_guest("life/hotplug", "", test_hotplug);
-    rig_add_guest("life/netdev-del", CAPTURE "tx " INJECT "tx",
-                  test_netdev_del);
     rig_add_guest("life/device-del", CAPTURE "tx", test_device_del);
     rig_add_guest("life/no-leak", "", test_no_leak);
     rig_add_guest("peer/slow-off", CAPTURE "tx", test_slow_peer_off);
@@ -1871,8 +1494,6 @@ int main(int argc, char **argv)
     rig_add_guest("peer/deleted-accepting", "", test_deleted_accepting);
     rig_add_vm("peer/buffer-size", CAPTURE "tx,buffer-size=64M",
                test_buffer_size);
-    rig_add_guest("peer/reconnect", CAPTURE "tx", test_reconnect);
-    rig_add("chain/mirror", test_chain_mirror);
     rig_add_vm("error/options", "-object iothread,id=io "
                "-chardev udp,id=udp,host=127.0.0.1,port=9 "
                "-chardev null,id=mux,mux=on "
@@ -1883,9 +1504,7 @@ int main(int argc, char **argv)
                "downscript=no,vhost=off",
                test_errors);
     rig_add_vm("error/interface-gone", "", test_error_interface_gone);
-    rig_add("error/no-cap-net-raw", test_error_no_cap_net_raw);
     rig_add("error/netns", test_error_netns);
     rig_add("error/not-a-tap", test_error_not_a_tap);
-    rig_add_vm("info/network", CAPTURE "tx", test_info_network);
     return g_test_run();
 }
