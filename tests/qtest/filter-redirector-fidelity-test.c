@@ -690,22 +690,6 @@ static void expect_guest_packet(Side *s, const Packet *want)
     }
 }
 
-/* A GSO packet may come in segments though the guest can take it whole. */
-static void expect_guest_either(Side *s, const Packet *want)
-{
-    g_autofree Packet *got = g_new(Packet, 1);
-    size_t done = 0;
-
-    do {
-        guest_read(s, got);
-        if (!done && got->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE) {
-            packet_assert_equal(got, want);
-            return;
-        }
-        done += packet_assert_segment(got, want, done, true);
-    } while (done < packet_payload(want));
-}
-
 /*
  * The stream
  */
@@ -1057,62 +1041,6 @@ static void test_header_to_none(void)
 }
 
 /*
- * Tags that the kernel has beside the frame: a VLAN interface on the TAP, and
- * one on that
- */
-static void test_vlan_device(void)
-{
-    static const Shape inner = PLAIN("inner", 300);
-    static const struct {
-        const char *name;
-        Shape tagged;
-    } devices[] = {
-        { "fidelity.5", { "", 304, .tpid = { ETH_P_8021Q }, .tci = { 5 } } },
-        { "fidelity.5.7", { "", 308, .tpid = { ETH_P_8021Q, ETH_P_8021Q },
-                            .tci = { 5, 7 } } },
-        { "fidelity.9", { "", 304, .tpid = { ETH_P_8021AD }, .tci = { 9 } } },
-    };
-    g_autofree Packet *p = g_new(Packet, 1), *tagged = g_new(Packet, 1);
-    g_autofree char *command = NULL;
-    Side a, b;
-
-    pair_start(&a, &b, "vhost=on", "vhost=on");
-    command = g_strdup_printf(
-        "ip link add link %s name fidelity.5 type vlan id 5 && "
-        "ip link add link fidelity.5 name fidelity.5.7 type vlan id 7 && "
-        "ip link add link %s name fidelity.9 type vlan id 9 protocol 802.1ad",
-        a.f.ifname, a.f.ifname);
-    if (system(command)) {
-        g_test_skip("the kernel has no VLAN devices");
-        pair_close(&a, &b);
-        return;
-    }
-    for (int i = 0; i < ARRAY_SIZE(devices); i++) {
-        size_t at = devices[i].tagged.len - inner.len;
-        int fd;
-
-        g_test_message("%s", devices[i].name);
-        set_interface_up(devices[i].name, true);
-        fd = host_open(devices[i].name);
-        packet_make(p, &inner, i);
-        packet_make(tagged, &devices[i].tagged, i);
-        memcpy(tagged->data + ETH_HLEN + at, p->data + ETH_HLEN,
-               p->len - ETH_HLEN);
-        host_write(fd, p);
-        expect_guest_packet(&a, tagged);
-        pass_record(&a, a.f.out, b.f.in, tagged);
-        expect_guest_packet(&b, tagged);
-
-        guest_write(&a, tagged);
-        expect_host_packet(fd, p);
-        pass_record(&a, a.f.in, b.f.out, tagged);
-        expect_host_packet(b.host, tagged);
-        close(fd);
-    }
-    pair_close(&a, &b);
-}
-
-/*
  * Frames in a UDP tunnel: VXLAN, around a packet of TCP that is to be cut
  */
 
@@ -1289,37 +1217,6 @@ static void test_gso_peer_leaves(void)
 }
 
 /*
- * The TAP has no room.  Once there is some, the packets go whole or in
- * segments, as it happens.
- */
-static void test_gso_waits(void)
-{
-    /* For a second or more; the packet and its segments are tried. */
-    const uint32_t room = 10, tries = 38;
-    g_autofree Packet *p = g_new(Packet, 1);
-    Side s;
-
-    injecting_open(&s, GUEST_FEATURES | OFFLOADS, "txqueuelen 10");
-    vm_stop(&s.f);
-    for (uint32_t n = 0; n < room + 2; n++) {
-        packet_make(p, shape_named("TSO"), n);
-        inject_packet(&s, p);
-    }
-    WAIT_UNTIL(tx_dropped(&s) >= tries);
-    g_assert_cmpuint(counter(&s.f, "inj", "inject-packets"), ==, room);
-    vm_cont(&s.f);
-    for (uint32_t n = 0; n < room + 2; n++) {
-        packet_make(p, shape_named("TSO"), n);
-        if (n >= room) {
-            expect_guest_either(&s, p);
-        } else {
-            expect_guest_packet(&s, p);
-        }
-    }
-    side_close(&s);
-}
-
-/*
  * UFO has gone from the kernel (Linux 4.14) but for what guests negotiate: no
  * packet socket takes it, and it is not segmented.
  */
@@ -1382,29 +1279,19 @@ static void pass_burst(Side *a, Side *b, uint32_t first, bool rx)
     }
 }
 
-static void run_order(uint64_t b_features)
+/* Some go as they are, and some in segments. */
+static void test_order(void)
 {
     Side a, b;
 
     pair_open(&a, &b, "vhost=on", "vhost=on", "", "");
     side_start(&a, GUEST_FEATURES | OFFLOADS, 0);
-    side_start(&b, b_features, 0);
+    side_start(&b, GUEST_FEATURES, 0);
     for (uint32_t n = 0; n < 12 * BURST; n += BURST) {
         pass_burst(&a, &b, n, false);
         pass_burst(&a, &b, n, true);
     }
     pair_close(&a, &b);
-}
-
-static void test_order(void)
-{
-    run_order(GUEST_FEATURES | OFFLOADS);
-}
-
-/* Some go as they are, and some in segments. */
-static void test_order_segments(void)
-{
-    run_order(GUEST_FEATURES);
 }
 
 /*
@@ -1490,69 +1377,6 @@ static void test_streams(void)
     }
     for (int i = 0; i < 2; i++) {
         pair_close(&a[i], &b[i]);
-    }
-}
-
-/*
- * colo-compare gets the same packets from two guests, and lets one copy pass:
- * it is as it came, and a redirector takes it.
- */
-static void run_colo(Side *primary, Side *secondary, Side *b, bool vnet_hdr)
-{
-    static const char *const names[] = { "odd", "UDP", "UDP over IPv6" };
-    g_autofree Record *first = g_new(Record, 1), *second = g_new(Record, 1);
-    int pri, sec, out;
-    Fixture colo;
-
-    fixture_name(&colo);
-    colo.qts = qtest_init("-nodefaults -machine none -object iothread,id=io");
-    pri = add_peer(&colo, "pri");
-    sec = add_peer(&colo, "sec");
-    out = add_peer(&colo, "out");
-    object_add(&colo, "-object colo-compare,id=cmp,primary_in=pri,"
-               "secondary_in=sec,outdev=out,iothread=io,vnet_hdr_support=%s",
-               vnet_hdr ? "on" : "off");
-    add_stream_end(primary, "filter-redirector,outdev=out", true, vnet_hdr);
-    add_stream_end(secondary, "filter-redirector,outdev=out", true, vnet_hdr);
-    add_stream_end(b, "filter-redirector,indev=in", true, vnet_hdr);
-    for (int i = 0; i < ARRAY_SIZE(names); i++) {
-        g_autofree Packet *p = packet_new(names[i], i);
-
-        g_test_message("%s, vnet_hdr_support=%s", names[i],
-                       vnet_hdr ? "on" : "off");
-        guest_write(primary, p);
-        guest_write(secondary, p);
-        expect_record(primary, primary->f.out, p, first);
-        stream_write(pri, first);
-        pass_record(secondary, secondary->f.out, sec, p);
-        expect_record(primary, out, p, second);
-        g_assert_cmpmem(second->data, second->len, first->data, first->len);
-        stream_write(b->f.in, second);
-        expect_host_packet(b->host, p);
-        expect_host_packet(primary->host, p);
-    }
-    del_object(&primary->f, "end");
-    del_object(&secondary->f, "end");
-    del_object(&b->f, "end");
-    /* colo-compare's thread does not survive a peer that leaves meanwhile. */
-    fixture_close(&colo);
-    close(pri);
-    close(sec);
-    close(out);
-}
-
-static void test_colo_compare(void)
-{
-    Side sides[3];              /* primary, secondary, and the host's */
-
-    for (int i = 0; i < ARRAY_SIZE(sides); i++) {
-        side_open(&sides[i], i == 1 ? "vhost=off" : "vhost=on", "", "");
-        side_start(&sides[i], GUEST_FEATURES | OFFLOADS, 0);
-    }
-    run_colo(&sides[0], &sides[1], &sides[2], true);
-    run_colo(&sides[0], &sides[1], &sides[2], false);
-    for (int i = 0; i < ARRAY_SIZE(sides); i++) {
-        side_close(&sides[i]);
     }
 }
 
@@ -1723,16 +1547,12 @@ int main(int argc, char **argv)
     }
     rig_add("header/none", test_header_none);
     rig_add("header/to-none", test_header_to_none);
-    rig_add("vlan/device", test_vlan_device);
     rig_add("header/tunnel", test_header_tunnel);
     rig_add("header/tunnel-no-vhost", test_header_tunnel_no_vhost);
     rig_add("gso/peer-leaves", test_gso_peer_leaves);
-    rig_add("gso/waits", test_gso_waits);
     rig_add("gso/unknown", test_gso_unknown);
-    rig_add("order/whole", test_order);
-    rig_add("order/segments", test_order_segments);
+    rig_add("order", test_order);
     rig_add("streams/each-with-each", test_streams);
-    rig_add("streams/colo-compare", test_colo_compare);
     if (HAS_DUMP) {
         rig_add("dump/tcpdump", test_dump);
     }
