@@ -12,20 +12,16 @@
 
 #include "qemu/osdep.h"
 #include <sched.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <linux/ethtool.h>
 #include <linux/if_ether.h>
-#include <linux/sockios.h>
 #include "fault-preload.h"
 #include "filter-redirector-rig.h"
 #include "libqos/pci-pc.h"
 #include "libqos/virtio.h"
 #include "qemu/atomic.h"
 #include "qemu/bswap.h"
-#include "qemu/cutils.h"
 #include "qemu/units.h"
 
 #define BOTH CAPTURE "tx " INJECT "tx"
@@ -604,56 +600,6 @@ static void test_peer_all(Fixture *f)
     g_assert_cmpuint(most - before, <, BUFFER_SIZE);
 }
 
-/*
- * While the source is "none" nothing is kept, neither what waited when it
- * became so nor what comes meanwhile; and the former is counted.
- */
-static void test_peer_nothing_stale(Fixture *f)
-{
-    g_autofree Traffic *t = traffic_begin(f);
-
-    for (int i = 0; i < amount(2, 20); i++) {
-        /* As much as the peer's socket and QEMU hold, and more */
-        while (counter(f, "cap", "capture-packets") < 800 ||
-               !counter(f, "cap", "capture-kernel-drops")) {
-            traffic_send(t, 100, true);
-        }
-        set_status(f, "cap", "off");
-        g_assert_cmpuint(socket_memory(), ==, 0);
-        traffic_settle(t);
-        traffic_send(t, 100, false);
-        set_status(f, "cap", "on");
-        t->first = t->sent;
-        traffic_send(t, 100, true);
-        traffic_settle(t);
-
-        traffic_send(t, 2000, true);
-        vm_stop(f);
-        traffic_send(t, 100, false);
-        vm_cont(f);
-        traffic_send(t, 100, true);
-        traffic_settle(t);
-    }
-}
-
-/* Nobody ever comes. */
-static void test_peer_never(Fixture *f)
-{
-    guest_post(f, 20);
-    hmp(f, "chardev-add socket,id=lonely,path=%s/lonely,server=on,wait=off",
-        f->dir);
-    object_add(f, "-object filter-redirector,id=cap,netdev=n0,outdev=lonely");
-    for (int i = 0; i < amount(10, 600); i++) {
-        host_send(f, 0, 500);
-        g_assert_cmpuint(socket_memory(), ==, 0);
-    }
-    expect_source(f, "cap", "none");
-    g_assert_cmpuint(counter(f, "cap", "capture-packets"), ==, 0);
-    g_assert_cmpuint(counter(f, "cap", "capture-kernel-drops"), ==, 0);
-    expect_guest(f, 0, 20);
-    expect_idle(f, "nobody listens");
-}
-
 /* The peer leaves, and QEMU connects by itself. */
 static void expect_client(Fixture *f, int listener)
 {
@@ -918,69 +864,6 @@ static void test_interface_deleted(Fixture *f)
     expect_message(f, 2, "netdev 'n0': ");
 }
 
-static void test_interface_renamed(Fixture *f)
-{
-    expect_working(f);
-    run_command("ip link set %s down", f->ifname);
-    run_command("ip link set %s name renamed", f->ifname);
-    pstrcpy(f->ifname, sizeof(f->ifname), "renamed");
-    interface_up(f);
-    expect_working(f);
-    guest_stop(f);
-    del_object(f, "cap");
-    add_capture(f);
-    host_send(f, 5000, 10);
-    expect_out(f, 5000, 10);
-}
-
-static void capture_long(Fixture *f, size_t len)
-{
-    g_autofree uint8_t *frame = g_malloc0(len);
-    uint8_t header[24];
-    uint32_t header_len;
-
-    make_frame(frame, len);
-    g_assert_cmpint(send(f->host, frame, len, 0), ==, len);
-    g_assert_cmpuint(read_stream(f->out, frame, len, header, &header_len), ==,
-                     len);
-    g_assert_cmpuint(frame_number(frame), ==, len);
-}
-
-static void inject_long(Fixture *f, size_t len)
-{
-    g_autofree uint8_t *packet = g_malloc0(12 + len);
-
-    make_frame(packet + 12, len);
-    in_send_packet(f, packet, 12 + len);
-}
-
-static void test_interface_mtu(Fixture *f)
-{
-    run_command("ip link set %s mtu 9000", f->ifname);
-    capture_long(f, 9000);
-    inject_long(f, 9000);
-    expect_injected(f, 1, 0, 0);
-
-    run_command("ip link set %s mtu 500", f->ifname);
-    inject_long(f, 1000);
-    capture_long(f, 400);
-    in_send(f, 5, 1);
-    expect_injected(f, 2, 0, 1);
-    g_assert_cmpuint(counter(f, "cap", "capture-skipped"), ==, 0);
-}
-
-static void test_interface_mac(Fixture *f)
-{
-    expect_working(f);
-    run_command("ip link set %s address 02:00:00:12:34:57", f->ifname);
-    expect_working(f);
-    del_object(f, "cap");
-    del_object(f, "inj");
-    add_capture(f);
-    add_inject(f);
-    expect_working(f);
-}
-
 /* To another network namespace, and back */
 static void test_interface_netns(Fixture *f)
 {
@@ -1113,7 +996,6 @@ static void test_error_setup(Fixture *f)
     check_setup(f, CAPTURE "tx");
     add_other(f);
     check_setup(f, CAPTURE "tx");
-    check_setup(f, CAPTURE "all");
     check_setup(f, INJECT "tx");
     add_capture(f);
     add_inject(f);
@@ -1324,37 +1206,6 @@ static void test_error_inject_gso(Fixture *f)
     }
 }
 
-/* As "ethtool -K IFNAME tso on|off" does.  Returns whether it is so. */
-static bool set_tso(Fixture *f, bool on)
-{
-    struct ethtool_value value = { .cmd = ETHTOOL_STSO, .data = on };
-    struct ifreq ifr = { .ifr_data = (void *)&value };
-    int fd = socket(AF_INET, SOCK_DGRAM, 0);
-    bool ok;
-
-    pstrcpy(ifr.ifr_name, sizeof(ifr.ifr_name), f->ifname);
-    ok = ioctl(fd, SIOCETHTOOL, &ifr) == 0;
-    value.cmd = ETHTOOL_GTSO;
-    ok = ok && ioctl(fd, SIOCETHTOOL, &ifr) == 0 && !!value.data == on;
-    close(fd);
-    return ok;
-}
-
-/* Somebody else has switched off what the guest's driver has negotiated. */
-static void test_inject_gso_switched_off(Fixture *f)
-{
-    guest_begin_gso(f, GSO_WHOLE);
-    g_assert_cmpuint(inject_gso(f), ==, 1);
-    if (!set_tso(f, false)) {
-        g_test_skip("could not switch TSO off");
-        return;
-    }
-    g_assert_cmpuint(inject_gso(f), ==, GSO_SEGMENTS);
-    g_assert_true(set_tso(f, true));
-    g_assert_cmpuint(inject_gso(f), ==, 1);
-    expect_injected(f, 6, 0, 0);
-}
-
 /* Writing to the peer: what is refused for good is dropped and counted. */
 static void test_error_out(Fixture *f)
 {
@@ -1510,30 +1361,6 @@ static void test_guest_suspend(Fixture *f)
     expect_taken(f, n, 10);
 }
 
-static void test_guest_set_link(Fixture *f)
-{
-    expect_working(f);
-    for (int i = 0; i < 4; i++) {
-        const char *name = i & 1 ? "n0" : "nic";
-
-        /* A copy is made before the cable. */
-        hmp(f, "set_link %s off", name);
-        host_send(f, 10 * i, 10);
-        expect_out(f, 10 * i, 10);
-        in_send(f, 10 * i, 10);
-        wait_counter(f, "inj", "inject-packets", 5 + 15 * i + 10);
-        if (i & 1) {
-            vm_stop(f);
-            vm_cont(f);
-        }
-        expect_idle(f, "the link is down");
-        expect_other();
-        hmp(f, "set_link %s on", name);
-        g_assert_true(vhost_started(f));
-        expect_working(f);
-    }
-}
-
 /* Whichever step of vhost's start fails: QEMU moves the packets instead. */
 static void test_guest_vhost_fails(Fixture *f)
 {
@@ -1662,46 +1489,6 @@ static void test_guest_no_vhost(void)
     fixture_close(&f);
 }
 
-/* A guest that writes anything to its rings, and is reset after that */
-static void test_guest_ring_errors(Fixture *f)
-{
-    static const uint64_t addresses[] = { 1ull << 50, -4096ull, 0 };
-
-    for (int i = 0; i < amount(4, 60); i++) {
-        QVirtQueue *queue;
-        uint8_t *desc, *avail;
-
-        guest_begin(f);
-        expect_working(f);
-        queue = i & 1 ? f->guest.tx : f->guest.rx;
-        desc = f->guest.ram + queue->desc;
-        avail = f->guest.ram + queue->avail;
-        for (int j = 0; j < queue->size; j++) {
-            /* Memory that is not there, and loops of descriptors */
-            stq_le_p(desc + 16 * j, addresses[i % 3]);
-            stl_le_p(desc + 16 * j + 8, 0x7fffffff);
-            stw_le_p(desc + 16 * j + 12, 1 | (i & 1 ? 0 : 2));
-            stw_le_p(desc + 16 * j + 14, j);
-            /* No such descriptors */
-            stw_le_p(avail + 4 + 2 * j, i & 2 ? 0xffff : j);
-        }
-        /* More than there are */
-        stw_le_p(avail + 2, lduw_le_p(avail + 2) + 30000);
-        f->dev->vdev.bus->virtqueue_kick(&f->dev->vdev, queue);
-        host_send(f, 20 * i, 20);
-        expect_out(f, 20 * i, 20);
-        in_send(f, 20 * i, 20);
-        wait_counter(f, "inj", "inject-packets", 25 * (i + 1));
-        if (i < 2) {
-            expect_idle(f, "ring error");
-        }
-        expect_other();
-        guest_stop(f);
-    }
-    guest_begin(f);
-    expect_working(f);
-}
-
 /* Memory */
 
 /* Nothing is allocated for a packet: 10,000 captured, 10,000 injected */
@@ -1758,10 +1545,6 @@ static void begin_faults(void)
 static const FaultTest tests[] = {
     { "peer/all", test_peer_all,
       CAPTURE "tx,buffer-size=4M", MAPPED | WATCHED },
-    { "peer/nothing-stale/tx", test_peer_nothing_stale, CAPTURE "tx", MAPPED },
-    { "peer/nothing-stale/all", test_peer_nothing_stale,
-      CAPTURE "all", MAPPED },
-    { "peer/never", test_peer_never, "", STARTED | WATCHED },
     { "peer/reconnect", test_peer_reconnect, "", STARTED | WATCHED },
     { "peer/flood", test_peer_flood, CAPTURE "all", STARTED | WATCHED },
     { "interface/down", test_interface_down, BOTH, MAPPED | HEARD },
@@ -1769,9 +1552,6 @@ static const FaultTest tests[] = {
       INJECT "rx", STARTED | WATCHED },
     { "interface/deleted", test_interface_deleted,
       BOTH, MAPPED | WATCHED | HEARD },
-    { "interface/renamed", test_interface_renamed, BOTH, MAPPED },
-    { "interface/mtu", test_interface_mtu, BOTH },
-    { "interface/mac", test_interface_mac, BOTH, MAPPED },
     { "interface/netns", test_interface_netns, BOTH, MAPPED | WATCHED | HEARD },
     { "interface/full", test_interface_full, BOTH },
     { "error/setup", test_error_setup, "" },
@@ -1781,13 +1561,11 @@ static const FaultTest tests[] = {
     { "error/inject-network", test_error_inject_network,
       INJECT "rx", STARTED | WATCHED },
     { "error/inject-gso", test_error_inject_gso, INJECT "tx" },
-    { "inject/gso-switched-off", test_inject_gso_switched_off, INJECT "tx" },
     { "error/out", test_error_out, CAPTURE "tx", STARTED | WATCHED },
     { "error/out-taken", test_error_out_taken, CAPTURE STOPPED_ONLY, STARTED },
     { "error/in", test_error_in, INJECT "tx", STARTED },
     { "guest/reset", test_guest_reset, CAPTURE "all " INJECT "tx" },
     { "guest/suspend", test_guest_suspend, CAPTURE "tx " INJECT "all" },
-    { "guest/set-link", test_guest_set_link, BOTH, MAPPED },
     { "guest/vhost-fails", test_guest_vhost_fails, BOTH, FALLBACK },
     { "guest/queue-reset-blocked/plain", test_queue_reset_blocked,
       REWRITER, STARTED | FALLBACK },
@@ -1795,7 +1573,6 @@ static const FaultTest tests[] = {
       REWRITER, STARTED | FALLBACK },
     { "guest/stop-blocked", test_guest_stop_blocked,
       REWRITER, STARTED | FALLBACK },
-    { "guest/ring-errors", test_guest_ring_errors, BOTH },
     { "memory/allocations", test_allocations, BOTH, MAPPED },
 };
 
