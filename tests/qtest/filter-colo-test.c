@@ -20,9 +20,6 @@
  * The tests named proxy/ have the network part alone, and are themselves what
  * takes a checkpoint.  Those named colo/ migrate the primary to the secondary,
  * which then is its copy with each checkpoint.
- *
- * Those named .../no-rewriter... do without rew0, as the examples of
- * qemu-options.hx.
  */
 
 #include "qemu/osdep.h"
@@ -85,8 +82,6 @@ typedef struct ColoTest {
     void (*func)(Pair *p);
     bool migrates;
     bool no_vnet_hdr;
-    bool no_rewriter;
-    bool notify;
 } ColoTest;
 
 struct Pair {
@@ -94,7 +89,7 @@ struct Pair {
     Fixture secondary;
     const ColoTest *test;
     char *dir;
-    int notify;         /* the peer of colo-compare's notify_dev, or -1 */
+    int notify;         /* of proxy/: the peer of colo-compare's notify_dev */
     uint64_t marker;    /* a word of the guests' memory */
 };
 
@@ -290,7 +285,7 @@ static void pair_start_primary(Pair *p)
     }
     g_string_append_printf(args, MIRROR "%s " TO_HOST "%s " TO_COMPARE "%s "
                            IOTHREAD " " COMPARE "%s%s", vnet, vnet, vnet, vnet,
-                           p->test->notify ? NOTIFY : NO_TIMEOUT);
+                           p->test->migrates ? NO_TIMEOUT : NOTIFY);
     vm_start(p, &p->primary, args->str);
     g_string_free(args, true);
 }
@@ -298,17 +293,15 @@ static void pair_start_primary(Pair *p)
 static void pair_start_secondary(Pair *p)
 {
     const char *vnet = pair_vnet(p);
-    g_autofree char *rewriter = g_strdup_printf(
-        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s", vnet);
     g_autofree char *args = g_strdup_printf(
         "-chardev socket,id=red0,path=%s/mirror0,reconnect-ms=100 "
         "-chardev socket,id=red1,path=%s/compare1,reconnect-ms=100 "
         "-object filter-redirector,id=f1,netdev=n0,queue=tx,indev=red0,"
         "packet-socket=off%s "
         "-object filter-redirector,id=f2,netdev=n0,queue=rx,outdev=red1,"
-        "packet-socket=off%s %s %s", p->dir, p->dir, vnet, vnet,
-        p->test->no_rewriter ? "" : rewriter,
-        p->test->migrates ? "-incoming defer" : "");
+        "packet-socket=off%s "
+        "-object filter-rewriter,id=rew0,netdev=n0,queue=all%s %s", p->dir,
+        p->dir, vnet, vnet, vnet, p->test->migrates ? "-incoming defer" : "");
 
     vm_start(p, &p->secondary, args);
 }
@@ -501,12 +494,13 @@ static void check_alone(Fixture *f, uint32_t first)
 }
 
 /*
- * A connection, at the secondary with the initial sequence number given.  The
+ * A connection, with another initial sequence number at the secondary.  The
  * host knows that of the primary.
  */
-static void check_tcp(Pair *p, uint32_t secondary)
+static void check_tcp(Pair *p)
 {
     const uint32_t seq = TCP_HOST, primary = TCP_PRIMARY;
+    const uint32_t secondary = TCP_SECONDARY;
     Frame syn = tcp_to_guest(seq, 0, SYN, "");
 
     pass_to_guests(p, syn, syn);
@@ -578,9 +572,7 @@ static void set_all(Pair *p, const char *status)
     set_status(&p->primary, "redire1", status);
     set_status(&p->secondary, "f1", status);
     set_status(&p->secondary, "f2", status);
-    if (!p->test->no_rewriter) {
-        set_status(&p->secondary, "rew0", status);
-    }
+    set_status(&p->secondary, "rew0", status);
 }
 
 /* As at a failover: each VM goes on by itself, with vhost. */
@@ -598,23 +590,13 @@ static void check_failover(Pair *p)
     check_match(p, 8000);
 }
 
-/*
- * What differs leads to a checkpoint by COLO itself if there is no notify_dev,
- * see colo/no-rewriter.
- */
 static void test_proxy(Pair *p)
 {
     check_match(p, 0);
-    if (p->test->notify) {
-        check_differ(p);
-        check_match(p, 100);
-    }
-    if (p->test->no_rewriter) {
-        check_tcp(p, TCP_PRIMARY);
-    } else {
-        check_rewriter_off(p);
-        check_tcp(p, TCP_SECONDARY);
-    }
+    check_differ(p);
+    check_match(p, 100);
+    check_rewriter_off(p);
+    check_tcp(p);
     check_failover(p);
 }
 
@@ -642,9 +624,7 @@ static void test_secondary_failover(Pair *p)
 {
     run_checkpoints(p);
     secondary_failover(p);
-    if (!p->test->no_rewriter) {
-        expect_filter(&p->secondary, "rew0", "off");
-    }
+    expect_filter(&p->secondary, "rew0", "off");
     expect_reason(&p->secondary, "");
     check_alone(&p->secondary, 7000);
 }
@@ -652,7 +632,7 @@ static void test_secondary_failover(Pair *p)
 /* A connection needs the rewriter as long as it lives. */
 static void test_secondary_failover_tcp(Pair *p)
 {
-    check_tcp(p, TCP_SECONDARY);
+    check_tcp(p);
     expect_no_colo_checkpoint(p);
     secondary_failover(p);
     expect_filter(&p->secondary, "rew0", "on");
@@ -668,7 +648,7 @@ static void test_secondary_failover_tcp(Pair *p)
 /* A checkpoint makes the connections of both guests the same. */
 static void test_secondary_failover_tcp_checkpoint(Pair *p)
 {
-    check_tcp(p, TCP_SECONDARY);
+    check_tcp(p);
     check_colo_differ(p, 5000);
     secondary_failover(p);
     expect_filter(&p->secondary, "rew0", "off");
@@ -701,11 +681,10 @@ static void test_primary_failover(Pair *p)
 #define BEFORE_REWRITER VNET_HDR ",insert=before,position=id=rew0"
 
 /*
- * What the document says, in its order; @reason is why there is no vhost.  The
- * guest's driver starts again, at the addresses and with the buffers that the
- * driver of a new VM has.
+ * What the document says, in its order.  The guest's driver starts again, at
+ * the addresses and with the buffers that the driver of a new VM has.
  */
-static void colo_resume(Pair *p, Pair *old, const char *reason)
+static void colo_resume(Pair *p, Pair *old)
 {
     Fixture *f = &p->primary;
 
@@ -723,7 +702,7 @@ static void colo_resume(Pair *p, Pair *old, const char *reason)
     alloc_destroy(&f->alloc);
     pc_alloc_init(&f->alloc, f->qts, 0);
     driver_start(f);
-    expect_reason(f, reason);
+    expect_reason(f, "filter 'rew0' is on");
 
     pair_start_secondary(p);
     vm_stop(f);
@@ -739,27 +718,20 @@ static void colo_resume(Pair *p, Pair *old, const char *reason)
     colo_migrate(p);
 }
 
-static void run_resume(Pair *p, bool tcp)
+static void test_resume(Pair *p)
 {
-    const char *reason = tcp ? "filter 'rew0' is on" : "";
     Pair q;
 
-    if (tcp) {
-        check_tcp(p, TCP_SECONDARY);
-    }
+    check_tcp(p);
     secondary_failover(p);
-    expect_reason(&p->secondary, reason);
-    if (tcp) {
-        check_tcp_alone(&p->secondary);
-    }
+    expect_reason(&p->secondary, "filter 'rew0' is on");
+    check_tcp_alone(&p->secondary);
 
-    colo_resume(&q, p, reason);
-    if (tcp) {
-        check_tcp_resumed(&q);
-    }
+    colo_resume(&q, p);
+    check_tcp_resumed(&q);
     run_checkpoints(&q);
     primary_failover(&q);
-    expect_reason(&q.primary, reason);
+    expect_reason(&q.primary, "filter 'rew0' is on");
     check_alone(&q.primary, 7000);
     set_status(&q.primary, "rew0", "off");
     expect_reason(&q.primary, "");
@@ -770,16 +742,6 @@ static void run_resume(Pair *p, bool tcp)
     p->secondary = q.primary;
 }
 
-static void test_resume(Pair *p)
-{
-    run_resume(p, false);
-}
-
-static void test_resume_tcp(Pair *p)
-{
-    run_resume(p, true);
-}
-
 static void run_colo_test(const void *data)
 {
     Pair p;
@@ -788,32 +750,26 @@ static void run_colo_test(const void *data)
     pair_start_primary(&p);
     pair_start_secondary(&p);
     pair_expect_connected(&p);
-    if (p.test->notify) {
-        p.notify = connect_to(&(Fixture) { .dir = p.dir }, "notify");
-    }
     if (p.test->migrates) {
         colo_migrate(&p);
+    } else {
+        p.notify = connect_to(&(Fixture) { .dir = p.dir }, "notify");
     }
     p.test->func(&p);
     pair_close(&p);
 }
 
 static const ColoTest tests[] = {
-    { "proxy/vnet-hdr", test_proxy, .notify = true },
-    { "proxy/no-vnet-hdr", test_proxy, .no_vnet_hdr = true, .notify = true },
-    { "proxy/no-rewriter", test_proxy, .no_rewriter = true },
-    { "proxy/no-rewriter-notify", test_proxy, .no_rewriter = true,
-      .notify = true },
+    { "proxy/vnet-hdr", test_proxy },
+    { "proxy/no-vnet-hdr", test_proxy, .no_vnet_hdr = true },
     { "colo/secondary-failover", test_secondary_failover, true },
     { "colo/secondary-failover-no-vnet-hdr", test_secondary_failover, true,
       .no_vnet_hdr = true },
     { "colo/secondary-failover-tcp", test_secondary_failover_tcp, true },
     { "colo/secondary-failover-tcp-checkpoint",
       test_secondary_failover_tcp_checkpoint, true },
-    { "colo/no-rewriter", test_secondary_failover, true, .no_rewriter = true },
     { "colo/primary-failover", test_primary_failover, true },
     { "colo/resume", test_resume, true },
-    { "colo/resume-tcp", test_resume_tcp, true },
 };
 
 int main(int argc, char **argv)
