@@ -575,7 +575,7 @@ static void cont(Redirector *r)
 
 static void migrate(Redirector *r)
 {
-    migration_start(&f);
+    migration_start(&f, "exec:cat > /dev/null");
     running = false;
     migrating = true;
 }

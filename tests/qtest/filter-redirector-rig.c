@@ -825,7 +825,7 @@ void expect_status(Fixture *f, const char *command, const char *status)
     WAIT_UNTIL(status_is(f, command, status));
 }
 
-void migration_start_to(Fixture *f, const char *uri)
+void migration_start(Fixture *f, const char *uri)
 {
     qtest_qmp_assert_success(f->qts,
         "{'execute': 'migrate-set-capabilities', 'arguments':"
@@ -834,11 +834,6 @@ void migration_start_to(Fixture *f, const char *uri)
     qtest_qmp_assert_success(f->qts, "{'execute': 'migrate', 'arguments':"
                              " {'uri': %s}}", uri);
     expect_status(f, "query-migrate", "pre-switchover");
-}
-
-void migration_start(Fixture *f)
-{
-    migration_start_to(f, "exec:cat > /dev/null");
 }
 
 void migration_cancel(Fixture *f)

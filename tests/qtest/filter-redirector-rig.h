@@ -253,10 +253,8 @@ void expect_status(Fixture *f, const char *command, const char *status);
 void expect_connected(Fixture *f, const char *label, bool connected);
 int count_fds(Fixture *f);
 
-/* Start a migration, up to where the VM has stopped ... */
-void migration_start_to(Fixture *f, const char *uri);
-/* ... to nowhere */
-void migration_start(Fixture *f);
+/* Start a migration, up to where the VM has stopped. */
+void migration_start(Fixture *f, const char *uri);
 void migration_cancel(Fixture *f);
 
 #endif /* TESTS_FILTER_REDIRECTOR_RIG_H */

@@ -671,7 +671,7 @@ static void test_migration_failed(Fixture *f)
         drain = g_thread_new("drain", migration_drain, GINT_TO_POINTER(fd[0]));
         set_status(f, "cap", on ? "on" : "off");
         host_to_guest(f, n, 10);
-        migration_start_to(f, "fd:target");
+        migration_start(f, "fd:target");
         expect_source(f, "cap", on ? "chain" : "none");
         host_to_out(f, n + 10, handed_over);
         /* Nobody takes what comes now. */
