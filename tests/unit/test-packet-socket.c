@@ -1780,32 +1780,71 @@ static void test_passed_free(Lab *lab)
     }
 }
 
-/* What is refused stays the caller's, and is as it was before. */
-static void test_passed_errors(Tap *tap)
+/* It stays the caller's, and is closed here. */
+static void expect_passed_error(const Tap *tap, int fd, bool injects,
+                                size_t memory, const char *text)
 {
     Error *err = NULL;
-    unsigned fds;
+    bool open = fcntl(fd, F_GETFD) >= 0;
+    PacketSocket *ps = injects ?
+        packet_socket_new_inject(tap->name, tap->index, fd, &err) :
+        packet_socket_new_capture(tap->name, tap->index, fd,
+                                  PACKET_SOCKET_OUTGOING, memory, false, &err);
+
+    g_assert_null(ps);
+    expect_error(&err, text);
+    g_assert_true((fcntl(fd, F_GETFD) >= 0) == open);
+    close(fd);
+}
+
+static void test_passed_errors(Tap *tap)
+{
+    struct tpacket_req req = {
+        .tp_block_size = 65536,
+        .tp_block_nr = 1,
+        .tp_frame_size = 2048,
+        .tp_frame_nr = 32,
+    };
     Tap other;
+    unsigned fds;
     int fd;
 
     tap_new(&other);
-    fd = sender_new(other.index);
     fds = count_fds();
-    g_assert_null(packet_socket_new_inject(tap->name, tap->index, fd, &err));
-    expect_error(&err, "bound to another interface");
-    g_assert_null(packet_socket_new_capture(tap->name, tap->index, fd, BOTH,
-                                            CAPTURE_MEMORY, false, &err));
-    expect_error(&err, "bound to another interface");
-    g_assert_cmpuint(count_fds(), ==, fds);
-    packet_socket_free(capture_new(&other, fd, BOTH));
+    for (int injects = 0; injects < 2; injects++) {
+        int locked = socket(AF_PACKET, SOCK_RAW, 0);
+        int ring = socket(AF_PACKET, SOCK_RAW, 0);
+        const struct {
+            int fd;
+            const char *flaw;
+        } cases[] = {
+            { open("/dev/null", O_RDWR), "is not a packet socket" },
+            { 1000, "is not open" },
+            { socket(AF_UNIX, SOCK_DGRAM, 0), "is not a packet socket" },
+            { socket(AF_PACKET, SOCK_DGRAM, 0), "SOCK_RAW" },
+            { sender_new(other.index), "bound to another interface" },
+            { locked, "locked" },
+            { ring, "has a ring" },
+        };
 
+        set_option(locked, SOL_SOCKET, SO_LOCK_FILTER, 1);
+        g_assert_cmpint(setsockopt(ring, SOL_PACKET, PACKET_RX_RING, &req,
+                                   sizeof(req)), ==, 0);
+        for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+            expect_passed_error(tap, cases[i].fd, injects, CAPTURE_MEMORY,
+                                cases[i].flaw);
+        }
+        g_assert_cmpuint(count_fds(), ==, fds);
+    }
     /* What is found out late: the kernel has no such ring. */
     fd = socket(AF_PACKET, SOCK_RAW, 0);
-    g_assert_null(packet_socket_new_capture(tap->name, tap->index, fd, BOTH,
-                                            SIZE_MAX / 64, false, &err));
-    expect_error(&err, "could not get a ring");
+    expect_passed_error(tap, fd, false, SIZE_MAX / 64, "could not get a ring");
+    /* One that was refused is as it was. */
+    fd = sender_new(other.index);
+    expect_passed_error(tap, dup(fd), false, CAPTURE_MEMORY,
+                        "bound to another interface");
+    packet_socket_free(capture_new(&other, fd, BOTH));
     g_assert_cmpuint(count_fds(), ==, fds);
-    close(fd);
     tap_delete(&other);
 }
 
