@@ -68,12 +68,6 @@ def run(*command, **options):
     return said
 
 
-def clean_environment(*names, **more):
-    """The environment without NAMES, and with MORE"""
-    return {**{name: value for name, value in os.environ.items()
-               if name not in names}, **more}
-
-
 def wait_for(what, condition, limit=60, pause=0.2):
     """Poll until CONDITION() returns something, and return that.  A poll
     takes time of the machine that a guest lacks, so PAUSE in between."""
@@ -89,10 +83,6 @@ def die_with_parent(signum=signal.SIGKILL):
     """In a child: get SIGNUM when the parent ends, however it does."""
     pr_set_pdeathsig = 1
     libc.prctl(pr_set_pdeathsig, signum)
-
-
-def read_number(path):
-    return int(pathlib.Path(path).read_text())
 
 
 def silence_ipv6():

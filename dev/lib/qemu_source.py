@@ -5,7 +5,6 @@ is set up with.
 """
 
 import hashlib
-import os
 import re
 import shutil
 import tarfile
@@ -118,11 +117,8 @@ def unpack(tarballs, tree):
 
 
 def find_release():
-    wanted = os.environ.get('QEMU_RELEASE')
     failures = []
     for release in RELEASES:
-        if wanted and release != wanted:
-            continue
         try:
             return release, tarballs(release)
         except Failure as err:
