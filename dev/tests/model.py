@@ -210,8 +210,7 @@ class Object:
 class World:
     """QEMU and everything around it."""
 
-    def __init__(self, qemu, directory):
-        self.qemu = qemu
+    def __init__(self, directory):
         self.directory = pathlib.Path(directory)
         self.any_socket = socket.socket(socket.AF_UNIX)
         self.qmp = None
@@ -219,14 +218,13 @@ class World:
         self.taps = []
         self.objects = {}
         self.names = 0
-        self.totals = collections.Counter()
 
     # QEMU
 
     def start(self):
         self.said = ''
         self.qmp = Machine('qemu', self.directory, '-machine', 'none',
-                           '-accel', 'tcg', program=self.qemu)
+                           '-accel', 'tcg')
         self.log = open(self.qmp.log, errors='replace')
         try:
             self.qmp.connect(LIMIT)
@@ -618,7 +616,6 @@ class World:
         if o.exists:
             if not fast:
                 self.look_counters([o])
-                self.total(o)
             self.check_alive()
             said = len(self.said)
             self.qmp.command('object-del', id=o.id)
@@ -655,14 +652,6 @@ class World:
         elif o.captures and o.got + lost > o.offered:
             raise Failure('accounting', f'{o.id}, deleted: offered '
                           f'{o.offered}, got {o.got}, lost {lost}')
-
-    def total(self, o):
-        """What to tell at the end about what was tried"""
-        for name in 'capture-packets', *COUNTERS, *INJECT_COUNTERS:
-            if not o.takes or name != 'capture-packets':
-                self.totals[name] += o.counters.get(name, 0)
-            else:
-                self.totals['taken'] += o.counters[name]
 
     def balance(self, o):
         return f'offered {o.offered}, got {o.got}, ' + ', '.join(
