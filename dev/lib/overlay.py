@@ -142,11 +142,7 @@ def apply(patch, tree, added):
         raise Failure(f'{patch} does not apply:\n' +
                       textwrap.indent(said.rstrip(), '    '))
     for name in patch.adds:
-        target = pathlib.Path(tree, name)
-        if target.exists():
-            raise Failure(f'the base already has {name}: is it patched with '
-                          'this series already?')
-        copy(TOP / name, target)
+        copy(TOP / name, pathlib.Path(tree, name))
     added.update(patch.adds)
     if patch.adds:
         maintainers = pathlib.Path(tree, 'MAINTAINERS')
