@@ -232,7 +232,6 @@ class World:
             raise Failure('alive', str(err)) from None
         self.running = True
         self.taps = [Interface(self, number) for number in range(TAPS)]
-        self.rss = self.memory()
         self.age = 0
 
     @property
@@ -271,10 +270,6 @@ class World:
         if self.process.poll() is not None:
             raise Failure('alive', 'QEMU ended with status '
                           f'{self.process.returncode}: {self.said[-500:]}')
-
-    def memory(self):
-        path = f'/proc/{self.process.pid}/statm'
-        return int(pathlib.Path(path).read_text().split()[1]) * 4096
 
     def fds(self):
         directory = f'/proc/{self.process.pid}/fd'
@@ -880,7 +875,6 @@ class World:
             changed = getattr(self, f'do_{name}')(*arguments)
             if changed:
                 self.sync()
-            self.check_memory()
         self.settle()
         order, quits = steps[-1][1:]
         if quits:
@@ -892,14 +886,6 @@ class World:
         self.age += 1
         if self.age == RESTART:
             self.quit()
-
-    def check_memory(self):
-        bound = self.rss + 32 * MIB + sum(o.limit + 3 * MIB for o in
-                                          self.objects.values())
-        rss = self.memory()
-        if rss > bound:
-            raise Failure('memory', f'{rss // MIB} MiB, where {bound // MIB} '
-                          f'are the most; {self.rss // MIB} without objects')
 
     def settle(self):
         """Let all frames come to where they go, and count."""
@@ -1013,5 +999,4 @@ class World:
             more = collections.Counter(now) - collections.Counter(fds)
             return f'{len(now)} file descriptors, not {len(fds)}: {more}'
         self.wait('descriptors', 'after the last object', wrong, SOON)
-        self.check_memory()
         self.check_alive()
