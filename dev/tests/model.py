@@ -87,7 +87,6 @@ class Interface:
         self.world, self.number = world, number
         self.name = f'mt{number}'
         self.up = True
-        self.gone = False
         self.mtu = MAX_MTU
         qmp = world.qmp.command
         self.guest, other = socket.socketpair(socket.AF_UNIX,
@@ -131,28 +130,11 @@ class Interface:
         self.arrived_network = set()
         self.last = {}                  # of each origin, at each receiver
         self.lost = 0                   # with a filter that had taken them
-        self.was_gone = self.gone
         self.dropped = self.tx_dropped()
         self.was_down = False
 
     def tx_dropped(self):
-        found = common.interface_statistics(self.name)
-        return found['tx_dropped'] if found else 0
-
-    def unplug(self):
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-            netlink.send(struct.pack(
-                '=IHHIIBxHiII', 32, 17, 5, 1, 0, 0, 0,
-                socket.if_nametoindex(self.name), 0, 0))
-            netlink.recv(1 << 16)
-        self.gone = self.was_gone = True
-
-    def close(self):
-        """Take the netdev away, with its filters."""
-        for kind in 'nhpd':
-            self.world.qmp.command('netdev_del', id=f'{kind}{self.number}')
-        for sock in self.guest, self.host, self.network:
-            sock.close()
+        return common.interface_statistics(self.name)['tx_dropped']
 
 
 class Object:
@@ -170,7 +152,7 @@ class Object:
         self.queue = spec['queue']
         self.status = spec['status']
         self.stalled = spec['stalled']
-        self.exists = True
+        self.exists = True              # until it is deleted
         self.out = self.into = None     # the peers' sockets
         self.buffer = bytearray()       # read and not a frame yet
         self.progress = time.monotonic()
@@ -186,12 +168,12 @@ class Object:
         self.counters = {}
 
     def source(self, running):
-        """What the manual says, or None where that says nothing."""
+        """What the manual says."""
         works = self.status and self.spec['running' if running else 'stopped']
         if self.takes:
             return 'chain' if works else 'none'
         if works and self.captures and (self.out or self.dump):
-            return None if self.tap.gone else 'packet-socket'
+            return 'packet-socket'
         return 'none'
 
     def expect(self, number):
@@ -440,8 +422,7 @@ class World:
     def pump(self):
         """Everybody who reads or writes does so."""
         for o in self.objects.values():
-            if (o.dump or o.out and not o.stalled) and self.read(o) and \
-                    o.exists:
+            if (o.dump or o.out and not o.stalled) and self.read(o):
                 raise Failure('alive', f'QEMU has ended {o.id}\'s connection')
             if o.into:
                 self.write(o)
@@ -472,10 +453,6 @@ class World:
 
     def connect(self, o, end):
         path = str(self.directory / o.chardevs[end])
-        if any(tap.gone for tap in self.taps) and not o.spec['server']:
-            # QEMU reads a TAP that is gone over and over again, and does not
-            # come to connecting.
-            return
         if o.spec['server']:
             peer = socket.socket(socket.AF_UNIX)
             peer.connect(path)
@@ -509,9 +486,8 @@ class World:
             o.to_write.clear()
         peer.close()
         setattr(o, end, None)
-        if o.exists:
-            self.wait('source', 'the peer has left',
-                      lambda: self.is_connected(o, end, False))
+        self.wait('source', 'the peer has left',
+                  lambda: self.is_connected(o, end, False))
 
     # Objects
 
@@ -531,7 +507,7 @@ class World:
 
     def do_add(self, slot, spec):
         tap = self.taps[spec['tap']]
-        if slot in self.objects or tap.gone:
+        if slot in self.objects:
             return
         o = Object(spec, slot, tap)
         # What one injects toward the network the other would capture, when
@@ -580,7 +556,6 @@ class World:
         return True
 
     def look_counters(self, objects):
-        objects = [o for o in objects if o.exists]
         if objects:
             answer = self.qmp.command(
                 'qom-list-get', paths=[f'/objects/{o.id}' for o in objects])
@@ -590,14 +565,13 @@ class World:
 
     def sync(self, limit=3):
         """Wait until sources are as they must be."""
-        objects = [o for o in self.objects.values()
-                   if o.exists and o.captures]
+        objects = [o for o in self.objects.values() if o.captures]
 
         def wrong():
             self.look_counters(objects)
             for o in objects:
                 want = o.source(self.running)
-                if want and o.counters['source'] != want:
+                if o.counters['source'] != want:
                     return f'{o.id} has source {o.counters["source"]}, ' \
                         f'not {want}'
             return None
@@ -608,13 +582,12 @@ class World:
         o = self.objects.get(slot)
         if not o:
             return
-        if o.exists:
-            if not fast:
-                self.look_counters([o])
-            self.check_alive()
-            said = len(self.said)
-            self.qmp.command('object-del', id=o.id)
-        o.exists, was = False, o.exists
+        if not fast:
+            self.look_counters([o])
+        self.check_alive()
+        said = len(self.said)
+        self.qmp.command('object-del', id=o.id)
+        o.exists = False
         for chardev in o.chardevs.values():
             self.qmp.command('chardev-remove', id=chardev)
         o.stalled = False
@@ -632,8 +605,6 @@ class World:
             o.file.close()
             (self.directory / o.key).unlink()
         del self.objects[slot]
-        if not was:
-            return
         self.check_alive()
         lost = sum(map(int, re.findall(
             r'(\d+) packets (?:that the guest did not get )?are lost',
@@ -657,7 +628,7 @@ class World:
 
     def do_status(self, slot, on):
         o = self.objects.get(slot)
-        if o and o.exists:
+        if o:
             o.status = on
             self.qmp.command('qom-set', path=f'/objects/{o.id}',
                              property='status', value='on' if on else 'off')
@@ -683,12 +654,12 @@ class World:
         return first
 
     def copies(self, o):
-        return o.exists and o.source(self.running) == 'packet-socket'
+        return o.source(self.running) == 'packet-socket'
 
     def do_send(self, number, count, size):
         """From the host toward the guest"""
         tap = self.taps[number]
-        if not tap.up or tap.gone:
+        if not tap.up:
             return
         size = min(size, tap.mtu + 14)
         first = self.offer(tap, 'host', 'rx', count, size)
@@ -701,7 +672,7 @@ class World:
     def do_answer(self, number, count, size):
         """From the guest toward the network"""
         tap = self.taps[number]
-        if not tap.up or tap.gone or not self.running:
+        if not tap.up or not self.running:
             return
         size = min(size, tap.mtu + 14)
         first = self.offer(tap, 'guest', 'tx', count, size)
@@ -775,7 +746,7 @@ class World:
 
     def do_connect(self, slot, end, stalled):
         o = self.objects.get(slot)
-        if o and o.exists and end in o.chardevs and not getattr(o, end):
+        if o and end in o.chardevs and not getattr(o, end):
             if end == 'out':
                 o.stalled = stalled
             self.connect(o, end)
@@ -783,7 +754,7 @@ class World:
 
     def do_inject(self, slot, count, size):
         o = self.objects.get(slot)
-        if not (o and o.exists and o.injects and o.into):
+        if not (o and o.injects and o.into):
             return
         first = self.number(o.key, size, count) if size > HEAD.size else 0
         for i in range(first, first + count):
@@ -799,54 +770,22 @@ class World:
 
     def do_mtu(self, number, mtu):
         tap = self.taps[number]
-        if not tap.gone:
-            tap.mtu = mtu
-            tap.control(SIOCSIFMTU, mtu)
+        tap.mtu = mtu
+        tap.control(SIOCSIFMTU, mtu)
 
     def do_down(self, number):
         tap = self.taps[number]
-        if tap.up and not tap.gone:
+        if tap.up:
             tap.up = False
             tap.was_down = True
             tap.control(SIOCSIFFLAGS, 0)
 
     def do_up(self, number):
         tap = self.taps[number]
-        if not tap.up and not tap.gone:
+        if not tap.up:
             tap.up = True
             tap.control(SIOCSIFFLAGS, IFF_UP)
             return True
-
-    def do_unplug(self, number):
-        """Somebody deletes the interface."""
-        tap = self.taps[number]
-        if tap.gone:
-            return
-        # One that is behind a slow peer does not look.
-        concerned = tap.up and any(
-            self.copies(o) and o.tap is tap and not o.stalled
-            for o in self.objects.values())
-        tap.unplug()
-        text = f"'{tap.name}' went down or away"
-        if concerned:
-            self.said = ''
-            self.wait('source', tap.name, lambda: self.check_alive() or
-                      text not in self.said and 'nobody said so')
-        return True
-
-    def do_replug(self, number):
-        """Another netdev in place of one whose interface was deleted"""
-        tap = self.taps[number]
-        if not tap.gone:
-            return
-        self.pump()
-        tap.close()
-        for o in self.objects.values():
-            if o.tap is tap:
-                o.exists = False
-        self.taps[number] = Interface(self, number)
-        self.taps[number].was_gone = True
-        return True
 
     def do_linger(self):
         """Wait until who does not capture is not hooked either."""
@@ -895,23 +834,21 @@ class World:
             o.stalled = False
         self.sync()
         self.wait_accounts()
-        if not any(tap.gone for tap in self.taps):
-            self.expect_idle('with objects')
+        self.expect_idle('with objects')
         if not self.running:
             self.do_cont()
             self.sync()
         for o in self.objects.values():
-            if o.takes and o.exists and not o.out and \
+            if o.takes and not o.out and \
                     o.counters['capture-pending']:
                 self.connect(o, 'out')
         self.wait_accounts()
         for tap in self.taps:
-            if not tap.was_gone:
-                self.wait('accounting', tap.name,
-                          lambda tap=tap: self.wrong_tap(tap), SOON)
+            self.wait('accounting', tap.name,
+                      lambda tap=tap: self.wrong_tap(tap), SOON)
 
     def wait_accounts(self):
-        objects = [o for o in self.objects.values() if o.exists]
+        objects = list(self.objects.values())
         start, looks = time.monotonic(), 0
 
         def wrong():
@@ -981,15 +918,11 @@ class World:
 
     def check_leftovers(self, fds):
         for tap in self.taps:
-            if not tap.gone:
-                self.do_mtu(tap.number, MAX_MTU)
+            self.do_mtu(tap.number, MAX_MTU)
         self.wait('sockets', 'after the last object', lambda: self.hooked() and
                   f'{self.hooked()} packet sockets are hooked', SOON)
         for fdset in self.fdsets:
             self.qmp.command('remove-fd', **{'fdset-id': fdset})
-        for tap in list(self.taps):
-            if tap.gone:
-                self.do_replug(tap.number)
         self.expect_idle('without objects')
 
         def wrong():
