@@ -72,12 +72,9 @@ def fetch(name, wanted):
     target = CACHE / name
     CACHE.mkdir(parents=True, exist_ok=True)
     if target.exists():
-        found = sha256(target)
-        if found == wanted:
+        if sha256(target) == wanted:
             return target
-        target.rename(target.with_suffix('.bad'))
-        say(f'{target} has the wrong SHA-256 ({found}); it was set aside as '
-            f'{target.with_suffix(".bad").name} and is fetched again')
+        say(f'{target} has the wrong SHA-256; it is fetched again')
     uri = archive_uri()
     if not uri:
         raise Failure(f'{name} is not in {CACHE}, and apt knows no Debian '
