@@ -136,6 +136,13 @@ class Interface:
     def tx_dropped(self):
         return common.interface_statistics(self.name)['tx_dropped']
 
+    def close(self):
+        """Take the netdev away, with its filters."""
+        for kind in 'nhpd':
+            self.world.qmp.command('netdev_del', id=f'{kind}{self.number}')
+        for sock in self.guest, self.host, self.network:
+            sock.close()
+
 
 class Object:
     """A filter, its character devices, and who is at their other ends."""
@@ -582,12 +589,13 @@ class World:
         o = self.objects.get(slot)
         if not o:
             return
-        if not fast:
-            self.look_counters([o])
-        self.check_alive()
-        said = len(self.said)
-        self.qmp.command('object-del', id=o.id)
-        o.exists = False
+        if o.exists:
+            if not fast:
+                self.look_counters([o])
+            self.check_alive()
+            said = len(self.said)
+            self.qmp.command('object-del', id=o.id)
+        o.exists, was = False, o.exists
         for chardev in o.chardevs.values():
             self.qmp.command('chardev-remove', id=chardev)
         o.stalled = False
@@ -605,6 +613,8 @@ class World:
             o.file.close()
             (self.directory / o.key).unlink()
         del self.objects[slot]
+        if not was:
+            return
         self.check_alive()
         lost = sum(map(int, re.findall(
             r'(\d+) packets (?:that the guest did not get )?are lost',
@@ -815,10 +825,17 @@ class World:
             if changed:
                 self.sync()
         self.settle()
-        order, quits = steps[-1][1:]
+        order, netdevs, quits = steps[-1][1:]
         if quits:
             self.quit()
             return
+        if netdevs:
+            # The filters go with them.
+            for number, tap in enumerate(self.taps):
+                tap.close()
+                self.taps[number] = Interface(self, number)
+            for o in self.objects.values():
+                o.exists = False
         for slot in order:
             self.do_del(slot)
         self.check_leftovers(fds)
