@@ -23,7 +23,7 @@ void filter_tap_cleanup(FilterTap *ft)
 {
 }
 
-void filter_tap_status_changed(FilterTap *ft)
+void filter_tap_status_changed(NetFilterState *nf, Error **errp)
 {
     g_assert_not_reached();     /* there are no endpoints */
 }

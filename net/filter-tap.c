@@ -50,17 +50,12 @@ static void filter_tap_link_changed(FilterTapUser *user)
     filter_tap_update(container_of(user, FilterTapEndpoints, user));
 }
 
-void filter_tap_status_changed(FilterTap *ft)
-{
-    filter_tap_update(ft->endpoints);
-}
-
-static void filter_tap_class_status_changed(NetFilterState *nf, Error **errp)
+void filter_tap_status_changed(NetFilterState *nf, Error **errp)
 {
     FilterTap *ft = FILTER_TAP(nf);
 
     if (ft->endpoints) {
-        filter_tap_status_changed(ft);
+        filter_tap_update(ft->endpoints);
     }
 }
 
@@ -491,7 +486,7 @@ static void filter_tap_class_init(ObjectClass *oc, const void *data)
     NetFilterClass *nfc = NETFILTER_CLASS(oc);
 
     nfc->reaches_netdev = filter_tap_reaches;
-    nfc->status_changed = filter_tap_class_status_changed;
+    nfc->status_changed = filter_tap_status_changed;
 
     object_class_property_add_enum(oc, "packet-socket", "OnOffAuto",
                                    &OnOffAuto_lookup,

@@ -89,8 +89,8 @@ bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
 /* Undo filter_tap_setup(), if it was called. */
 void filter_tap_cleanup(FilterTap *ft);
 
-/* The filter, which has endpoints, went on or off. */
-void filter_tap_status_changed(FilterTap *ft);
+/* Of the class.  Who replaces it calls it if there are endpoints. */
+void filter_tap_status_changed(NetFilterState *nf, Error **errp);
 
 /*
  * A packet comes along the chain to a filter with endpoints; see
