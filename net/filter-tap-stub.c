@@ -34,16 +34,13 @@ ssize_t filter_tap_receive_iov(FilterTap *ft, unsigned flags,
     g_assert_not_reached();     /* there are no endpoints */
 }
 
-static const TypeInfo filter_tap_info = {
-    .name = TYPE_FILTER_TAP,
-    .parent = TYPE_NETFILTER,
-    .abstract = true,
-    .instance_size = sizeof(FilterTap),
+static const TypeInfo filter_tap_types[] = {
+    {
+        .name = TYPE_FILTER_TAP,
+        .parent = TYPE_NETFILTER,
+        .abstract = true,
+        .instance_size = sizeof(FilterTap),
+    },
 };
 
-static void filter_tap_register_types(void)
-{
-    type_register_static(&filter_tap_info);
-}
-
-type_init(filter_tap_register_types);
+DEFINE_TYPES(filter_tap_types)

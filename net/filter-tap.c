@@ -562,18 +562,15 @@ static void filter_tap_finalize(Object *obj)
     g_free(ft->inject_packet_fd);
 }
 
-static const TypeInfo filter_tap_info = {
-    .name = TYPE_FILTER_TAP,
-    .parent = TYPE_NETFILTER,
-    .abstract = true,
-    .class_init = filter_tap_class_init,
-    .instance_size = sizeof(FilterTap),
-    .instance_finalize = filter_tap_finalize,
+static const TypeInfo filter_tap_types[] = {
+    {
+        .name = TYPE_FILTER_TAP,
+        .parent = TYPE_NETFILTER,
+        .abstract = true,
+        .class_init = filter_tap_class_init,
+        .instance_size = sizeof(FilterTap),
+        .instance_finalize = filter_tap_finalize,
+    },
 };
 
-static void filter_tap_register_types(void)
-{
-    type_register_static(&filter_tap_info);
-}
-
-type_init(filter_tap_register_types);
+DEFINE_TYPES(filter_tap_types)
