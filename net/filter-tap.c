@@ -24,9 +24,7 @@
 #define BUFFER_SIZE_MAX (1 * GiB)
 
 struct FilterTapEndpoints {
-    NetFilterState *nf;
-    bool when_running;
-    bool when_stopped;
+    FilterTap *ft;
     FilterTapUser user;
     FilterTapCapture *capture;  /* or NULL */
     FilterTapInject *inject;    /* or NULL */
@@ -34,8 +32,11 @@ struct FilterTapEndpoints {
 
 static void filter_tap_update(FilterTapEndpoints *ep)
 {
-    bool active = ep->nf->on && (ep->user.link->running ? ep->when_running :
-                                                          ep->when_stopped);
+    const FilterTap *ft = ep->ft;
+    bool active = ft->parent_obj.on &&
+                  (ep->user.link->running ?
+                   ft->when_running != ON_OFF_AUTO_OFF :
+                   ft->when_stopped == ON_OFF_AUTO_ON);
 
     if (ep->capture) {
         filter_tap_capture_set_active(ep->capture, active);
@@ -210,10 +211,12 @@ static void filter_tap_put_fd(const char *property, const char *value, int fd,
 }
 
 /* Create what can fail. */
-static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
+static bool filter_tap_open(FilterTapEndpoints *ep,
                             const FilterTapConfig *config, Error **errp)
 {
     ERRP_GUARD();
+    FilterTap *ft = ep->ft;
+    NetFilterState *nf = NETFILTER(ft);
     FilterTapPlan plan = filter_tap_plan(ft, config);
     int fd;
 
@@ -221,15 +224,15 @@ static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
         (config->chr_in && !frame_stream_check(config->chr_in, true, errp)) ||
         (config->chr_out &&
          !frame_stream_check(config->chr_out, false, errp)) ||
-        !filter_tap_link_attach(&ep->user, ep->nf->netdev, errp)) {
+        !filter_tap_link_attach(&ep->user, nf->netdev, errp)) {
         return false;
     }
     if (plan.copies || plan.takes) {
         if (!filter_tap_get_fd("packet-fd", plan.capture_fd, &fd, errp)) {
             return false;
         }
-        ep->capture = filter_tap_capture_new(ep->nf, &ep->user, config,
-                                             plan.takes, ft->buffer_size ?:
+        ep->capture = filter_tap_capture_new(nf, &ep->user, config, plan.takes,
+                                             ft->buffer_size ?:
                                              BUFFER_SIZE_DEFAULT, fd, errp);
         if (!ep->capture) {
             filter_tap_put_fd("packet-fd", plan.capture_fd, fd, errp);
@@ -241,22 +244,13 @@ static bool filter_tap_open(FilterTap *ft, FilterTapEndpoints *ep,
                                errp)) {
             return false;
         }
-        ep->inject = filter_tap_inject_new(ep->nf, &ep->user, config, fd,
-                                           errp);
+        ep->inject = filter_tap_inject_new(nf, &ep->user, config, fd, errp);
         if (!ep->inject) {
             filter_tap_put_fd(plan.inject_property, plan.inject_fd, fd, errp);
             return false;
         }
     }
     return true;
-}
-
-static void filter_tap_free(FilterTapEndpoints *ep)
-{
-    filter_tap_inject_free(ep->inject);
-    filter_tap_capture_free(ep->capture);
-    filter_tap_link_detach(&ep->user);
-    g_free(ep);
 }
 
 bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
@@ -269,18 +263,15 @@ bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
     if (!filter_tap_reaches(nf, nf->netdev)) {
         return filter_tap_check_chain(ft, errp);
     }
-    ep = g_new0(FilterTapEndpoints, 1);
-    ep->nf = nf;
-    ep->when_running = ft->when_running != ON_OFF_AUTO_OFF;
-    ep->when_stopped = ft->when_stopped == ON_OFF_AUTO_ON;
+    ep = ft->endpoints = g_new0(FilterTapEndpoints, 1);
+    ep->ft = ft;
     ep->user.wants_tx = nf->direction != NET_FILTER_DIRECTION_RX;
     ep->user.changed = filter_tap_link_changed;
-    if (!filter_tap_open(ft, ep, config, errp)) {
+    if (!filter_tap_open(ep, config, errp)) {
         error_prepend(errp, "netdev '%s': ", nf->netdev_id);
-        filter_tap_free(ep);
+        filter_tap_cleanup(ft);
         return false;
     }
-    ft->endpoints = ep;
     if (ep->capture) {
         filter_tap_capture_start(ep->capture);
     }
@@ -296,7 +287,10 @@ void filter_tap_cleanup(FilterTap *ft)
     FilterTapEndpoints *ep = g_steal_pointer(&ft->endpoints);
 
     if (ep) {
-        filter_tap_free(ep);
+        filter_tap_inject_free(ep->inject);
+        filter_tap_capture_free(ep->capture);
+        filter_tap_link_detach(&ep->user);
+        g_free(ep);
     }
 }
 
@@ -330,9 +324,9 @@ static void filter_tap_set_when_running(Object *obj, bool value, Error **errp)
 
 static bool filter_tap_get_when_stopped(Object *obj, Error **errp)
 {
-    FilterTapEndpoints *ep = FILTER_TAP(obj)->endpoints;
+    FilterTap *ft = FILTER_TAP(obj);
 
-    return !ep || ep->when_stopped;
+    return !ft->endpoints || ft->when_stopped == ON_OFF_AUTO_ON;
 }
 
 static void filter_tap_set_when_stopped(Object *obj, bool value, Error **errp)
