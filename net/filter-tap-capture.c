@@ -585,21 +585,14 @@ FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
                                       takes ? MEMORY_WRITER_ALONE(memory) :
                                               MEMORY_WRITER(memory),
                                       filter_tap_capture_write, fc);
+        qemu_chr_fe_set_handlers(config->chr_out, filter_tap_capture_can_read,
+                                 filter_tap_capture_read_none,
+                                 filter_tap_capture_event, NULL, fc, NULL,
+                                 true);
     } else {
         fc->sink_frame = g_malloc(FRAME_STREAM_MAX_PAYLOAD);
     }
     return fc;
-}
-
-void filter_tap_capture_start(FilterTapCapture *fc)
-{
-    if (fc->config.chr_out) {
-        qemu_chr_fe_set_handlers(fc->config.chr_out,
-                                 filter_tap_capture_can_read,
-                                 filter_tap_capture_read_none,
-                                 filter_tap_capture_event, NULL, fc, NULL,
-                                 true);
-    }
 }
 
 void filter_tap_capture_free(FilterTapCapture *fc)

@@ -411,14 +411,10 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
     fi->reader = frame_reader_new(fi->chr, fi->vnet_hdr,
                                   filter_tap_inject_frames, fi);
     fi->retry = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_inject_retry, fi);
-    return fi;
-}
-
-void filter_tap_inject_start(FilterTapInject *fi)
-{
     qemu_chr_fe_set_handlers(fi->chr, filter_tap_inject_can_read,
                              filter_tap_inject_read, filter_tap_inject_event,
                              NULL, fi, NULL, true);
+    return fi;
 }
 
 void filter_tap_inject_free(FilterTapInject *fi)

@@ -116,9 +116,6 @@ FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
                                          bool takes, size_t memory, int fd,
                                          Error **errp);
 
-/* Nothing can fail any more: begin. */
-void filter_tap_capture_start(FilterTapCapture *fc);
-
 /* Whether to capture now. */
 void filter_tap_capture_set_active(FilterTapCapture *fc, bool active);
 
@@ -164,9 +161,6 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
                                        FilterTapUser *user,
                                        const FilterTapConfig *config, int fd,
                                        Error **errp);
-
-/* Nothing can fail any more: begin. */
-void filter_tap_inject_start(FilterTapInject *fi);
 
 /*
  * Whether to inject now; otherwise frames wait.  Call it, too, when the VM's

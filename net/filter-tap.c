@@ -272,12 +272,6 @@ bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
         filter_tap_cleanup(ft);
         return false;
     }
-    if (ep->capture) {
-        filter_tap_capture_start(ep->capture);
-    }
-    if (ep->inject) {
-        filter_tap_inject_start(ep->inject);
-    }
     filter_tap_update(ep);
     return true;
 }
