@@ -84,35 +84,26 @@ static bool filter_tap_reaches(NetFilterState *nf, NetClientState *netdev)
             (ft->packet_socket == ON_OFF_AUTO_AUTO && get_vhost_net(netdev)));
 }
 
-/* Which of the endpoints that a filter can have it has, and their sockets */
+/* Which of the endpoints that a filter can have it has */
 typedef struct FilterTapPlan {
     bool copies;                /* captures with a packet socket */
     bool takes;                 /* captures from the TAP */
     bool injects;               /* with a packet socket */
-    const char *capture_fd;     /* the property's value, or NULL */
-    const char *inject_property;
-    const char *inject_fd;
 } FilterTapPlan;
 
 static FilterTapPlan filter_tap_plan(FilterTap *ft,
                                      const FilterTapConfig *config)
 {
     bool captures = config->chr_out || config->sink;
-    FilterTapPlan plan = {
-        .takes = captures && config->takes &&
-                 ft->when_running == ON_OFF_AUTO_OFF,
+    bool takes = captures && config->takes &&
+                 ft->when_running == ON_OFF_AUTO_OFF;
+
+    return (FilterTapPlan) {
+        .copies = captures && !takes,
+        .takes = takes,
         .injects = config->chr_in &&
                    NETFILTER(ft)->direction != NET_FILTER_DIRECTION_RX,
-        .inject_property = ft->inject_packet_fd ? "inject-packet-fd" :
-                                                  "packet-fd",
     };
-
-    plan.copies = captures && !plan.takes;
-    /* 'packet-fd' is the first socket that the filter needs. */
-    plan.capture_fd = plan.copies ? ft->packet_fd : NULL;
-    plan.inject_fd = ft->inject_packet_fd ?: plan.copies ? NULL :
-                                                           ft->packet_fd;
-    return plan;
 }
 
 /* The rules between the options, if the filter works on the chain */
@@ -163,12 +154,11 @@ static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
         error_setg(errp, "'indev' with 'enable_when_running=off' needs "
                    "'queue=tx': nothing goes to the network while the VM is "
                    "stopped");
-    } else if (plan->inject_fd && !plan->injects) {
-        error_setg(errp, "'%s': the filter needs no packet socket%s",
-                   plan->inject_property, plan->copies ? " to inject" : "");
-    } else if (ft->packet_fd && ft->inject_packet_fd && !plan->copies) {
-        error_setg(errp, "'packet-fd': the filter needs no packet socket to "
-                   "capture");
+    } else if (ft->packet_fd && !plan->copies && !plan->injects) {
+        error_setg(errp, "'packet-fd': the filter needs no packet socket");
+    } else if (ft->inject_packet_fd && !(plan->copies && plan->injects)) {
+        error_setg(errp, "'inject-packet-fd': the filter needs no packet "
+                   "socket besides that of 'packet-fd'");
     } else {
         return true;
     }
@@ -218,6 +208,9 @@ static bool filter_tap_open(FilterTapEndpoints *ep,
     FilterTap *ft = ep->ft;
     NetFilterState *nf = NETFILTER(ft);
     FilterTapPlan plan = filter_tap_plan(ft, config);
+    /* Of the socket to inject with: 'packet-fd' is the first one needed. */
+    const char *property = plan.copies ? "inject-packet-fd" : "packet-fd";
+    const char *value = plan.copies ? ft->inject_packet_fd : ft->packet_fd;
     int fd;
 
     if (!filter_tap_check_plan(ft, &plan, config, errp) ||
@@ -228,25 +221,24 @@ static bool filter_tap_open(FilterTapEndpoints *ep,
         return false;
     }
     if (plan.copies || plan.takes) {
-        if (!filter_tap_get_fd("packet-fd", plan.capture_fd, &fd, errp)) {
+        if (!filter_tap_get_fd("packet-fd", ft->packet_fd, &fd, errp)) {
             return false;
         }
         ep->capture = filter_tap_capture_new(nf, &ep->user, config, plan.takes,
                                              ft->buffer_size ?:
                                              BUFFER_SIZE_DEFAULT, fd, errp);
         if (!ep->capture) {
-            filter_tap_put_fd("packet-fd", plan.capture_fd, fd, errp);
+            filter_tap_put_fd("packet-fd", ft->packet_fd, fd, errp);
             return false;
         }
     }
     if (config->chr_in) {
-        if (!filter_tap_get_fd(plan.inject_property, plan.inject_fd, &fd,
-                               errp)) {
+        if (!filter_tap_get_fd(property, value, &fd, errp)) {
             return false;
         }
         ep->inject = filter_tap_inject_new(nf, &ep->user, config, fd, errp);
         if (!ep->inject) {
-            filter_tap_put_fd(plan.inject_property, plan.inject_fd, fd, errp);
+            filter_tap_put_fd(property, value, fd, errp);
             return false;
         }
     }

@@ -703,6 +703,8 @@ static void test_bad_value(Fixture *f)
           "'packet-fd': the filter needs no packet socket" },
         { QMP_CAPTURE "'inject-packet-fd': 'i'" QMP_STOPPED_ONLY,
           "'inject-packet-fd': the filter needs no packet socket" },
+        { QMP_INJECT "'queue': 'tx', 'inject-packet-fd': 'i'",
+          "'inject-packet-fd': the filter needs no packet socket" },
         { "'qom-type': 'filter-redirector', 'id': 'x', 'netdev': 'hub',"
           " 'outdev': 'out', 'packet-fd': 'c'",
           "'packet-fd' needs a packet socket, which is not used on netdev "
