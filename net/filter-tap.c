@@ -84,26 +84,17 @@ static bool filter_tap_reaches(NetFilterState *nf, NetClientState *netdev)
             (ft->packet_socket == ON_OFF_AUTO_AUTO && get_vhost_net(netdev)));
 }
 
-/* Which of the endpoints that a filter can have it has */
-typedef struct FilterTapPlan {
-    bool copies;                /* captures with a packet socket */
-    bool takes;                 /* captures from the TAP */
-    bool injects;               /* with a packet socket */
-} FilterTapPlan;
-
-static FilterTapPlan filter_tap_plan(FilterTap *ft,
-                                     const FilterTapConfig *config)
+/* Whether the filter captures from the TAP, and not with a packet socket */
+static bool filter_tap_takes(const FilterTap *ft, const FilterTapConfig *config)
 {
-    bool captures = config->chr_out || config->sink;
-    bool takes = captures && config->takes &&
-                 ft->when_running == ON_OFF_AUTO_OFF;
+    return config->takes && config->chr_out &&
+           ft->when_running == ON_OFF_AUTO_OFF;
+}
 
-    return (FilterTapPlan) {
-        .copies = captures && !takes,
-        .takes = takes,
-        .injects = config->chr_in &&
-                   NETFILTER(ft)->direction != NET_FILTER_DIRECTION_RX,
-    };
+static bool filter_tap_copies(const FilterTap *ft,
+                              const FilterTapConfig *config)
+{
+    return (config->chr_out || config->sink) && !filter_tap_takes(ft, config);
 }
 
 /* The rules between the options, if the filter works on the chain */
@@ -132,21 +123,23 @@ static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
 }
 
 /* The rules between the options, if the filter reaches the TAP by itself */
-static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
-                                  const FilterTapConfig *config, Error **errp)
+static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
+                                 Error **errp)
 {
-    bool to_network = config->chr_in &&
-                      NETFILTER(ft)->direction != NET_FILTER_DIRECTION_TX;
+    NetFilterDirection direction = NETFILTER(ft)->direction;
+    bool copies = filter_tap_copies(ft, config);
+    bool to_guest = config->chr_in && direction != NET_FILTER_DIRECTION_RX;
+    bool to_network = config->chr_in && direction != NET_FILTER_DIRECTION_TX;
 
     if (ft->when_running == ON_OFF_AUTO_OFF &&
         ft->when_stopped != ON_OFF_AUTO_ON) {
         error_setg(errp, "'enable_when_running=off' needs "
                    "'enable_when_stopped=on'");
-    } else if (plan->copies && to_network) {
+    } else if (copies && to_network) {
         error_setg(errp, "with both 'indev' and 'outdev' only 'queue=tx' is "
                    "possible: what goes to the network would be captured "
                    "again");
-    } else if (plan->takes && config->chr_in) {
+    } else if (filter_tap_takes(ft, config) && config->chr_in) {
         error_setg(errp, "with both 'indev' and 'outdev' "
                    "'enable_when_running=off' is not possible: what is "
                    "injected would be taken again");
@@ -154,9 +147,9 @@ static bool filter_tap_check_plan(FilterTap *ft, const FilterTapPlan *plan,
         error_setg(errp, "'indev' with 'enable_when_running=off' needs "
                    "'queue=tx': nothing goes to the network while the VM is "
                    "stopped");
-    } else if (ft->packet_fd && !plan->copies && !plan->injects) {
+    } else if (ft->packet_fd && !copies && !to_guest) {
         error_setg(errp, "'packet-fd': the filter needs no packet socket");
-    } else if (ft->inject_packet_fd && !(plan->copies && plan->injects)) {
+    } else if (ft->inject_packet_fd && !(copies && to_guest)) {
         error_setg(errp, "'inject-packet-fd': the filter needs no packet "
                    "socket besides that of 'packet-fd'");
     } else {
@@ -207,24 +200,24 @@ static bool filter_tap_open(FilterTapEndpoints *ep,
     ERRP_GUARD();
     FilterTap *ft = ep->ft;
     NetFilterState *nf = NETFILTER(ft);
-    FilterTapPlan plan = filter_tap_plan(ft, config);
+    bool copies = filter_tap_copies(ft, config);
     /* Of the socket to inject with: 'packet-fd' is the first one needed. */
-    const char *property = plan.copies ? "inject-packet-fd" : "packet-fd";
-    const char *value = plan.copies ? ft->inject_packet_fd : ft->packet_fd;
+    const char *property = copies ? "inject-packet-fd" : "packet-fd";
+    const char *value = copies ? ft->inject_packet_fd : ft->packet_fd;
     int fd;
 
-    if (!filter_tap_check_plan(ft, &plan, config, errp) ||
+    if (!filter_tap_check_tap(ft, config, errp) ||
         (config->chr_in && !frame_stream_check(config->chr_in, true, errp)) ||
         (config->chr_out &&
          !frame_stream_check(config->chr_out, false, errp)) ||
         !filter_tap_link_attach(&ep->user, nf->netdev, errp)) {
         return false;
     }
-    if (plan.copies || plan.takes) {
+    if (config->chr_out || config->sink) {
         if (!filter_tap_get_fd("packet-fd", ft->packet_fd, &fd, errp)) {
             return false;
         }
-        ep->capture = filter_tap_capture_new(nf, &ep->user, config, plan.takes,
+        ep->capture = filter_tap_capture_new(nf, &ep->user, config, !copies,
                                              ft->buffer_size ?:
                                              BUFFER_SIZE_DEFAULT, fd, errp);
         if (!ep->capture) {
