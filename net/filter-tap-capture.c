@@ -345,18 +345,15 @@ static bool filter_tap_capture_hook(FilterTapCapture *fc)
 {
     Error *err = NULL;
 
-    if (!packet_socket_hook(fc->socket, &err)) {
-        if (!fc->hook_failed) {
-            /* A peer can come again and again, so tell it once. */
-            warn_report("netdev '%s': nothing is captured: %s",
-                        fc->nf->netdev_id, error_get_pretty(err));
-        }
-        error_free(err);
-        fc->hook_failed = true;
-        return false;
+    if (packet_socket_hook(fc->socket, &err)) {
+        fc->hook_failed = false;
+        return true;
     }
-    fc->hook_failed = false;
-    return true;
+    /* A peer can come again and again, so tell it once. */
+    warn_report_once_cond(&fc->hook_failed, "netdev '%s': nothing is captured: "
+                          "%s", fc->nf->netdev_id, error_get_pretty(err));
+    error_free(err);
+    return false;
 }
 
 /*

@@ -18,6 +18,7 @@
 
 #include <net/if.h>
 #include "net/filter-tap.h"
+#include "net/queue.h"
 #include "qemu/notify.h"
 #include "system/runstate.h"
 
@@ -65,12 +66,9 @@ void filter_tap_link_set_taking(FilterTapUser *user, bool taking);
 
 /*
  * Take the packets that QEMU has read from the TAP and that wait for the guest
- * in the NIC's queues.  @take gets each, its virtio-net header included.
+ * in the NIC's queues.
  */
-void filter_tap_link_take_queued(FilterTapUser *user,
-                                 void (*take)(void *opaque,
-                                              const uint8_t *data,
-                                              size_t size),
+void filter_tap_link_take_queued(FilterTapUser *user, NetQueueTakeFunc *take,
                                  void *opaque);
 
 /*

@@ -21,7 +21,6 @@
 #include <linux/ethtool.h>
 #include <linux/sockios.h>
 #include "filter-tap-int.h"
-#include "net/queue.h"
 #include "net/tap.h"
 #include "net/util.h"
 #include "qapi/error.h"
@@ -160,7 +159,7 @@ static int filter_tap_link_queues(FilterTapLink *link, NetClientState **ncs)
 
 static void filter_tap_link_update_hold(FilterTapLink *link)
 {
-    g_autofree NetClientState **ncs = NULL;
+    QEMU_UNINITIALIZED NetClientState *ncs[MAX_QUEUE_NUM];
     FilterTapUser *user;
     bool wanted = false, taken = false;
     int queues;
@@ -174,7 +173,6 @@ static void filter_tap_link_update_hold(FilterTapLink *link)
     }
     link->held = !link->held;
     trace_filter_tap_hold(link->ifname, link->held);
-    ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
     queues = filter_tap_link_queues(link, ncs);
     for (int i = 0; i < queues; i++) {
         tap_hold(ncs[i], link->held);
@@ -187,13 +185,10 @@ void filter_tap_link_set_taking(FilterTapUser *user, bool taking)
     filter_tap_link_update_hold(user->link);
 }
 
-void filter_tap_link_take_queued(FilterTapUser *user,
-                                 void (*take)(void *opaque,
-                                              const uint8_t *data,
-                                              size_t size),
+void filter_tap_link_take_queued(FilterTapUser *user, NetQueueTakeFunc *take,
                                  void *opaque)
 {
-    g_autofree NetClientState **ncs = g_new(NetClientState *, MAX_QUEUE_NUM);
+    QEMU_UNINITIALIZED NetClientState *ncs[MAX_QUEUE_NUM];
     int queues = filter_tap_link_queues(user->link, ncs);
 
     for (int i = 0; i < queues; i++) {
