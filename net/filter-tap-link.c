@@ -19,6 +19,7 @@
 #include "qemu/osdep.h"
 #include <sys/ioctl.h>
 #include <linux/ethtool.h>
+#include <linux/if_tun.h>
 #include <linux/sockios.h>
 #include "filter-tap-int.h"
 #include "net/tap.h"
@@ -26,16 +27,7 @@
 #include "qapi/error.h"
 #include "qapi/qapi-types-net.h"
 #include "qemu/cutils.h"
-#include "tap-linux.h"
 #include "trace.h"
-
-#ifndef TUNGETDEVNETNS
-#define TUNGETDEVNETNS _IO('T', 227)    /* Linux 5.2 */
-#endif
-#ifndef TUNGETVNETLE
-#define TUNGETVNETLE _IOR('T', 221, int)
-#define TUNGETVNETBE _IOR('T', 223, int)
-#endif
 
 /*
  * At a stop, handlers run from high to low priority.  virtio-net's (at least 2,
@@ -98,7 +90,8 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 {
     int fd = tap_get_fd(link->netdev);
     struct ifreq ifr = { };
-    unsigned ifindex = 0;
+    bool good = false;
+    unsigned ifindex;
     int socket_fd;
 
     if (ioctl(fd, TUNGETIFF, &ifr) < 0) {
@@ -111,7 +104,8 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
                          ifr.ifr_name);
         return false;
     }
-    if (!if_nametoindex(ifr.ifr_name)) {
+    ifindex = if_nametoindex(ifr.ifr_name);
+    if (!ifindex) {
         error_setg_errno(errp, errno, "could not find interface '%s' in "
                          "QEMU's network namespace", ifr.ifr_name);
     } else if (!filter_tap_same_interface(fd, ifr.ifr_name, socket_fd)) {
@@ -121,14 +115,12 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
         error_setg(errp, "interface '%s' is not a TAP (a macvtap cannot be "
                    "used)", ifr.ifr_name);
     } else {
-        ifindex = if_nametoindex(ifr.ifr_name);
-    }
-    close(socket_fd);
-    if (ifindex) {
         link->ifindex = ifindex;
         pstrcpy(link->ifname, sizeof(link->ifname), ifr.ifr_name);
+        good = true;
     }
-    return ifindex;
+    close(socket_fd);
+    return good;
 }
 
 /* Returns false if the kernel never lets a guest have the other byte order. */
