@@ -9,8 +9,6 @@
  */
 
 #include "qemu/osdep.h"
-#include <net/if.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <linux/if_packet.h>
 #include "qapi/error.h"
@@ -24,35 +22,22 @@ int packet_get_option(int fd, int level, int option)
     return getsockopt(fd, level, option, &value, &size) < 0 ? 0 : value;
 }
 
-/* Since Linux 5.14; before that, 0. */
 static uint64_t packet_passed_netns(int fd)
 {
     uint64_t cookie = 0;
-#ifdef SO_NETNS_COOKIE
     socklen_t size = sizeof(cookie);
 
-    if (getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &size) < 0) {
-        return 0;
-    }
-#endif
+    /* Since Linux 5.14; SIOCGSKNS would need a privilege. */
+    getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &size);
     return cookie;
 }
 
-/*
- * An interface's number counts in its network namespace.  These are the ways
- * to tell a socket's that need no privilege (SIOCGSKNS does).
- */
-static bool packet_passed_same_netns(int fd, const char *ifname,
-                                     unsigned ifindex)
+/* An interface's number counts in its network namespace. */
+static bool packet_passed_same_netns(int fd)
 {
-    struct ifreq ifr = { .ifr_ifindex = ifindex };
-    int own;
+    int own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     bool same;
 
-    if (ioctl(fd, SIOCGIFNAME, &ifr) < 0 || strcmp(ifr.ifr_name, ifname)) {
-        return false;
-    }
-    own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (own < 0) {
         return false;
     }
@@ -94,7 +79,7 @@ bool packet_passed_check(int fd, const char *ifname, unsigned ifindex,
         flaw = "is not a packet socket";
     } else if (packet_get_option(fd, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
         flaw = "is not of type SOCK_RAW";
-    } else if (!packet_passed_same_netns(fd, ifname, ifindex)) {
+    } else if (!packet_passed_same_netns(fd)) {
         flaw = "is in another network namespace than QEMU";
     } else if (!packet_passed_fits_binding(fd, ifindex)) {
         flaw = "is bound to another interface";
