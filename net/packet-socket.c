@@ -55,10 +55,6 @@
  */
 #define NO_PROTOCOL ETH_P_AX25
 
-#ifndef PACKET_IGNORE_OUTGOING
-#define PACKET_IGNORE_OUTGOING 23       /* Linux 4.20 */
-#endif
-
 struct PacketSocket {
     int fd;
     unsigned ifindex;
@@ -305,10 +301,7 @@ void packet_socket_unhook(PacketSocket *ps)
     packet_socket_bind(ps, NO_PROTOCOL, NULL);
 }
 
-/*
- * Put back the tag that the kernel stripped from the frame.  Since Linux 3.14
- * it also says which TPID it had.
- */
+/* Put back the tag that the kernel stripped from the frame. */
 static size_t packet_socket_restore_tag(struct virtio_net_hdr *hdr,
                                         uint8_t *frame, size_t len,
                                         uint32_t status, uint16_t tci,
@@ -320,8 +313,7 @@ static size_t packet_socket_restore_tag(struct virtio_net_hdr *hdr,
         return len;
     }
     memmove(frame + at + PACKET_SOCKET_TAG_ROOM, frame + at, len - at);
-    stw_be_p(frame + at,
-             status & TP_STATUS_VLAN_TPID_VALID ? tpid : ETH_P_8021Q);
+    stw_be_p(frame + at, tpid);
     stw_be_p(frame + at + 2, tci);
     if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
         hdr->csum_start += PACKET_SOCKET_TAG_ROOM;
@@ -472,7 +464,6 @@ unsigned packet_socket_max_waiting(const PacketSocket *ps)
     uint32_t memory[SK_MEMINFO_VARS] = { };
     socklen_t size = sizeof(memory);
 
-    /* Since Linux 4.12 */
     getsockopt(ps->fd, SOL_SOCKET, SO_MEMINFO, memory, &size);
     /* And one read for an error, which comes before the frames. */
     return ps->ring.slots +
