@@ -334,13 +334,6 @@ bool filter_tap_capture_receive(FilterTapCapture *fc, const struct iovec *iov,
 
 /* State */
 
-/* Throw away what is in the socket.  Returns the number of frames. */
-static uint64_t filter_tap_capture_discard(FilterTapCapture *fc)
-{
-    return packet_socket_discard(fc->socket,
-                                 packet_socket_max_waiting(fc->socket));
-}
-
 static bool filter_tap_capture_hook(FilterTapCapture *fc)
 {
     Error *err = NULL;
@@ -368,7 +361,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
 
     if (new == CAPTURE_COPY && old == CAPTURE_OFF) {
         /* Nothing, unless the socket could not be read. */
-        fc->stats.peer_drops += filter_tap_capture_discard(fc);
+        fc->stats.peer_drops += packet_socket_discard(fc->socket);
     }
     if (new == CAPTURE_COPY && !filter_tap_capture_hook(fc)) {
         new = CAPTURE_OFF;
@@ -396,7 +389,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     }
     if (fc->socket && (new == CAPTURE_OFF ||
                        (new == CAPTURE_COPY && old == CAPTURE_LINGER))) {
-        discarded = filter_tap_capture_discard(fc);
+        discarded = packet_socket_discard(fc->socket);
     }
     if (old != CAPTURE_LINGER) {
         fc->stats.peer_drops += discarded;
@@ -412,7 +405,7 @@ static void filter_tap_capture_end_copy(FilterTapCapture *fc)
     int err;
 
     if (!filter_tap_capture_has_peer(fc)) {
-        fc->stats.peer_drops += filter_tap_capture_discard(fc);
+        fc->stats.peer_drops += packet_socket_discard(fc->socket);
         filter_tap_capture_set_state(fc, CAPTURE_LINGER);
         return;
     }
@@ -612,7 +605,7 @@ void filter_tap_capture_free(FilterTapCapture *fc)
         lost = frame_writer_close(fc->writer);
     }
     if (fc->state == CAPTURE_DRAIN) {
-        lost += filter_tap_capture_discard(fc);
+        lost += packet_socket_discard(fc->socket);
     }
     /* Some drops show only when the socket is read. */
     lost += filter_tap_capture_stats(fc).kernel_drops - drops;

@@ -132,7 +132,7 @@ void packet_socket_free(PacketSocket *ps)
         if (ps->passed) {
             /* Whoever passed it may have kept it, as a set does. */
             packet_socket_unhook(ps);
-            packet_socket_discard(ps, UINT64_MAX);
+            packet_socket_discard(ps);
             ps->passed = false;
         }
         packet_socket_abandon(ps);
@@ -229,7 +229,7 @@ static bool packet_socket_take_over(PacketSocket *ps, Error **errp)
         !packet_socket_bind(ps, NO_PROTOCOL, errp)) {
         return false;
     }
-    packet_socket_discard(ps, UINT64_MAX);
+    packet_socket_discard(ps);
     packet_socket_drops(ps);
     ps->drops = 0;
     return true;
@@ -470,14 +470,15 @@ unsigned packet_socket_max_waiting(const PacketSocket *ps)
            memory[SK_MEMINFO_RMEM_ALLOC] / QUEUE_MIN_MEMORY + 1;
 }
 
-uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max)
+uint64_t packet_socket_discard(PacketSocket *ps)
 {
+    unsigned max = packet_socket_max_waiting(ps);
     uint64_t frames = 0;
     struct virtio_net_hdr hdr;
     uint8_t room[PACKET_SOCKET_TAG_ROOM];
     ssize_t len;
 
-    for (uint64_t i = 0; i < max; i++) {
+    for (unsigned i = 0; i < max; i++) {
         /* A read of the header takes the whole frame. */
         len = packet_socket_recv(ps, &hdr, room, sizeof(room));
         if (len >= 0 || len == -EMSGSIZE || len == -EINVAL) {

@@ -118,11 +118,8 @@ struct timespec packet_socket_time(const PacketSocket *ps);
  */
 unsigned packet_socket_max_waiting(const PacketSocket *ps);
 
-/*
- * Discard what is queued, up to @max frames, as more may come meanwhile.
- * Returns their number.
- */
-uint64_t packet_socket_discard(PacketSocket *ps, uint64_t max);
+/* Discard what waits now.  Returns the number of frames. */
+uint64_t packet_socket_discard(PacketSocket *ps);
 
 /* Returns how many frames the kernel has dropped because there was no room. */
 uint64_t packet_socket_drops(PacketSocket *ps);

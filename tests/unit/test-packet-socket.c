@@ -603,7 +603,7 @@ static void test_capture_discard(Lab *lab)
 {
     PacketSocket *ps = lab->ps;
 
-    g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
+    g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
     for (int n = 0; n < 700; n += 1 + n / 3) {
         bool unhook = n & 1;
 
@@ -616,11 +616,9 @@ static void test_capture_discard(Lab *lab)
             packet_socket_unhook(ps);
         }
         capture_expect(ps, make_some_jumbo, 1);
-        g_assert_cmpuint(packet_socket_discard(ps,
-                                               packet_socket_max_waiting(ps)),
-                         ==, n + 1);
+        g_assert_cmpuint(packet_socket_discard(ps), ==, n + 1);
         capture_expect_none(ps);
-        g_assert_cmpuint(packet_socket_discard(ps, UINT64_MAX), ==, 0);
+        g_assert_cmpuint(packet_socket_discard(ps), ==, 0);
         if (!unhook) {
             lab_check(lab, ps, make_mixed, 1000 + n);
         }
@@ -906,7 +904,7 @@ static void test_capture_gso_types(Lab *lab)
         passed += lab_write(lab, frame) + 1;
         lab_pass(lab, make_small, i);
     }
-    discarded = packet_socket_discard(ps, UINT64_MAX);
+    discarded = packet_socket_discard(ps);
     g_assert_cmpuint(discarded, >=, 3 * ARRAY_SIZE(gso_types));
     if (lab->way->directions == PACKET_SOCKET_INCOMING) {
         /* Where the kernel cuts none */
@@ -1033,9 +1031,7 @@ static void test_capture_down(Lab *lab)
         lab_pass(lab, make, 1002);
         lab_pass(lab, make, 1003);
         set_up(lab->tap.name, false);
-        g_assert_cmpuint(packet_socket_discard(ps,
-                                               packet_socket_max_waiting(ps)),
-                         ==, 2);
+        g_assert_cmpuint(packet_socket_discard(ps), ==, 2);
         capture_expect_none_or_down(ps);
         set_up(lab->tap.name, true);
     }
@@ -1070,7 +1066,7 @@ static void test_capture_gone(Lab *lab)
     g_assert_null(packet_socket_new_inject(lab->tap.name, lab->tap.index, -1,
                                            &err));
     expect_error(&err, lab->tap.name);
-    g_assert_cmpuint(packet_socket_discard(lab->ps, UINT64_MAX), ==, 0);
+    g_assert_cmpuint(packet_socket_discard(lab->ps), ==, 0);
     g_assert_cmpuint(packet_socket_drops(lab->ps), ==, 0);
     packet_socket_free(unhooked);
     lab_free(&next);
@@ -1156,7 +1152,7 @@ static void test_capture_drops(Lab *lab)
             flow_take(&flow, g_rand_int_range(rand, 0, 100));
         }
         packet_socket_unhook(ps);
-        discarded = packet_socket_discard(ps, UINT64_MAX);
+        discarded = packet_socket_discard(ps);
         drops = packet_socket_drops(ps);
         g_assert_cmpuint(flow.captured + discarded + drops, ==, flow.sent);
 
@@ -1747,7 +1743,7 @@ static void test_passed_inject(Tap *tap)
         tap_drain(tap);
         g_assert_false(readable(fd, 0));
         check_inject_down(ps, tap);
-        packet_socket_discard(capture, UINT64_MAX);
+        packet_socket_discard(capture);
         packet_socket_free(ps);
     }
     packet_socket_free(capture);
