@@ -251,29 +251,23 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
 
 /* To the peer */
 
-/*
- * An error that leaves the connection open, as of a datagram socket or a full
- * disk, is about one of the frames that wait.  To keep copies would stop the
- * capture for good.  What was taken is kept, and the TAP is held.
- */
-static void filter_tap_capture_written(FilterTapCapture *fc, int ret)
+static void filter_tap_capture_flush(FilterTapCapture *fc)
 {
+    int ret;
+
+    /* Without a peer some character devices accept and lose what is written. */
+    if (!fc->writer || !filter_tap_capture_has_peer(fc)) {
+        return;
+    }
+    /*
+     * An error that leaves the connection open, as of a datagram socket or a
+     * full disk, is about one of the frames that wait.  To keep copies would
+     * stop the capture for good.  What was taken is kept, and the TAP is held.
+     */
+    ret = frame_writer_flush(fc->writer);
     if (ret < 0 && !fc->takes) {
         trace_filter_tap_peer_error(fc->user->link->ifname, -ret);
         fc->stats.peer_drops += frame_writer_discard(fc->writer);
-    }
-}
-
-/*
- * Without a peer some character devices accept and lose what is written.  The
- * peer may have made room before the watch fired: with @now, try at once.
- */
-static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
-{
-    if (fc->writer && filter_tap_capture_has_peer(fc)) {
-        filter_tap_capture_written(fc, now ?
-                                       frame_writer_flush_now(fc->writer) :
-                                       frame_writer_flush(fc->writer));
     }
 }
 
@@ -414,7 +408,7 @@ static void filter_tap_capture_end_copy(FilterTapCapture *fc)
                                      CAPTURE_DRAIN :
                                      err && err != -EAGAIN ?
                                      CAPTURE_OFF : CAPTURE_LINGER);
-    filter_tap_capture_flush(fc, true);
+    filter_tap_capture_flush(fc);
     if (fc->state == CAPTURE_DRAIN) {
         qemu_bh_schedule(fc->bh);       /* there may be room again */
     }
@@ -480,7 +474,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
     frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
     *bytes = fc->stats.bytes - before;
     *more = err != -EAGAIN;
-    filter_tap_capture_flush(fc, false);
+    filter_tap_capture_flush(fc);
     filter_tap_capture_update(fc);
     return frames;
 }
@@ -488,7 +482,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
 /* The peer may accept more, or there is more to write. */
 static void filter_tap_capture_write(void *opaque)
 {
-    filter_tap_capture_flush(opaque, false);
+    filter_tap_capture_flush(opaque);
     filter_tap_capture_update(opaque);
 }
 
@@ -594,10 +588,10 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     }
     drops = filter_tap_capture_stats(fc).kernel_drops;
     filter_tap_capture_set_active(fc, false);
-    filter_tap_capture_flush(fc, true);
+    filter_tap_capture_flush(fc);
     while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc)) {
         filter_tap_capture_update(fc);
-        filter_tap_capture_flush(fc, true);
+        filter_tap_capture_flush(fc);
     }
     if (fc->config.chr_out) {
         qemu_chr_fe_set_handlers(fc->config.chr_out, NULL, NULL, NULL, NULL,

@@ -254,9 +254,8 @@ int frame_writer_flush(FrameWriter *fw)
 {
     FrameBuffer *buf = &fw->buf;
 
-    if (fw->watch) {
-        return 0;
-    }
+    /* The peer may have made room, although the watch has not told it yet. */
+    frame_writer_unwatch(fw);
     while (buf->head < buf->tail) {
         unsigned generation = fw->generation;
         int ret = frame_writer_write(fw);
@@ -283,12 +282,6 @@ int frame_writer_flush(FrameWriter *fw)
         frame_writer_retry_later(fw);
     }
     return 0;
-}
-
-int frame_writer_flush_now(FrameWriter *fw)
-{
-    frame_writer_unwatch(fw);
-    return frame_writer_flush(fw);
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)
