@@ -429,11 +429,7 @@ void filter_tap_inject_free(FilterTapInject *fi)
         warn_report("netdev '%s': frames that were not injected yet are lost "
                     "with the filter", fi->nf->netdev_id);
     }
-    if (frame_reader_mid_frame(fi->reader)) {
-        /* Whoever reads next has to begin with a frame. */
-        qemu_chr_fe_disconnect(fi->chr);
-    }
-    frame_reader_free(fi->reader);
+    frame_reader_close(fi->reader);
     packet_socket_free(fi->socket);
     g_free(fi->segments);
     g_free(fi);

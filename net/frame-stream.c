@@ -344,15 +344,6 @@ FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
     return fr;
 }
 
-void frame_reader_free(FrameReader *fr)
-{
-    if (fr) {
-        qemu_bh_delete(fr->bh);
-        g_free(fr->buf.data);
-        g_free(fr);
-    }
-}
-
 size_t frame_reader_room(const FrameReader *fr)
 {
     size_t used = fr->buf.tail - fr->buf.head;
@@ -498,13 +489,18 @@ static size_t frame_reader_complete(const FrameReader *fr)
     return at;
 }
 
-bool frame_reader_mid_frame(const FrameReader *fr)
-{
-    return frame_reader_complete(fr) < fr->buf.tail;
-}
-
 void frame_reader_reset(FrameReader *fr)
 {
     fr->buf.tail = frame_reader_complete(fr);
     fr->broken = false;
+}
+
+void frame_reader_close(FrameReader *fr)
+{
+    if (frame_reader_complete(fr) < fr->buf.tail) {
+        qemu_chr_fe_disconnect(fr->chr);
+    }
+    qemu_bh_delete(fr->bh);
+    g_free(fr->buf.data);
+    g_free(fr);
 }

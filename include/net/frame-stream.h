@@ -136,13 +136,10 @@ typedef size_t FrameReaderHandler(void *opaque, const StreamFrame *frames,
  * @handler: called with the frames
  * @opaque: for @handler
  *
- * Returns: a reader, which frame_reader_free() destroys.
+ * Returns: a reader, which frame_reader_close() destroys.
  */
 FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
                               FrameReaderHandler *handler, void *opaque);
-
-/* Free @fr, with what it still holds. */
-void frame_reader_free(FrameReader *fr);
 
 /* Returns how many bytes are to be read ahead now. */
 size_t frame_reader_room(const FrameReader *fr);
@@ -161,9 +158,6 @@ void frame_reader_resume(FrameReader *fr);
 /* Returns whether all that was pushed is handed out. */
 bool frame_reader_empty(const FrameReader *fr);
 
-/* Returns whether a part of a frame has come and not all of it. */
-bool frame_reader_mid_frame(const FrameReader *fr);
-
 /* Returns how many connections were closed because of a bad length. */
 uint64_t frame_reader_errors(const FrameReader *fr);
 
@@ -172,5 +166,11 @@ uint64_t frame_reader_errors(const FrameReader *fr);
  * kept.  The next bytes pushed are the start of a frame.
  */
 void frame_reader_reset(FrameReader *fr);
+
+/*
+ * Free @fr, with what it holds.  As with frame_writer_close(), the caller has
+ * removed its handlers, and a connection that is within a frame is closed.
+ */
+void frame_reader_close(FrameReader *fr);
 
 #endif /* QEMU_NET_FRAME_STREAM_H */

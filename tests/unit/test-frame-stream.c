@@ -274,13 +274,21 @@ static uint64_t link_close_writer(Link *link)
     return frame_writer_close(g_steal_pointer(&link->fw));
 }
 
+static void link_close_reader(Link *link)
+{
+    qemu_chr_fe_set_handlers(&link->fe, NULL, NULL, NULL, NULL, NULL, NULL,
+                             true);
+    frame_reader_close(g_steal_pointer(&link->fr));
+}
+
 static void link_free(Link *link)
 {
     if (link->fw) {
         link_close_writer(link);
     }
-    frame_reader_free(link->fr);
-    link->fr = NULL;
+    if (link->fr) {
+        link_close_reader(link);
+    }
     qemu_chr_fe_deinit(&link->fe, true);
     if (link->peer >= 0) {
         close(link->peer);
@@ -1133,7 +1141,6 @@ static void test_reader_prompt(gconstpointer vnet_hdr)
         for (size_t at = 0; at < link->expected->len - 1; at++) {
             reader_push(link, link->expected->data + at, 1);
             g_assert_false(frame_reader_empty(link->fr));
-            g_assert_true(frame_reader_mid_frame(link->fr));
             g_assert_cmpuint(link->frames, ==, 0);
         }
         reader_push(link, link->expected->data + link->expected->len - 1, 1);
@@ -1247,11 +1254,8 @@ static void test_reader_reset(gconstpointer vnet_hdr)
             link->accept = wait ? 0 : UINT_MAX;
             for (int i = 0; i < 2; i++) {
                 reader_push(link, stream->data, cut);
-                g_assert_true(frame_reader_mid_frame(link->fr) ==
-                              (cut > whole));
                 frame_reader_reset(link->fr);
                 frame_reader_reset(link->fr);
-                g_assert_false(frame_reader_mid_frame(link->fr));
                 g_assert_true(frame_reader_empty(link->fr) == !wait);
                 g_byte_array_append(link->expected, stream->data, whole);
             }
@@ -1396,7 +1400,23 @@ static void test_reader_free(void)
         frame_reader_push(link->fr, link->expected->data, 10);
         g_assert_cmpuint(link->frames, <, MANY_FRAMES);
     }
-    frame_reader_free(NULL);
+}
+
+/* The connection ends only if the next reader could not begin with a frame. */
+static void test_reader_close(void)
+{
+    for (int missing = 0; missing < 2; missing++) {
+        g_autoptr(Link) link = link_new_reader(true);
+        uint8_t byte;
+
+        link_connect(link);
+        link->accept = 0;
+        link_make(link, 60);
+        link_make(link, 60);
+        reader_push(link, link->expected->data, link->expected->len - missing);
+        link_close_reader(link);
+        g_assert_cmpint(recv(link->peer, &byte, 1, 0), ==, missing ? 0 : -1);
+    }
 }
 
 /* While many frames are handed out others get their turn in the main loop. */
@@ -1470,6 +1490,7 @@ int main(int argc, char **argv)
     TEST("reader/too-long", test_reader_too_long);
     TEST("reader/too-long/once", test_reader_too_long_once);
     TEST("reader/free", test_reader_free);
+    TEST("reader/close", test_reader_close);
     TEST("reader/turns", test_reader_turns);
     return g_test_run();
 }
