@@ -112,7 +112,7 @@ static int filter_tap_inject_segments(FilterTapInject *fi,
     while (fi->segments_sent < fs.count) {
         uint8_t *buf = fi->segments;
         size_t n = MIN(MIN(fs.count - fi->segments_sent, PACKET_SOCKET_BATCH),
-                       SEGMENTS_SIZE / (fs.headers + fs.size));
+                       SEGMENTS_SIZE / (fs.at.headers + fs.size));
         int ret;
 
         for (size_t i = 0; i < n; i++) {

@@ -18,15 +18,6 @@
 #define TCP_MIN_SIZE 48
 #define UDP_MAX_SEGMENTS 128
 
-/* Where the headers of TCP or UDP, and of IP before them, are */
-typedef struct FrameLayout {
-    size_t l3;                  /* offsets in the frame, in bytes */
-    size_t l4;
-    size_t payload;
-    bool ip6;
-    bool tcp;
-} FrameLayout;
-
 /* Returns false if the frame has no header of TCP or UDP, or only a part. */
 static bool frame_offload_parse(FrameLayout *layout, const uint8_t *frame,
                                 size_t len)
@@ -41,14 +32,14 @@ static bool frame_offload_parse(FrameLayout *layout, const uint8_t *frame,
         return false;
     }
     eth_get_protocols(&iov, 1, 0, &has_ip4, &layout->ip6, &layout->l3,
-                      &layout->l4, &layout->payload, &ip6, &ip4, &l4);
+                      &layout->l4, &layout->headers, &ip6, &ip4, &l4);
     layout->tcp = l4.proto == ETH_L4_HDR_PROTO_TCP;
     return (layout->tcp || l4.proto == ETH_L4_HDR_PROTO_UDP) &&
            layout->l4 >= layout->l3 + sizeof(struct ip_header) &&
-           layout->payload <= len &&
+           layout->headers <= len &&
            (!layout->ip6 || frame[layout->l3] >> 4 == 6) &&
            (!layout->tcp ||
-            layout->payload >= layout->l4 + sizeof(struct tcp_hdr));
+            layout->headers >= layout->l4 + sizeof(struct tcp_hdr));
 }
 
 static bool frame_offload_is_type(const FrameLayout *layout, uint8_t gso_type)
@@ -134,11 +125,11 @@ static bool frame_offload_parse_inner(FrameLayout *inner, const uint8_t *frame,
     if (inner->tcp && l4 + sizeof(struct tcp_hdr) <= len) {
         size_t size = (frame[l4 + 12] >> 4) * 4;
 
-        inner->payload = l4 + size;
-        return size >= sizeof(struct tcp_hdr) && inner->payload <= len;
+        inner->headers = l4 + size;
+        return size >= sizeof(struct tcp_hdr) && inner->headers <= len;
     }
-    inner->payload = l4 + sizeof(udp_header);
-    return proto == IP_PROTO_UDP && inner->payload <= len;
+    inner->headers = l4 + sizeof(udp_header);
+    return proto == IP_PROTO_UDP && inner->headers <= len;
 }
 
 /*
@@ -157,11 +148,11 @@ static bool frame_offload_find_tunnel(const FrameLayout *outer,
     size_t l4 = hdr->csum_start;
 
     if (outer->tcp || l4 > len ||
-        l4 < outer->payload + sizeof(struct ip_header)) {
+        l4 < outer->headers + sizeof(struct ip_header)) {
         return false;
     }
     for (size_t l3 = l4 - sizeof(struct ip_header);
-         l3 >= outer->payload && l4 - l3 <= FRAME_SEGMENTS_MAX_HEADERS;
+         l3 >= outer->headers && l4 - l3 <= FRAME_SEGMENTS_MAX_HEADERS;
          l3 -= 4) {
         if (frame_offload_parse_inner(inner, frame, len, l3, l4) &&
             frame_offload_is_type(inner, hdr->gso_type)) {
@@ -242,72 +233,48 @@ bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
 
 /* Segments */
 
-static bool frame_segments_find(FrameSegments *fs,
-                                const struct virtio_net_hdr *hdr,
-                                const uint8_t *frame, size_t len)
-{
-    FrameLayout outer, inner;
-
-    if (!frame_offload_parse(&outer, frame, len)) {
-        return false;
-    }
-    inner = outer;
-    if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM &&
-        hdr->csum_start != outer.l4) {
-        if (!frame_offload_find_tunnel(&outer, &inner, hdr, frame, len)) {
-            return false;
-        }
-        fs->tunnel_l3 = outer.l3;
-        fs->tunnel_l4 = outer.l4;
-        fs->tunnel_ip6 = outer.ip6;
-    }
-    fs->l3 = inner.l3;
-    fs->l4 = inner.l4;
-    fs->headers = inner.payload;
-    fs->ip6 = inner.ip6;
-    fs->tcp = inner.tcp;
-    return true;
-}
-
 bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
                          const uint8_t *frame, size_t len)
 {
-    uint8_t type = hdr->gso_type & ~(VIRTIO_NET_HDR_GSO_ECN |
-                                     VIRTIO_NET_HDR_GSO_UDP_TUNNEL);
-
     *fs = (FrameSegments) { .frame = frame, .size = hdr->gso_size };
-    if (!frame_segments_find(fs, hdr, frame, len) || !fs->size ||
-        fs->headers > FRAME_SEGMENTS_MAX_HEADERS || fs->headers >= len) {
+    if (!frame_offload_parse(&fs->at, frame, len)) {
         return false;
     }
-    if (hdr->gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL && !fs->tunnel_l4) {
+    if (hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM &&
+        hdr->csum_start != fs->at.l4) {
+        fs->tunnel = fs->at;
+        if (!frame_offload_find_tunnel(&fs->tunnel, &fs->at, hdr, frame, len)) {
+            return false;
+        }
+    }
+    if (!fs->size || fs->at.headers > FRAME_SEGMENTS_MAX_HEADERS ||
+        fs->at.headers >= len ||
+        (hdr->gso_type & VIRTIO_NET_HDR_GSO_UDP_TUNNEL && !fs->tunnel.l4)) {
         return false;
     }
-    fs->payload = len - fs->headers;
+    fs->payload = len - fs->at.headers;
     fs->count = DIV_ROUND_UP(fs->payload, fs->size);
-    switch (type) {
-    case VIRTIO_NET_HDR_GSO_TCPV4:
-    case VIRTIO_NET_HDR_GSO_TCPV6:
-        return fs->tcp && fs->size >= TCP_MIN_SIZE &&
-               fs->ip6 == (type == VIRTIO_NET_HDR_GSO_TCPV6);
-    case VIRTIO_NET_HDR_GSO_UDP_L4:
-        return !fs->tcp && fs->count <= UDP_MAX_SEGMENTS;
-    default:
-        return false;
-    }
+    return frame_offload_is_type(&fs->at, hdr->gso_type) &&
+           (fs->at.tcp ? fs->size >= TCP_MIN_SIZE :
+                         fs->count <= UDP_MAX_SEGMENTS);
 }
 
-/* @len is from the IP header on, @header that header's. */
-static void frame_segments_put_ip(uint8_t *ip, bool ip6, size_t header,
-                                  size_t len, unsigned index)
+/* Of IP, and of UDP if that follows; @len is that of the whole segment. */
+static void frame_segments_put_lengths(const FrameLayout *at, uint8_t *buf,
+                                       size_t len, unsigned index)
 {
-    if (ip6) {
-        stw_be_p(ip + 4, len - sizeof(struct ip6_header));
+    uint8_t *ip = buf + at->l3;
+
+    if (at->ip6) {
+        stw_be_p(ip + 4, len - at->l3 - sizeof(struct ip6_header));
     } else {
-        stw_be_p(ip + 2, len);
+        stw_be_p(ip + 2, len - at->l3);
         stw_be_p(ip + 4, lduw_be_p(ip + 4) + index);
         stw_be_p(ip + 10, 0);
-        stw_be_p(ip + 10, net_raw_checksum(ip, header));
+        stw_be_p(ip + 10, net_raw_checksum(ip, at->l4 - at->l3));
+    }
+    if (!at->tcp) {
+        stw_be_p(buf + at->l4 + offsetof(udp_header, uh_ulen), len - at->l4);
     }
 }
 
@@ -325,70 +292,44 @@ static void frame_segments_put_tcp(const FrameSegments *fs, unsigned index,
     }
 }
 
-static void frame_segments_put_udp(uint8_t *udp, size_t len)
+/* Put the sum of the pseudo header where the rest is added to it. */
+static void frame_segments_leave_checksum(const FrameLayout *at, uint8_t *buf,
+                                          size_t len,
+                                          struct virtio_net_hdr *hdr)
 {
-    stw_be_p(udp + offsetof(udp_header, uh_ulen), len);
-}
+    uint8_t *addresses = buf + at->l3 + (at->ip6 ? 8 : 12);
+    uint32_t sum = net_checksum_add(at->ip6 ? 32 : 8, addresses) +
+                   len - at->l4 + (at->tcp ? IP_PROTO_TCP : IP_PROTO_UDP);
 
-/* The sum of the pseudo header, as it is before the rest is added. */
-static uint16_t frame_segments_pseudo_sum(const uint8_t *ip, bool ip6,
-                                          uint8_t proto, size_t len)
-{
-    size_t at = ip6 ? 8 : 12, size = ip6 ? 32 : 8;
-
-    return ~net_checksum_finish(net_checksum_add(size, (uint8_t *)ip + at) +
-                                len + proto);
-}
-
-static void frame_segments_put_tunnel(const FrameSegments *fs, unsigned index,
-                                      uint8_t *buf, size_t len,
-                                      struct virtio_net_hdr *hdr)
-{
-    uint8_t *ip = buf + fs->tunnel_l3, *udp = buf + fs->tunnel_l4;
-
-    frame_segments_put_ip(ip, fs->tunnel_ip6, fs->tunnel_l4 - fs->tunnel_l3,
-                          len - fs->tunnel_l3, index);
-    frame_segments_put_udp(udp, len - fs->tunnel_l4);
-    if (frame_offload_has_udp_checksum(udp)) {
-        /* The outer checksum covers the inner one, which has to be done. */
-        frame_offload_finish_checksum(hdr, buf, len);
-        hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
-        hdr->csum_start = fs->tunnel_l4;
-        hdr->csum_offset = offsetof(udp_header, uh_sum);
-        stw_be_p(udp + hdr->csum_offset,
-                 frame_segments_pseudo_sum(ip, fs->tunnel_ip6, IP_PROTO_UDP,
-                                           len - fs->tunnel_l4));
-    }
+    hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+    hdr->csum_start = at->l4;
+    hdr->csum_offset = at->tcp ? offsetof(struct tcp_hdr, th_sum) :
+                                 offsetof(udp_header, uh_sum);
+    stw_be_p(buf + at->l4 + hdr->csum_offset, ~net_checksum_finish(sum));
 }
 
 size_t frame_segments_get(const FrameSegments *fs, unsigned index,
                           uint8_t *buf, struct virtio_net_hdr *hdr)
 {
-    size_t at = index * fs->size;
+    size_t at = index * fs->size, headers = fs->at.headers;
     size_t payload = MIN(fs->size, fs->payload - at);
-    size_t len = fs->headers + payload;
-    uint8_t *ip = buf + fs->l3, *l4 = buf + fs->l4;
+    size_t len = headers + payload;
 
-    memcpy(buf, fs->frame, fs->headers);
-    memcpy(buf + fs->headers, fs->frame + fs->headers + at, payload);
-    frame_segments_put_ip(ip, fs->ip6, fs->l4 - fs->l3, len - fs->l3, index);
-    if (fs->tcp) {
-        frame_segments_put_tcp(fs, index, l4);
-    } else {
-        frame_segments_put_udp(l4, len - fs->l4);
+    memcpy(buf, fs->frame, headers);
+    memcpy(buf + headers, fs->frame + headers + at, payload);
+    frame_segments_put_lengths(&fs->at, buf, len, index);
+    if (fs->at.tcp) {
+        frame_segments_put_tcp(fs, index, buf + fs->at.l4);
     }
-    *hdr = (struct virtio_net_hdr) {
-        .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
-        .csum_start = fs->l4,
-        .csum_offset = fs->tcp ? offsetof(struct tcp_hdr, th_sum) :
-                                 offsetof(udp_header, uh_sum),
-    };
-    stw_be_p(l4 + hdr->csum_offset,
-             frame_segments_pseudo_sum(ip, fs->ip6,
-                                       fs->tcp ? IP_PROTO_TCP : IP_PROTO_UDP,
-                                       len - fs->l4));
-    if (fs->tunnel_l4) {
-        frame_segments_put_tunnel(fs, index, buf, len, hdr);
+    *hdr = (struct virtio_net_hdr) { };
+    frame_segments_leave_checksum(&fs->at, buf, len, hdr);
+    if (fs->tunnel.l4) {
+        frame_segments_put_lengths(&fs->tunnel, buf, len, index);
+        if (frame_offload_has_udp_checksum(buf + fs->tunnel.l4)) {
+            /* It covers the inner checksum, which has to be done. */
+            frame_offload_finish_checksum(hdr, buf, len);
+            frame_segments_leave_checksum(&fs->tunnel, buf, len, hdr);
+        }
     }
     return len;
 }

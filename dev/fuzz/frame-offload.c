@@ -173,44 +173,45 @@ static void check_segments(const struct virtio_net_hdr *hdr,
         return;
     }
     CHECK(fs.count > 0 && fs.size == hdr->gso_size);
-    CHECK(fs.headers + fs.payload == len);
-    CHECK(fs.headers <= FRAME_SEGMENTS_MAX_HEADERS);
-    CHECK(fs.l3 < fs.l4 && fs.l4 < fs.headers);
-    CHECK(!fs.tunnel_l4 ||
-          (fs.tunnel_l3 < fs.tunnel_l4 && fs.tunnel_l4 + 8 <= fs.l3));
-    seg = g_malloc(fs.headers + fs.size);
+    CHECK(fs.at.headers + fs.payload == len);
+    CHECK(fs.at.headers <= FRAME_SEGMENTS_MAX_HEADERS);
+    CHECK(fs.at.l3 < fs.at.l4 && fs.at.l4 < fs.at.headers);
+    CHECK(!fs.tunnel.l4 ||
+          (fs.tunnel.l3 < fs.tunnel.l4 && fs.tunnel.l4 + 8 <= fs.at.l3));
+    seg = g_malloc(fs.at.headers + fs.size);
     for (unsigned i = 0; i < fs.count; i++) {
         struct virtio_net_hdr seg_hdr;
         size_t seg_len = frame_segments_get(&fs, i, seg, &seg_hdr);
-        size_t payload = seg_len - fs.headers;
+        size_t payload = seg_len - fs.at.headers;
         bool last = i == fs.count - 1;
 
-        CHECK(seg_len > fs.headers);
+        CHECK(seg_len > fs.at.headers);
         CHECK(last ? payload <= fs.size : payload == fs.size);
         CHECK(seg_hdr.gso_type == VIRTIO_NET_HDR_GSO_NONE);
         CHECK(finish_checksum(&seg_hdr, seg, seg_len));
         /* What passes 16 bits is of no use, and refused for its length. */
         if (seg_len <= 0xffff) {
-            CHECK(checksum_is_right(seg, fs.l3, fs.l4, seg_len, fs.ip6,
-                                    fs.tcp ? 6 : 17));
+            CHECK(checksum_is_right(seg, fs.at.l3, fs.at.l4, seg_len, fs.at.ip6,
+                                    fs.at.tcp ? 6 : 17));
         }
-        if (fs.tunnel_l4) {
-            if (lduw_be_p(frame + fs.tunnel_l4 + 6) && seg_len <= 0xffff) {
-                CHECK(checksum_is_right(seg, fs.tunnel_l3, fs.tunnel_l4,
-                                        seg_len, fs.tunnel_ip6, 17));
+        if (fs.tunnel.l4) {
+            if (lduw_be_p(frame + fs.tunnel.l4 + 6) && seg_len <= 0xffff) {
+                CHECK(checksum_is_right(seg, fs.tunnel.l3, fs.tunnel.l4,
+                                        seg_len, fs.tunnel.ip6, 17));
             }
-            check_ip(seg, frame, seg_len, fs.tunnel_l3, fs.tunnel_l4,
-                     fs.tunnel_ip6, i);
-            check_udp(seg, frame, seg_len, fs.tunnel_l4);
+            check_ip(seg, frame, seg_len, fs.tunnel.l3, fs.tunnel.l4,
+                     fs.tunnel.ip6, i);
+            check_udp(seg, frame, seg_len, fs.tunnel.l4);
         }
-        check_ip(seg, frame, seg_len, fs.l3, fs.l4, fs.ip6, i);
-        if (fs.tcp) {
-            check_tcp(seg, frame, fs.l4, offset, i == 0, last);
+        check_ip(seg, frame, seg_len, fs.at.l3, fs.at.l4, fs.at.ip6, i);
+        if (fs.at.tcp) {
+            check_tcp(seg, frame, fs.at.l4, offset, i == 0, last);
         } else {
-            check_udp(seg, frame, seg_len, fs.l4);
+            check_udp(seg, frame, seg_len, fs.at.l4);
         }
-        CHECK(!memcmp(seg, frame, fs.headers));
-        CHECK(!memcmp(seg + fs.headers, frame + fs.headers + offset, payload));
+        CHECK(!memcmp(seg, frame, fs.at.headers));
+        CHECK(!memcmp(seg + fs.at.headers, frame + fs.at.headers + offset,
+                      payload));
         offset += payload;
     }
     CHECK(offset == fs.payload);

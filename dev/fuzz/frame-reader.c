@@ -8,8 +8,8 @@
  * connection ends.  What the reader hands out is compared with what a trivial
  * parser finds in all bytes of each connection together.
  *
- * The character device is replaced by what is below.  What only the writer calls
- * does not exist.
+ * The character device is replaced by what is below.  What only the writer
+ * calls does not exist.
  */
 
 #include "qemu/osdep.h"

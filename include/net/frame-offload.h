@@ -46,20 +46,23 @@ bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
                               const uint8_t *guest, size_t guest_len,
                               bool swap);
 
-/* A GSO frame that is being segmented */
-typedef struct FrameSegments {
-    const uint8_t *frame;
+/* Where the headers of TCP or UDP, and of IP before them, are */
+typedef struct FrameLayout {
     size_t l3;                  /* offsets in the frame, in bytes */
     size_t l4;
     size_t headers;             /* length of all headers, in bytes */
+    bool ip6;
+    bool tcp;
+} FrameLayout;
+
+/* A GSO frame that is being segmented */
+typedef struct FrameSegments {
+    const uint8_t *frame;
+    FrameLayout at;             /* in a tunnel, of the inner frame */
+    FrameLayout tunnel;         /* all 0 without one */
     size_t payload;             /* length of what is to be cut, in bytes */
     size_t size;                /* of the payload of one segment, in bytes */
     unsigned count;
-    bool ip6;
-    bool tcp;
-    size_t tunnel_l3;           /* the same of the tunnel; 0: none */
-    size_t tunnel_l4;
-    bool tunnel_ip6;
 } FrameSegments;
 
 /* More bytes of headers are not copied for each segment. */
@@ -76,7 +79,7 @@ bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
 
 /*
  * Put the segment @index, less than @fs->count, to @buf, which has room for
- * @fs->headers + @fs->size bytes, and its header to @hdr.  That leaves the
+ * @fs->at.headers + @fs->size bytes, and its header to @hdr.  That leaves the
  * checksum to the kernel.  Returns the segment's length in bytes.
  */
 size_t frame_segments_get(const FrameSegments *fs, unsigned index,

@@ -329,7 +329,7 @@ static void segments_new(FrameSegments *fs, const Frame *frame,
                          const Plan *plan)
 {
     if (!segments_try(fs, frame) || fs->count != plan_count(plan) ||
-        fs->headers != plan->headers || fs->payload != plan->payload ||
+        fs->at.headers != plan->headers || fs->payload != plan->payload ||
         fs->size != plan->size) {
         plan_describe(plan);
         g_assert_not_reached();
@@ -339,14 +339,14 @@ static void segments_new(FrameSegments *fs, const Frame *frame,
 static void segment_get(const FrameSegments *fs, unsigned index,
                         Frame *segment)
 {
-    size_t room = fs->headers + fs->size;
+    size_t room = fs->at.headers + fs->size;
     uint8_t *buf = fence_room(FENCE_SEGMENT, room);
 
     g_assert_cmpuint(index, <, fs->count);
     memset(&segment->hdr, 0x5a, sizeof(segment->hdr));
     segment->len = frame_segments_get(fs, index, buf, &segment->hdr);
     fence_check(buf);
-    g_assert_cmpuint(segment->len, >, fs->headers);
+    g_assert_cmpuint(segment->len, >, fs->at.headers);
     g_assert_cmpuint(segment->len, <=, room);
     memcpy(segment->data, buf, segment->len);
     g_assert_cmphex(segment->hdr.flags, ==, VIRTIO_NET_HDR_F_NEEDS_CSUM);
@@ -360,17 +360,17 @@ static void segments_check(const FrameSegments *fs, const Frame *frame)
     g_autofree Frame *segment = g_new0(Frame, 1);
     size_t payload = 0;
 
-    g_assert_cmpuint(fs->headers + fs->payload, <=, frame->len);
-    g_assert_cmpuint(fs->headers, <=, FRAME_SEGMENTS_MAX_HEADERS);
+    g_assert_cmpuint(fs->at.headers + fs->payload, <=, frame->len);
+    g_assert_cmpuint(fs->at.headers, <=, FRAME_SEGMENTS_MAX_HEADERS);
     g_assert_cmpuint(fs->count, >, 0);
     for (unsigned i = 0; i < fs->count; i++) {
         size_t part;
 
         segment_get(fs, i, segment);
-        part = segment->len - fs->headers;
+        part = segment->len - fs->at.headers;
         g_assert_cmpuint(part, ==, MIN(fs->size, fs->payload - payload));
-        g_assert(!memcmp(segment->data + fs->headers,
-                         frame->data + fs->headers + payload, part));
+        g_assert(!memcmp(segment->data + fs->at.headers,
+                         frame->data + fs->at.headers + payload, part));
         payload += part;
         g_assert_true(finish_checksum(segment));
     }
@@ -1131,7 +1131,7 @@ static void test_tunnel_like(void)
         plan.tunnel = 0;
         g_assert_true(to_guest(frame, &plan, TUNNEL_HEADER, false));
         g_assert_true(segments_try(&fs, frame));
-        g_assert_cmpuint(fs.headers, ==, plan.tunnel_l4 + 8);
+        g_assert_cmpuint(fs.at.headers, ==, plan.tunnel_l4 + 8);
         segments_check(&fs, frame);
     }
 }
