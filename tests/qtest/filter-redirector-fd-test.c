@@ -6,8 +6,7 @@
  *
  * QEMU runs as management software runs it: as another user, without any
  * capability, in a sandbox, with a TAP and a vhost that were opened for it.
- * Packet sockets come from contrib/packet-socket-helper, or from the test where
- * they have to be wrong.
+ * Packet sockets come from contrib/packet-socket-helper, or from the test.
  */
 
 #include "qemu/osdep.h"
@@ -139,42 +138,6 @@ static void run_fd_test(const void *data)
     g_assert_true(vhost_started(&f));
     test->func(&f);
     fixture_close(&f);
-}
-
-static int receive_fd(int unix_fd)
-{
-    char byte;
-    struct iovec iov = { .iov_base = &byte, .iov_len = sizeof(byte) };
-    union {
-        struct cmsghdr align;
-        char buf[CMSG_SPACE(sizeof(int))];
-    } control;
-    struct msghdr msg = {
-        .msg_iov = &iov,
-        .msg_iovlen = 1,
-        .msg_control = &control,
-        .msg_controllen = sizeof(control),
-    };
-    int fd;
-
-    g_assert_cmpint(recvmsg(unix_fd, &msg, MSG_CMSG_CLOEXEC), ==, 1);
-    g_assert_nonnull(CMSG_FIRSTHDR(&msg));
-    memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof(fd));
-    return fd;
-}
-
-/* What management software gets from the helper */
-static int helper_socket(Fixture *f)
-{
-    int sv[2], fd;
-
-    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, sv), ==, 0);
-    run_command(NET_RAW " %s --ifname=%s --fd=%d", install.helper, f->ifname,
-                sv[1]);
-    fd = receive_fd(sv[0]);
-    close(sv[0]);
-    close(sv[1]);
-    return fd;
 }
 
 /* QEMU has it then, and not the test. */
@@ -335,8 +298,8 @@ static void test_getfd(Fixture *f)
 {
     int before = count_fds(f);
 
-    getfd(f, "c", helper_socket(f));
-    getfd(f, "i", helper_socket(f));
+    getfd(f, "c", open_host_protocol(f->ifname, 0));
+    getfd(f, "i", open_host_protocol(f->ifname, 0));
     add(f, QMP_BOTH);
     expect_injects(f, 100);
     expect_captures(f, "cap", 0);
@@ -356,7 +319,7 @@ static void test_stopped_only(Fixture *f)
 
 static void test_fdset(Fixture *f)
 {
-    int before = count_fds(f), fd = helper_socket(f);
+    int before = count_fds(f), fd = open_host_protocol(f->ifname, 0);
 
     qtest_qmp_fds_assert_success(f->qts, &fd, 1, "{'execute': 'add-fd',"
                                  " 'arguments': {'fdset-id': 7}}");
@@ -414,7 +377,7 @@ static void expect_socket_state(int fd, const SocketState *want)
 /* QEMU has it then, and the test as well. */
 static int getfd_shared(Fixture *f, const char *name)
 {
-    int fd = helper_socket(f), copy = dup(fd);
+    int fd = open_host_protocol(f->ifname, 0), copy = dup(fd);
 
     g_assert_cmpint(copy, >=, 0);
     getfd(f, name, fd);
@@ -667,14 +630,14 @@ static void test_bad_second(Fixture *f)
 {
     int before = count_fds(f);
 
-    getfd(f, "c", helper_socket(f));
+    getfd(f, "c", open_host_protocol(f->ifname, 0));
     getfd(f, "i", open("/dev/null", O_RDWR));
     expect_refused(f, QMP_BOTH, "netdev 'n0': 'inject-packet-fd': "
                    "cannot use file descriptor");
     g_assert_cmpint(count_fds(f), ==, before);
 
     getfd(f, "c", open("/dev/null", O_RDWR));
-    getfd(f, "i", helper_socket(f));
+    getfd(f, "i", open_host_protocol(f->ifname, 0));
     expect_refused(f, QMP_BOTH, "netdev 'n0': 'packet-fd': "
                    "cannot use file descriptor");
     /* The other one is the monitor's still. */
