@@ -82,12 +82,15 @@ typedef enum CaptureState {
     CAPTURE_TAKE,
 } CaptureState;
 
-static const char *const capture_state_names[] = {
-    [CAPTURE_OFF] = "off",
-    [CAPTURE_COPY] = "copy",
-    [CAPTURE_LINGER] = "linger",
-    [CAPTURE_DRAIN] = "drain",
-    [CAPTURE_TAKE] = "take",
+static const struct {
+    const char *name;
+    const char *source;         /* as the property tells */
+} capture_states[] = {
+    [CAPTURE_OFF] = { "off", "none" },
+    [CAPTURE_COPY] = { "copy", "packet-socket" },
+    [CAPTURE_LINGER] = { "linger", "none" },
+    [CAPTURE_DRAIN] = { "drain", "none" },
+    [CAPTURE_TAKE] = { "take", "chain" },
 };
 
 struct FilterTapCapture {
@@ -357,15 +360,16 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
         /* Nothing, unless the socket could not be read. */
         fc->stats.peer_drops += packet_socket_discard(fc->socket);
     }
-    if (new == CAPTURE_COPY && !filter_tap_capture_hook(fc)) {
+    if (new == CAPTURE_COPY && old != CAPTURE_COPY &&
+        !filter_tap_capture_hook(fc)) {
         new = CAPTURE_OFF;
     }
     if (new == old) {
         return;
     }
     trace_filter_tap_capture_state(fc->user->link->ifname,
-                                   capture_state_names[old],
-                                   capture_state_names[new]);
+                                   capture_states[old].name,
+                                   capture_states[new].name);
     if (old == CAPTURE_LINGER) {
         timer_del(fc->linger);
     }
@@ -435,12 +439,9 @@ static void filter_tap_capture_update(FilterTapCapture *fc)
     bool works = fc->active &&
                  (fc->takes || filter_tap_capture_has_peer(fc));
 
-    if (works && fc->takes) {
-        filter_tap_capture_set_state(fc, CAPTURE_TAKE);
-    } else if (works) {
-        if (fc->state != CAPTURE_COPY) {
-            filter_tap_capture_set_state(fc, CAPTURE_COPY);
-        }
+    if (works) {
+        filter_tap_capture_set_state(fc, fc->takes ? CAPTURE_TAKE :
+                                                     CAPTURE_COPY);
     } else if (fc->state == CAPTURE_COPY) {
         filter_tap_capture_end_copy(fc);
     } else if (fc->state == CAPTURE_DRAIN) {
@@ -628,14 +629,7 @@ void filter_tap_capture_set_active(FilterTapCapture *fc, bool active)
 
 const char *filter_tap_capture_source(const FilterTapCapture *fc)
 {
-    switch (fc->state) {
-    case CAPTURE_COPY:
-        return "packet-socket";
-    case CAPTURE_TAKE:
-        return "chain";
-    default:
-        return "none";
-    }
+    return capture_states[fc->state].source;
 }
 
 bool filter_tap_capture_pending(const FilterTapCapture *fc)
