@@ -71,9 +71,10 @@ struct FilterTapInject {
     FilterTapInjectStats stats;
 };
 
-static bool filter_tap_inject_to_network(const FilterTapInject *fi)
+static size_t filter_tap_inject_hdr_len(const FilterTapInject *fi,
+                                        const StreamFrame *frame)
 {
-    return fi->nf->direction != NET_FILTER_DIRECTION_TX;
+    return fi->vnet_hdr ? frame->vnet_hdr_len : fi->nf->netdev->vnet_hdr_len;
 }
 
 /* The frame is not sent. */
@@ -85,12 +86,6 @@ static void filter_tap_inject_failed(FilterTapInject *fi, int err)
     } else {
         fi->stats.interface_drops++;
     }
-}
-
-static void filter_tap_inject_sent(FilterTapInject *fi, size_t len)
-{
-    fi->stats.packets++;
-    fi->stats.bytes += len;
 }
 
 /* To the guest */
@@ -198,8 +193,9 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
         filter_tap_inject_failed(fi, -ret);
         return 1;
     }
+    fi->stats.packets += ret;
     for (int i = 0; i < ret; i++) {
-        filter_tap_inject_sent(fi, frames[i].len);
+        fi->stats.bytes += frames[i].len;
     }
     return ret;
 }
@@ -211,10 +207,10 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
  * that goes to the guest as well counts there.
  */
 static void filter_tap_inject_along_chain(FilterTapInject *fi,
-                                          const StreamFrame *frame,
-                                          size_t hdr_len, bool swap)
+                                          const StreamFrame *frame, bool swap)
 {
     NetFilterState *nf = fi->nf;
+    size_t hdr_len = filter_tap_inject_hdr_len(fi, frame);
     uint8_t header[FRAME_OFFLOAD_MAX_HEADER];
     struct virtio_net_hdr hdr;
     struct iovec iov[] = {
@@ -245,17 +241,12 @@ static void filter_tap_inject_along_chain(FilterTapInject *fi,
     } else if (err) {
         filter_tap_inject_failed(fi, err);
     } else {
-        filter_tap_inject_sent(fi, iov[1].iov_len);
+        fi->stats.packets++;
+        fi->stats.bytes += iov[1].iov_len;
     }
 }
 
 /* From the stream */
-
-static size_t filter_tap_inject_hdr_len(const FilterTapInject *fi,
-                                        const StreamFrame *frame)
-{
-    return fi->vnet_hdr ? frame->vnet_hdr_len : fi->nf->netdev->vnet_hdr_len;
-}
 
 static bool filter_tap_inject_known_type(const uint8_t *at)
 {
@@ -286,8 +277,7 @@ static bool filter_tap_inject_parse(const FilterTapInject *fi,
 {
     size_t hdr_len = filter_tap_inject_hdr_len(fi, frame);
 
-    if (hdr_len > FRAME_OFFLOAD_MAX_HEADER ||
-        frame->size < hdr_len + ETH_HLEN ||
+    if (frame->size < hdr_len + ETH_HLEN ||
         !frame_offload_from_guest(&out->hdr, frame->payload, hdr_len, swap) ||
         (out->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE &&
          out->hdr.gso_size < MIN_GSO_SIZE)) {
@@ -307,7 +297,7 @@ static size_t filter_tap_inject_some(FilterTapInject *fi,
                                      bool swap)
 {
     PacketSocketFrame batch[PACKET_SOCKET_BATCH];
-    bool to_network = filter_tap_inject_to_network(fi);
+    bool to_network = fi->nf->direction != NET_FILTER_DIRECTION_TX;
     size_t done = 1;
 
     if (!filter_tap_inject_parse(fi, frames, swap, batch)) {
@@ -326,9 +316,7 @@ static size_t filter_tap_inject_some(FilterTapInject *fi,
         done = filter_tap_inject_into_tap(fi, batch, done);
     }
     if (done && to_network) {
-        filter_tap_inject_along_chain(fi, frames,
-                                      filter_tap_inject_hdr_len(fi, frames),
-                                      swap);
+        filter_tap_inject_along_chain(fi, frames, swap);
     }
     return done;
 }
