@@ -305,6 +305,9 @@ static size_t filter_tap_inject_some(FilterTapInject *fi,
         return 1;
     }
     if (to_network && !runstate_is_running()) {
+        /* Nobody tells when a guest that sleeps (S3) wakes up. */
+        timer_mod(fi->retry,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + RETRY_MAX_MS);
         return 0;
     }
     if (fi->socket) {

@@ -19,7 +19,6 @@
 #include <net/if.h>
 #include "net/filter-tap.h"
 #include "net/queue.h"
-#include "qemu/notify.h"
 #include "system/runstate.h"
 
 /* Link: one TAP, shared by its filters */
@@ -35,7 +34,6 @@ typedef struct FilterTapLink {
     bool held;                          /* the TAP is not read */
     QLIST_HEAD(, FilterTapUser) users;
     VMChangeStateEntry *vm_state;
-    Notifier wakeup;
     QLIST_ENTRY(FilterTapLink) next;
 } FilterTapLink;
 

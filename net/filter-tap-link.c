@@ -207,29 +207,17 @@ MACAddr filter_tap_link_nic_address(const FilterTapLink *link)
     return address;
 }
 
-static void filter_tap_link_changed(FilterTapLink *link)
-{
-    FilterTapUser *user;
-
-    QLIST_FOREACH(user, &link->users, next) {
-        user->changed(user);
-    }
-    filter_tap_link_update_hold(link);
-}
-
 static void filter_tap_link_vm_state(void *opaque, bool running,
                                      RunState state)
 {
     FilterTapLink *link = opaque;
+    FilterTapUser *user;
 
     link->running = running;
-    filter_tap_link_changed(link);
-}
-
-/* While the guest sleeps (S3) nothing can be sent to the network. */
-static void filter_tap_link_wakeup(Notifier *notifier, void *opaque)
-{
-    filter_tap_link_changed(container_of(notifier, FilterTapLink, wakeup));
+    QLIST_FOREACH(user, &link->users, next) {
+        user->changed(user);
+    }
+    filter_tap_link_update_hold(link);
 }
 
 static FilterTapLink *filter_tap_link_new(NetClientState *netdev)
@@ -242,8 +230,6 @@ static FilterTapLink *filter_tap_link_new(NetClientState *netdev)
     link->vm_state =
         qemu_add_vm_change_state_handler_prio(filter_tap_link_vm_state, link,
                                               FILTER_TAP_VM_STATE_PRIORITY);
-    link->wakeup.notify = filter_tap_link_wakeup;
-    qemu_register_wakeup_notifier(&link->wakeup);
     QLIST_INSERT_HEAD(&filter_tap_links, link, next);
     return link;
 }
@@ -251,7 +237,6 @@ static FilterTapLink *filter_tap_link_new(NetClientState *netdev)
 static void filter_tap_link_free(FilterTapLink *link)
 {
     QLIST_REMOVE(link, next);
-    notifier_remove(&link->wakeup);
     qemu_del_vm_change_state_handler(link->vm_state);
     g_free(link);
 }
