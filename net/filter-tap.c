@@ -13,7 +13,6 @@
 #include "net/frame-stream.h"
 #include "net/vhost_net.h"
 #include "qapi/error.h"
-#include "qapi/qapi-visit-common.h"
 #include "qapi/visitor.h"
 #include "qemu/ctype.h"
 #include "qemu/cutils.h"

@@ -9,7 +9,6 @@
 #include "net/eth.h"
 #include "net/frame-offload.h"
 #include "qemu/bswap.h"
-#include "qemu/iov.h"
 
 /*
  * The least payload of a segment, and the most segments of a UDP datagram,

@@ -23,8 +23,6 @@
 #include "frame-pace.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
-#include "qemu/timer.h"
-#include "qemu/units.h"
 #include "trace.h"
 
 /* The most frames and bytes to read before other handlers get their turn. */

@@ -37,7 +37,6 @@
 #include "net/packet-socket.h"
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
-#include "qemu/sockets.h"
 #include "qemu/units.h"
 #include "packet-int.h"
 #include "trace.h"
