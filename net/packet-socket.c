@@ -539,7 +539,8 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     }
     if (len == -EAGAIN) {
         /* The ring does not tell errors. */
-        len = -packet_socket_get_option(ps->fd, SOL_SOCKET, SO_ERROR) ?: -EAGAIN;
+        len = -packet_socket_get_option(ps->fd, SOL_SOCKET, SO_ERROR) ?:
+              -EAGAIN;
         if (packet_ring_stuck(&ps->ring, packet_socket_drops(ps))) {
             packet_socket_leave_ring(ps);
         }
