@@ -66,20 +66,13 @@ class Outcome:
 
     def metrics(self):
         latency = self.tally.get('latency', {})
-        size = self.tally['bytes']
-        span = (self.tally['last_ns'] - self.tally['first_ns']) / 1e9
         metrics = {
             'sent': self.sent, 'received': self.received, 'drops': self.drops,
             'rate': self.sent / self.sender['ns'] * 1e9,
             'cpu_ns_per_packet': self.cpu_ns / max(self.received, 1),
             'sender_ns_per_packet': self.sender['cpu_ns'] / max(self.sent, 1),
         }
-        if span > 0:
-            metrics['received_rate'] = self.received / span
-            metrics['mb_per_s'] = size / span / 1e6
-        if size:
-            metrics['cpu_ns_per_byte'] = self.cpu_ns / size
-        for name in ('50', '99', '99.9'):
+        for name in ('50', '99'):
             if name in latency:
                 metrics[f'p{name}_us'] = latency[name] / 1e3
         return metrics
@@ -123,12 +116,6 @@ class Contestant:
             yield reader
 
 
-def counted(load, frames, sender):
-    """The tally of one whose frames nobody looks at"""
-    return {'frames': frames, 'bytes': frames * load.size, 'first_ns': 0,
-            'last_ns': sender['ns']}
-
-
 def send(taps, load, **more):
     fds = ()
     if load.written:
@@ -150,7 +137,7 @@ class QemuContestant(Contestant):
         self.name = name
         self.queue = queue      # of the capture, or None: the default
         self.source = source
-        self.product = binary.product
+        self.product = source == 'product'
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
         self.taps = [Tap(f'{prefix}{i}', steer=steer and source != 'chain'
                          and not guest)
@@ -184,9 +171,7 @@ class QemuContestant(Contestant):
                 'vnet_hdr_support=on']
 
     def where(self):
-        if not self.product:
-            return ''
-        return ',packet-socket=' + ('off' if self.source == 'chain' else 'on')
+        return ',packet-socket=on' if self.product else ''
 
     def capture_options(self, i):
         return self.stream(f'out{i}', self.out[i]) + self.redirector(
@@ -215,7 +200,7 @@ class QemuContestant(Contestant):
 
     def await_source(self, wanted):
         """Until the redirector has seen that its peer came or went."""
-        if self.product and self.source != 'chain':
+        if self.product:
             for i in range(len(self.taps)):
                 wait_for(f'the source {wanted} of {self.name}', lambda i=i:
                          self.qemu.get(f'cap{i}', 'source') == wanted)
@@ -257,8 +242,7 @@ class QemuContestant(Contestant):
         drops = grown['tx_dropped'] if self.source == 'chain' else sum(
             grown.get(f'capture-{name}', 0) for name in CAPTURE_DROPS)
         return self.outcome(load, sender, tally, drops, grown['cpu'],
-                            grown['capture-packets'] if self.product and
-                            self.source != 'chain' else None)
+                            grown['capture-packets'] if self.product else None)
 
     def inject(self, load):
         if self.source == 'chain':
@@ -285,16 +269,13 @@ class QemuContestant(Contestant):
         before = tap.statistic('rx_packets')
         with Program('write', self.into, **load.options()) as writer, \
                 self.watched('inj') as grown:
-            start = time.monotonic_ns()
             writer.tell('')
             sender = writer.result(load.limit())
             wait_for(f'{sender["sent"]} frames of {self.name}', lambda:
                      tap.statistic('rx_packets') - before >= sender['sent'])
-            end = time.monotonic_ns()
         received = tap.statistic('rx_packets') - before
-        return self.outcome(load, sender, {
-            'frames': received, 'bytes': received * load.size,
-            'first_ns': start, 'last_ns': end}, 0, grown['cpu'])
+        return self.outcome(load, sender, {'frames': received}, 0,
+                            grown['cpu'])
 
 
 class Dump(QemuContestant):
@@ -317,9 +298,7 @@ class Dump(QemuContestant):
                     for name in ('packets', *CAPTURE_DROPS))
             wait_for(f'{sender["sent"]} frames of {self.name}', done)
         return self.outcome(
-            load, sender, {
-                **counted(load, grown['capture-packets'], sender),
-                'bytes': grown['capture-bytes']},
+            load, sender, {'frames': grown['capture-packets']},
             sum(grown[f'capture-{name}'] for name in CAPTURE_DROPS),
             grown['cpu'])
 
@@ -402,26 +381,19 @@ class Reuse(QemuContestant):
 
 
 class Tcpdump(Contestant):
-    """tcpdump; with PIPE it writes to a cat, which is not counted."""
+    """tcpdump, which writes to a cat that is not counted"""
 
     # A block of the kernel's ring is handed over after a second at the
     # latest.
     FLUSH = 1.1
 
-    def __init__(self, name, pipe):
-        super().__init__(name)
-        self.pipe = pipe
-
     def capture(self, load):
-        cat = subprocess.Popen(
-            ['cat'], stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL) if self.pipe else None
+        cat = subprocess.Popen(['cat'], stdin=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
         tcpdump = subprocess.Popen(
-            ['tcpdump', '-n', '-Z', 'root', '-i', self.tap.name, '-w',
-             '-' if cat else '/dev/null'], stderr=subprocess.PIPE,
-            stdout=cat.stdin if cat else None)
-        if cat:
-            cat.stdin.close()
+            ['tcpdump', '-n', '-Z', 'root', '-i', self.tap.name, '-w', '-'],
+            stderr=subprocess.PIPE, stdout=cat.stdin)
+        cat.stdin.close()
         try:
             said = b''
             while b'listening on' not in said:
@@ -436,48 +408,26 @@ class Tcpdump(Contestant):
             tcpdump.send_signal(signal.SIGINT)
             said = tcpdump.communicate(timeout=30)[1].decode()
         finally:
-            for process in filter(None, (tcpdump, cat)):
+            for process in (tcpdump, cat):
                 process.kill()
                 process.wait()
         captured, drops = (int(re.search(rf'(\d+) packets? {name}', said)[1])
                            for name in ('captured', 'dropped by kernel'))
-        return self.outcome(load, sender, counted(load, captured, sender),
-                            drops, cpu)
+        return self.outcome(load, sender, {'frames': captured}, drops, cpu)
 
 
 class Bare(Contestant):
-    """A loop around recvmmsg() or sendmmsg()."""
-
-    def capture(self, load):
-        with Program('capture', [self.tap.name], **load.shape(),
-                     written=load.written, cpu=RECEIVER_CPU) as reader:
-            reader.ready()
-            sender = send([self.tap], load)
-            reader.tell(sender['sent'])
-            tally = reader.result()
-        return self.outcome(load, sender, tally, tally['drops'],
-                            tally['cpu_ns'])
-
-    def inject(self, load):
-        with self.tap_reader(load) as reader:
-            sender = send([self.tap], load, bypass=1)
-            reader.tell(sender['sent'])
-            tally = reader.result()
-        refused = sender['refused'] if load.rate else 0
-        return self.outcome(load, sender, tally, refused, sender['cpu_ns'],
-                            refused)
-
-
-class BareCat(Contestant):
-    """The bare loop, which also writes each frame to a peer."""
+    """
+    A loop around recvmmsg() that also writes each frame to a peer, or one
+    around sendmmsg()
+    """
 
     def __init__(self, name, directory):
         super().__init__(name)
         self.path = f'{directory}/{name}'
 
     def capture(self, load):
-        with Program('capture', [self.tap.name, self.path], **load.shape(),
-                     written=load.written) as loop:
+        with Program('capture', [self.tap.name, self.path]) as loop:
             wait_for(self.path, lambda: os.path.exists(self.path))
             with Program('read', [self.path], **load.shape(),
                          cpu=RECEIVER_CPU) as reader:
@@ -492,29 +442,14 @@ class BareCat(Contestant):
         return self.outcome(load, sender, tally, result['drops'],
                             result['cpu_ns'])
 
-
-class Relay(Contestant):
-    """As the bare loop, but the frames come on a stream."""
-
-    def __init__(self, name, directory):
-        super().__init__(name)
-        self.path = f'{directory}/relay'
-        self.program = Program('relay', [self.path, self.tap.name]).ready()
-
-    def end(self):
-        self.program.process.kill()
-        self.program.close()
-
     def inject(self, load):
-        with self.tap_reader(load) as reader, \
-                Program('write', [self.path], **load.options()) as writer:
-            cpu = cpu_ns(self.program.process.pid)
-            writer.tell('')
-            sender = writer.result(load.limit())
+        with self.tap_reader(load) as reader:
+            sender = send([self.tap], load, bypass=1)
             reader.tell(sender['sent'])
             tally = reader.result()
-            cpu = cpu_ns(self.program.process.pid) - cpu
-        return self.outcome(load, sender, tally, 0, cpu)
+        refused = sender['refused']
+        return self.outcome(load, sender, tally, refused, sender['cpu_ns'],
+                            refused)
 
 
 @dataclasses.dataclass(frozen=True)

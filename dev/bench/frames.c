@@ -144,11 +144,7 @@ void tally_frame(Tally *tally, const uint8_t *frame, size_t len, uint64_t now)
 
         tally->latency[tally->latencies++] = ns < UINT32_MAX ? ns : UINT32_MAX;
     }
-    if (!tally->frames++) {
-        tally->first_ns = now;
-    }
-    tally->last_ns = now;
-    tally->bytes += len;
+    tally->frames++;
 }
 
 static int compare(const void *a, const void *b)
@@ -173,14 +169,12 @@ void print_percentiles(uint32_t *values, size_t count)
     printf("}");
 }
 
-void tally_print(Tally *tally, const char *more)
+void tally_print(Tally *tally)
 {
-    printf("{\"frames\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"missing\": %"
-           PRIu64 ", \"disorder\": %" PRIu64 ", \"foreign\": %" PRIu64
-           ", \"first_ns\": %" PRIu64 ", \"last_ns\": %" PRIu64
-           "%s, \"latency\": ",
-           tally->frames, tally->bytes, tally->missing, tally->disorder,
-           tally->foreign, tally->first_ns, tally->last_ns, more);
+    printf("{\"frames\": %" PRIu64 ", \"missing\": %" PRIu64
+           ", \"disorder\": %" PRIu64 ", \"foreign\": %" PRIu64
+           ", \"latency\": ",
+           tally->frames, tally->missing, tally->disorder, tally->foreign);
     print_percentiles(tally->latency, tally->latencies);
     printf("}\n");
     fflush(stdout);

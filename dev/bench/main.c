@@ -2,11 +2,10 @@
  * The benchmark's load generators and receivers, as one program
  *
  *   traffic send TAP...      send frames out of interfaces
- *   traffic write PATH...    write frames to streams
+ *   traffic write PATH       write frames to a stream
  *   traffic read PATH...     read frames from streams
  *   traffic tap FD...        read frames from TAPs, of which the fds are open
- *   traffic capture TAP      read frames from a packet socket, nothing else
- *   traffic relay PATH TAP   send the frames of the stream out of the TAP
+ *   traffic capture TAP PATH write frames from a packet socket to a stream
  *   traffic monitor PATH     ask QEMU's monitor, one question after the other
  *   traffic guest FILE       give receive buffers back, in a guest's memory
  *
@@ -98,16 +97,6 @@ int open_unix(const char *path, bool server)
     return fd;
 }
 
-int accept_peer(int listener)
-{
-    int fd = accept(listener, NULL, NULL);
-
-    if (fd < 0) {
-        die("accept: %s", strerror(errno));
-    }
-    return fd;
-}
-
 int open_packet(void)
 {
     int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1;
@@ -131,14 +120,6 @@ void bind_packet(int fd, const char *name, int protocol)
         bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
         die("packet socket on '%s': %s", name, strerror(errno));
     }
-}
-
-uint32_t get32(const uint8_t *from)
-{
-    uint32_t value;
-
-    memcpy(&value, from, sizeof(value));
-    return ntohl(value);
 }
 
 static void set_option(Options *o, const char *name, const char *value)
@@ -213,7 +194,6 @@ int main(int argc, char **argv)
         { "read", read_main },
         { "tap", tap_main },
         { "capture", capture_main },
-        { "relay", relay_main },
         { "monitor", monitor_main },
         { "guest", guest_main },
     };

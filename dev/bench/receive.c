@@ -22,7 +22,6 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
-#include <linux/filter.h>
 #include <linux/if_packet.h>
 #include <linux/if_tun.h>
 #include "traffic.h"
@@ -117,12 +116,20 @@ static int receive_all(const Options *o,
         open_source(&source[i], o->target[i]);
     }
     receive(o, source, drain, &tally);
-    tally_print(&tally, "");
+    tally_print(&tally);
     wait_for_end();
     return 0;
 }
 
 /* Of a stream */
+
+static uint32_t get32(const uint8_t *from)
+{
+    uint32_t value;
+
+    memcpy(&value, from, sizeof(value));
+    return ntohl(value);
+}
 
 /* Hand out the frames that are complete; keep the rest. */
 static void parse_stream(Source *source, Tally *tally, uint64_t now)
@@ -207,29 +214,20 @@ int tap_main(const Options *o)
     return receive_all(o, open_tap, drain_tap);
 }
 
-/* Of a packet socket: the bare loop */
+/* Of a packet socket, to a stream: the bare loop */
 
-static int open_capture(const char *name, bool outgoing)
+static int open_capture(const char *name)
 {
-    struct sock_filter code[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_PKTTYPE),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PACKET_OUTGOING, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, UINT32_MAX),
-        BPF_STMT(BPF_RET | BPF_K, 0),
-    };
-    struct sock_fprog filter = { .len = 4, .filter = code };
     int fd = open_packet(), size = 2 << 20;
 
-    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0 ||
-        (outgoing && setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter,
-                                sizeof(filter)) < 0)) {
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0) {
         die("packet socket on '%s': %s", name, strerror(errno));
     }
     bind_packet(fd, name, ETH_P_ALL);
     return fd;
 }
 
-static int out = -1;            /* the stream to write to */
+static int out;                 /* the stream to write to */
 
 /* Write the frames of @message to the stream, with as few calls as can be. */
 static void write_stream(struct mmsghdr *message, int n)
@@ -271,7 +269,6 @@ static void drain_packets(Source *source, Tally *tally)
     struct virtio_net_hdr vnet[MESSAGES];
     struct iovec iov[MESSAGES][2];
     struct mmsghdr message[MESSAGES];
-    uint64_t now;
     int got;
 
     for (int i = 0; i < MESSAGES; i++) {
@@ -285,13 +282,7 @@ static void drain_packets(Source *source, Tally *tally)
     }
     got = recvmmsg(source->fd, message, MESSAGES, MSG_DONTWAIT, NULL);
     source->closed = got < 0 && errno != EAGAIN;
-    now = now_ns();
-    if (out < 0) {
-        for (int i = 0; i < got; i++) {
-            tally_frame(tally, iov[i][1].iov_base,
-                        message[i].msg_len - sizeof(vnet[i]), now);
-        }
-    } else if (got > 0) {
+    if (got > 0) {
         write_stream(message, got);
         tally->frames += got;
     }
@@ -299,36 +290,32 @@ static void drain_packets(Source *source, Tally *tally)
 
 int capture_main(const Options *o)
 {
-    Source *source = allocate(MAX_TARGETS * sizeof(*source));
+    Source source = { };
     struct tpacket_stats stats;
     socklen_t len = sizeof(stats);
     Options one = *o;
-    char more[80];
     uint64_t cpu;
-    Tally tally;
+    Tally tally = { };
 
-    if (o->targets > 2) {
-        die("capture takes an interface, and perhaps a stream");
+    if (o->targets != 2) {
+        die("capture takes an interface and a stream");
     }
-    tally_init(&tally, &one);
-    source->fd = open_capture(o->target[0], !o->written);
-    source->data = allocate(MESSAGES * (MAX_FRAME + 1));
+    source.fd = open_capture(o->target[0]);
+    source.data = allocate(MESSAGES * (MAX_FRAME + 1));
     cpu = cpu_ns();
-    if (o->targets == 2) {
-        out = accept_peer(open_unix(o->target[1], true));
-        one.targets = 1;
+    out = accept(open_unix(o->target[1], true), NULL, NULL);
+    if (out < 0) {
+        die("accept: %s", strerror(errno));
     }
-    receive(&one, source, drain_packets, &tally);
+    one.targets = 1;
+    receive(&one, &source, drain_packets, &tally);
     cpu = cpu_ns() - cpu;
-    if (getsockopt(source->fd, SOL_PACKET, PACKET_STATISTICS, &stats,
+    if (getsockopt(source.fd, SOL_PACKET, PACKET_STATISTICS, &stats,
                    &len) < 0) {
         die("PACKET_STATISTICS: %s", strerror(errno));
     }
-    snprintf(more, sizeof(more), ", \"drops\": %u, \"cpu_ns\": %" PRIu64,
-             stats.tp_drops, cpu);
-    tally_print(&tally, more);
-    if (out >= 0) {
-        wait_for_end();         /* The peer still reads. */
-    }
+    printf("{\"drops\": %u, \"cpu_ns\": %" PRIu64 "}\n", stats.tp_drops, cpu);
+    fflush(stdout);
+    wait_for_end();             /* The peer still reads. */
     return 0;
 }

@@ -117,9 +117,6 @@ class Tap:
         """Let GSO frames come whole; QEMU resets this when it starts."""
         fcntl.ioctl(self.qemu, TUNSETOFFLOAD, TUN_F_CSUM_TSO)
 
-    def set_mtu(self, mtu):
-        run('ip', 'link', 'set', self.name, 'mtu', str(mtu))
-
     def statistic(self, name):
         return common.interface_statistics(self.name)[name]
 

@@ -205,11 +205,8 @@ static void emit_packets(Load *load, uint64_t first, unsigned count)
         if (ret > 0) {
             done += ret;
             load->sent += ret;
-        } else if (errno == ENOBUFS && !o->rate) {
-            /* The interface is full. */
-            load->refused++;
-            sleep_until(now_ns() + 20000);
         } else if (errno == ENOBUFS) {
+            /* The interface is full. */
             load->refused++;
             done++;
         } else if (errno != EINTR) {
@@ -244,36 +241,27 @@ static void put32(uint8_t *to, uint32_t value)
     memcpy(to, &value, sizeof(value));
 }
 
-/* All of them with one write, unless there are several targets. */
+/* All of them with one write */
 static void emit_stream(Load *load, uint64_t first, unsigned count)
 {
     const Options *o = load->options;
     Head *head = load->head;
     size_t frame_len = 8 + sizeof(head->vnet) + o->size;
+    size_t done = 0, len = count * frame_len;
     uint64_t now = now_ns();
 
     for (unsigned i = 0; i < count; i++) {
-        unsigned flow = (first + i) % o->targets;
-        uint8_t *at = load->stream + i * frame_len;
-        size_t done = 0, len = frame_len;
-
         stamp(load, head, first + i, now);
-        memcpy(at + 8 + sizeof(head->vnet), head->frame, head->len);
-        if (o->targets == 1) {
-            if (i + 1 < count) {
-                continue;
-            }
-            at = load->stream;
-            len = count * frame_len;
-        }
-        while (done < len) {
-            ssize_t ret = write(load->fd[flow], at + done, len - done);
+        memcpy(load->stream + i * frame_len + 8 + sizeof(head->vnet),
+               head->frame, head->len);
+    }
+    while (done < len) {
+        ssize_t ret = write(load->fd[0], load->stream + done, len - done);
 
-            if (ret > 0) {
-                done += ret;
-            } else if (errno != EINTR) {
-                die("write to '%s': %s", o->target[flow], strerror(errno));
-            }
+        if (ret > 0) {
+            done += ret;
+        } else if (errno != EINTR) {
+            die("write to '%s': %s", o->target[0], strerror(errno));
         }
     }
     load->sent += count;
@@ -287,9 +275,7 @@ int write_main(const Options *o)
     char go;
 
     load->options = o;
-    for (unsigned i = 0; i < o->targets; i++) {
-        load->fd[i] = open_unix(o->target[i], false);
-    }
+    load->fd[0] = open_unix(o->target[0], false);
     head_init(head, o, 0);
     load->stream = allocate(MAX_BATCH * frame_len);
     for (unsigned i = 0; i < MAX_BATCH; i++) {
@@ -308,75 +294,4 @@ int write_main(const Options *o)
         /* until it is closed */
     }
     return 0;
-}
-
-/* From a stream out of an interface: what injecting takes outside of QEMU */
-
-#define RELAY_BUFFER (1u << 20)
-
-static void relay_frames(int out, struct mmsghdr *message, unsigned count)
-{
-    unsigned done = 0;
-
-    while (done < count) {
-        int ret = sendmmsg(out, message + done, count - done, 0);
-
-        if (ret > 0) {
-            done += ret;
-        } else if (errno == ENOBUFS) {
-            sleep_until(now_ns() + 20000);
-        } else if (errno != EINTR) {
-            die("send: %s", strerror(errno));
-        }
-    }
-}
-
-/* Send the frames that are complete; returns the bytes that they took. */
-static size_t relay_stream(int out, uint8_t *data, size_t len)
-{
-    struct mmsghdr message[MAX_BATCH] = { };
-    struct iovec iov[MAX_BATCH];
-    unsigned count = 0;
-    size_t at = 0;
-
-    while (len - at >= 8 && len - at - 8 >= get32(data + at)) {
-        iov[count].iov_base = data + at + 8;
-        iov[count].iov_len = get32(data + at);
-        message[count].msg_hdr.msg_iov = &iov[count];
-        message[count].msg_hdr.msg_iovlen = 1;
-        at += 8 + get32(data + at);
-        if (++count == MAX_BATCH) {
-            relay_frames(out, message, count);
-            count = 0;
-        }
-    }
-    relay_frames(out, message, count);
-    return at;
-}
-
-int relay_main(const Options *o)
-{
-    uint8_t *data = allocate(RELAY_BUFFER);
-    int listener, in, out;
-
-    if (o->targets != 2) {
-        die("relay takes a path and an interface");
-    }
-    listener = open_unix(o->target[0], true);
-    out = open_interface(o->target[1], true);
-    printf("ready\n");
-    fflush(stdout);
-    for (;;) {
-        size_t used = 0, taken;
-        ssize_t got;
-
-        in = accept_peer(listener);
-        while ((got = read(in, data + used, RELAY_BUFFER - used)) > 0) {
-            used += got;
-            taken = relay_stream(out, data, used);
-            memmove(data, data + taken, used - taken);
-            used -= taken;
-        }
-        close(in);
-    }
 }

@@ -46,8 +46,6 @@ int open_unix(const char *path, bool server);
 /* A packet socket whose frames have virtio-net headers, not bound yet */
 int open_packet(void);
 void bind_packet(int fd, const char *name, int protocol);
-uint32_t get32(const uint8_t *from);
-int accept_peer(int listener);
 
 /* frames.c */
 
@@ -74,12 +72,9 @@ void head_stamp(Head *head, uint64_t number, uint64_t ns);
 typedef struct Tally {
     const Options *options;
     uint64_t frames;
-    uint64_t bytes;
     uint64_t missing;       /* gaps in the numbers */
     uint64_t disorder;      /* numbers that came before */
     uint64_t foreign;       /* frames that are not the benchmark's */
-    uint64_t first_ns;
-    uint64_t last_ns;
     uint64_t next[MAX_TARGETS];
     uint32_t *latency;
     size_t latencies;
@@ -87,7 +82,7 @@ typedef struct Tally {
 
 void tally_init(Tally *tally, const Options *o);
 void tally_frame(Tally *tally, const uint8_t *frame, size_t len, uint64_t now);
-void tally_print(Tally *tally, const char *more);
+void tally_print(Tally *tally);
 
 /* Sorts @values; prints the percentiles as a JSON object. */
 void print_percentiles(uint32_t *values, size_t count);
@@ -99,7 +94,6 @@ int write_main(const Options *o);
 int read_main(const Options *o);
 int tap_main(const Options *o);
 int capture_main(const Options *o);
-int relay_main(const Options *o);
 int monitor_main(const Options *o);
 int guest_main(const Options *o);
 
