@@ -16,10 +16,11 @@ import struct
 import subprocess
 import time
 
-from lib.common import Failure
-from rig import (Mismatch, Program, Qemu, Tap, RECEIVER_CPU, SENDER_CPU,
-                 cpu_ns, wait_for)
+from lib.common import BUILD, Failure
+from rig import (BENCH, Mismatch, Program, Qemu, Tap, RECEIVER_CPU,
+                 SENDER_CPU, cpu_ns, wait_for)
 
+PRODUCT, PEER = (where / 'qemu/qemu-system-x86_64' for where in (BUILD, BENCH))
 
 # Of the kernel's headers; Python has no names for them.
 SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
@@ -35,7 +36,7 @@ class Load:
     """What is sent; see traffic.h."""
     size: int = 64
     rate: float = 40000
-    seconds: float = 1
+    seconds: float = 0.7
     gso: int = 0
     batch_us: int = 0
     burst: int = 1
@@ -128,12 +129,16 @@ def send(taps, load, **more):
 
 class QemuContestant(Contestant):
     """
-    A redirector.  SOURCE is 'product', 'straightforward' or 'chain'.  With
-    GUEST QEMU is started by that class, and reads the TAP itself.
+    A redirector.  SOURCE is 'product', or what the QEMU without it has:
+    'straightforward' or 'chain'.  With GUEST QEMU is started by that class,
+    and reads the TAP itself.
     """
 
-    def __init__(self, name, binary, directory, source, taps=1,
+    def __init__(self, name, directory, source, taps=1,
                  inject=True, trace=None, guest=None, queue=None, steer=True):
+        binary = PRODUCT if source == 'product' else PEER
+        if not os.access(binary, os.X_OK):
+            raise Failure(f'there is no {binary}: run "make bench"')
         self.name = name
         self.queue = queue      # of the capture, or None: the default
         self.source = source
@@ -152,7 +157,7 @@ class QemuContestant(Contestant):
         if trace:
             options += ['-trace', trace[0], '-D', trace[1]]
         self.qemu = (guest or Qemu)(
-            name, binary.path, directory, self.taps, options,
+            name, binary, directory, self.taps, options,
             source == 'straightforward', self.fds())
 
     def fds(self):
@@ -322,10 +327,10 @@ class Reuse(QemuContestant):
     socket is opened here, as by management software, with its BPF filter.
     """
 
-    def __init__(self, name, binary, directory, source, **more):
+    def __init__(self, name, directory, source, **more):
         self.drops = 0
         self.sockets = []
-        super().__init__(name, binary, directory, source, **more)
+        super().__init__(name, directory, source, **more)
 
     def open_socket(self, i, protocol, vnet_hdr, bypass=False):
         """Returns the number under which QEMU gets it, too."""
@@ -450,14 +455,3 @@ class Bare(Contestant):
         refused = sender['refused']
         return self.outcome(load, sender, tally, refused, sender['cpu_ns'],
                             refused)
-
-
-@dataclasses.dataclass(frozen=True)
-class Binary:
-    path: str
-    product: bool
-
-    def need(self):
-        if not os.access(self.path, os.X_OK):
-            raise Failure(f'there is no {self.path}: run "make bench"')
-        return self

@@ -32,9 +32,7 @@ class Results:
     def __init__(self):
         self.samples = {}       # (section, row, name): {metric: [values]}
         self.errors = []
-        self.about = {}
         self.hold = None
-        self.hold_wanted = False
 
     def add(self, section, row, name, metrics):
         if 'lost' not in metrics and 'sent' in metrics:
@@ -43,9 +41,6 @@ class Results:
         sample = self.samples.setdefault((section, row, name), {})
         for metric, value in metrics.items():
             sample.setdefault(metric, []).append(value)
-
-    def error(self, text):
-        self.errors.append(text)
 
     def values(self, section, row, name, metric):
         return self.samples.get((section, row, name), {}).get(metric)
@@ -60,21 +55,6 @@ class Results:
             if where == section and metric in sample:
                 found.setdefault(row, []).append(name)
         return found
-
-    def as_json(self):
-        return {
-            'about': self.about,
-            'samples': [
-                {'section': section, 'row': row, 'contestant': name,
-                 'metrics': sample}
-                for (section, row, name), sample in self.samples.items()],
-            'goals': [
-                {'goal': title, 'value': value, 'limit': limit,
-                 'state': state} for title, value, limit, state in
-                goals(self)],
-            'main_loop_held_us': self.hold,
-            'errors': self.errors,
-        }
 
 
 # Goals
@@ -221,12 +201,10 @@ def print_hold(hold):
     print()
 
 
-def print_all(results):
-    about = results.about
+def print_all(results, about, rounds):
     print(f'Linux {about["kernel"]}, {about["cpus"]} CPUs ({about["cpu"]}), '
-          f'{about["date"]}; {about["rounds"]} rounds of '
-          f'{about["seconds"]:g} s per load, {about["minutes"]} minutes')
-    print('Medians of the rounds, with [least..greatest].\n')
+          f'{about["date"]}')
+    print(f'Medians of {rounds} rounds, with [least..greatest].\n')
     for section, metrics in METRICS.items():
         if any(where == section for where, _, _ in results.samples):
             print(f'=== {section}\n')
@@ -234,9 +212,6 @@ def print_all(results):
             print_table(results, section, metric, title, style)
     if results.hold:
         print_hold(results.hold)
-    elif results.hold_wanted:
-        print('Time that one turn of the capture holds the main loop: not '
-              'available; this QEMU does not trace it\n')
     print('=== goals\n')
     for title, value, limit, state in goals(results):
         print(f'  {state:6}  {title:62} {value:9.3g}  {limit}')
