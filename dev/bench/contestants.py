@@ -66,16 +66,15 @@ class Outcome:
     received: int
 
     def metrics(self):
-        latency = self.tally.get('latency', {})
         metrics = {
             'sent': self.sent, 'received': self.received, 'drops': self.drops,
             'rate': self.sent / self.sender['ns'] * 1e9,
             'cpu_ns_per_packet': self.cpu_ns / max(self.received, 1),
             'sender_ns_per_packet': self.sender['cpu_ns'] / max(self.sent, 1),
         }
-        for name in ('50', '99'):
-            if name in latency:
-                metrics[f'p{name}_us'] = latency[name] / 1e3
+        for name in ('p50', 'p99'):
+            if f'{name}_ns' in self.tally:
+                metrics[f'{name}_us'] = self.tally[f'{name}_ns'] / 1e3
         return metrics
 
 

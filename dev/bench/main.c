@@ -6,7 +6,6 @@
  *   traffic read PATH...     read frames from streams
  *   traffic tap FD...        read frames from TAPs, of which the fds are open
  *   traffic capture TAP PATH write frames from a packet socket to a stream
- *   traffic monitor PATH     ask QEMU's monitor, one question after the other
  *   traffic guest FILE       give receive buffers back, in a guest's memory
  *
  * The options, NAME=VALUE before the targets, are the fields of Options in
@@ -194,7 +193,6 @@ int main(int argc, char **argv)
         { "read", read_main },
         { "tap", tap_main },
         { "capture", capture_main },
-        { "monitor", monitor_main },
         { "guest", guest_main },
     };
     Options o = { .seconds = 1, .size = 64, .burst = 1, .cpu = -1 };

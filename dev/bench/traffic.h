@@ -84,9 +84,6 @@ void tally_init(Tally *tally, const Options *o);
 void tally_frame(Tally *tally, const uint8_t *frame, size_t len, uint64_t now);
 void tally_print(Tally *tally);
 
-/* Sorts @values; prints the percentiles as a JSON object. */
-void print_percentiles(uint32_t *values, size_t count);
-
 /* The programs */
 
 int send_main(const Options *o);
@@ -94,7 +91,6 @@ int write_main(const Options *o);
 int read_main(const Options *o);
 int tap_main(const Options *o);
 int capture_main(const Options *o);
-int monitor_main(const Options *o);
 int guest_main(const Options *o);
 
 #endif /* BENCH_TRAFFIC_H */
