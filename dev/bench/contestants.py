@@ -44,9 +44,7 @@ class Load:
     written: int = 0    # every so many frames comes from the guest
 
     def options(self):
-        return {'size': self.size, 'rate': self.rate, 'gso': self.gso,
-                'seconds': self.seconds, 'batch_us': self.batch_us,
-                'burst': self.burst, 'mix': self.mix, 'cpu': SENDER_CPU}
+        return {**dataclasses.asdict(self), 'cpu': SENDER_CPU}
 
     def shape(self):
         """What a receiver has to know."""
@@ -56,41 +54,23 @@ class Load:
         return 30 + 3 * self.seconds
 
 
-@dataclasses.dataclass
-class Outcome:
-    sender: dict                # what the program that sent has counted
-    tally: dict                 # and the one that received
-    drops: int                  # that somebody has counted
-    cpu_ns: int                 # of the contestant
-    sent: int
-    received: int
-
-    def metrics(self):
-        metrics = {
-            'sent': self.sent, 'received': self.received, 'drops': self.drops,
-            'rate': self.sent / self.sender['ns'] * 1e9,
-            'cpu_ns_per_packet': self.cpu_ns / max(self.received, 1),
-            'sender_ns_per_packet': self.sender['cpu_ns'] / max(self.sent, 1),
-        }
-        for name in ('p50', 'p99'):
-            if f'{name}_ns' in self.tally:
-                metrics[f'{name}_us'] = self.tally[f'{name}_ns'] / 1e3
-        return metrics
-
-
 class Contestant:
     """One with a TAP, of which nothing has to be ended."""
 
     def __init__(self, name):
         self.name = name
-        self.tap = Tap(name.replace('-', ''))
-        self.tap.offload()
+        self.taps = [Tap(name.replace('-', ''))]
+        self.taps[0].offload()
 
     def end(self):
         pass
 
     def outcome(self, load, sender, tally, drops, cpu, refused=0):
-        """What was sent came, or was counted; in order, once."""
+        """
+        The metrics of report.py.  SENDER and TALLY are what the programs that
+        sent and received have counted, DROPS what somebody has, CPU is the
+        contestant's.  What was sent came, or was counted; in order, once.
+        """
         sent, received = sender['sent'] + refused, tally['frames']
         if received + drops != sent:
             raise Mismatch(f'{self.name}: {sent} frames were sent, '
@@ -104,23 +84,25 @@ class Contestant:
             raise Mismatch(f'{self.name}: {tally["missing"]} numbers are '
                            f'missing, {drops} were counted as dropped '
                            f'({load})')
-        return Outcome(sender, tally, drops, cpu, sent, received)
+        return {'rate': sent / sender['ns'] * 1e9,
+                'lost': 100 * (1 - received / max(sent, 1)),
+                'cpu_ns_per_packet': cpu / max(received, 1),
+                'sender_ns_per_packet': sender['cpu_ns'] / max(sent, 1),
+                **{f'{name}_us': tally[f'{name}_ns'] / 1e3
+                   for name in ('p50', 'p99') if f'{name}_ns' in tally}}
 
-    @contextlib.contextmanager
-    def tap_reader(self, load, *taps):
-        """The program that reads what comes out of TAPS, or of ours"""
-        fds = [tap.reader for tap in taps or [self.tap]]
-        with Program('tap', fds, fds=fds, **load.shape(),
-                     cpu=RECEIVER_CPU) as reader:
-            reader.ready()
-            yield reader
+    def tap_reader(self, load):
+        """The program that reads what comes out of the TAP"""
+        fds = [self.taps[0].reader]
+        return Program('tap', fds, fds=fds, **load.shape(),
+                       cpu=RECEIVER_CPU).ready()
 
 
 def send(taps, load, **more):
     fds = ()
     if load.written:
         fds = [taps[0].reader]
-        more = {**more, 'written': load.written, 'tap': fds[0]}
+        more['tap'] = fds[0]
     with Program('send', [tap.name for tap in taps], fds=fds,
                  **load.options(), **more) as sender:
         return sender.result(load.limit())
@@ -251,7 +233,7 @@ class QemuContestant(Contestant):
     def inject(self, load):
         if self.source == 'chain':
             return self.inject_chain(load)
-        with self.tap_reader(load, *self.taps) as reader, \
+        with self.tap_reader(load) as reader, \
                 Program('write', self.into, **load.options()) as writer, \
                 self.watched('inj') as grown:
             writer.tell('')
@@ -395,8 +377,8 @@ class Tcpdump(Contestant):
         cat = subprocess.Popen(['cat'], stdin=subprocess.PIPE,
                                stdout=subprocess.DEVNULL)
         tcpdump = subprocess.Popen(
-            ['tcpdump', '-n', '-Z', 'root', '-i', self.tap.name, '-w', '-'],
-            stderr=subprocess.PIPE, stdout=cat.stdin)
+            ['tcpdump', '-n', '-Z', 'root', '-i', self.taps[0].name,
+             '-w', '-'], stderr=subprocess.PIPE, stdout=cat.stdin)
         cat.stdin.close()
         try:
             said = b''
@@ -406,7 +388,7 @@ class Tcpdump(Contestant):
                     raise Failure(f'tcpdump: {said.decode().strip()}')
                 said += line
             cpu = cpu_ns(tcpdump.pid)
-            sender = send([self.tap], load)
+            sender = send(self.taps, load)
             time.sleep(self.FLUSH)
             cpu = cpu_ns(tcpdump.pid) - cpu
             tcpdump.send_signal(signal.SIGINT)
@@ -431,13 +413,13 @@ class Bare(Contestant):
         self.path = f'{directory}/{name}'
 
     def capture(self, load):
-        with Program('capture', [self.tap.name, self.path]) as loop:
+        with Program('capture', [self.taps[0].name, self.path]) as loop:
             wait_for(self.path, lambda: os.path.exists(self.path))
             with Program('read', [self.path], **load.shape(),
                          cpu=RECEIVER_CPU) as reader:
                 reader.ready()
                 loop.ready()
-                sender = send([self.tap], load)
+                sender = send(self.taps, load)
                 loop.tell(sender['sent'])
                 result = loop.result()
                 reader.tell(sender['sent'])
@@ -448,7 +430,7 @@ class Bare(Contestant):
 
     def inject(self, load):
         with self.tap_reader(load) as reader:
-            sender = send([self.tap], load, bypass=1)
+            sender = send(self.taps, load, bypass=1)
             reader.tell(sender['sent'])
             tally = reader.result()
         refused = sender['refused']

@@ -38,9 +38,6 @@ class Results:
         self.errors = []
 
     def add(self, section, row, name, metrics):
-        if 'lost' not in metrics and 'sent' in metrics:
-            metrics['lost'] = 100 * (1 - metrics['received']
-                                     / max(metrics['sent'], 1))
         sample = self.samples.setdefault((section, row, name), {})
         for metric, value in metrics.items():
             sample.setdefault(metric, []).append(value)
@@ -174,17 +171,18 @@ def print_table(results, section, metric, title, style):
     print()
 
 
-def print_all(results, about, rounds):
-    print(f'Linux {about["kernel"]}, {about["cpus"]} CPUs ({about["cpu"]}), '
-          f'{about["date"]}')
+def print_all(results, about, rounds, found=()):
+    """ABOUT is a line, FOUND what goals() returns"""
+    print(about)
     print(f'Medians of {rounds} rounds, with [least..greatest].\n')
     for section, metrics in METRICS.items():
         if any(where == section for where, _, _ in results.samples):
             print(f'=== {section}\n')
         for metric, title, style in metrics:
             print_table(results, section, metric, title, style)
-    print('=== goals\n')
-    for title, value, limit, state in goals(results):
+    if found:
+        print('=== goals\n')
+    for title, value, limit, state in found:
         print(f'  {state:6}  {title:62} {value:9.3g}  {limit}')
     for text in results.errors:
         print(f'ERROR {text}')

@@ -232,6 +232,6 @@ def environment():
     """Where the numbers come from."""
     cpuinfo = pathlib.Path('/proc/cpuinfo').read_text()
     model = re.search(r'model name\s*: (.*)', cpuinfo)
-    return {'kernel': os.uname().release, 'cpus': os.cpu_count(),
-            'cpu': model[1] if model else os.uname().machine,
-            'date': time.strftime('%Y-%m-%d')}
+    return (f'Linux {os.uname().release}, {os.cpu_count()} CPUs '
+            f'({model[1] if model else os.uname().machine}), '
+            f'{time.strftime("%Y-%m-%d")}')
