@@ -116,7 +116,7 @@ class QemuContestant(Contestant):
     """
 
     def __init__(self, name, directory, source, taps=1,
-                 inject=True, trace=None, guest=None, queue=None, steer=True):
+                 inject=True, options=(), guest=None, queue=None, steer=True):
         binary = PRODUCT if source == 'product' else PEER
         if not os.access(binary, os.X_OK):
             raise Failure(f'there is no {binary}: run "make bench"')
@@ -130,20 +130,16 @@ class QemuContestant(Contestant):
                      for i in range(taps)]
         self.out = [f'{directory}/{name}.out{i}' for i in range(taps)]
         self.into = [f'{directory}/{name}.in{i}' for i in range(taps)]
-        options = []
+        self.sockets = []       # that QEMU inherits
+        options = list(options)
         for i in range(taps):
             options += self.capture_options(i)
             if inject:
                 options += self.inject_options(i)
-        if trace:
-            options += ['-trace', trace[0], '-D', trace[1]]
         self.qemu = (guest or Qemu)(
             name, binary, directory, self.taps, options,
-            source == 'straightforward', self.fds())
-
-    def fds(self):
-        """What QEMU inherits besides the TAPs."""
-        return []
+            source == 'straightforward',
+            [packet_socket.fileno() for packet_socket in self.sockets])
 
     @staticmethod
     def stream(name, path):
@@ -172,24 +168,21 @@ class QemuContestant(Contestant):
     def end(self):
         self.qemu.end()
 
-    def names(self):
-        return [tap.name for tap in self.taps]
-
     def counters(self, kind):
         total = {}
         for i, tap in enumerate(self.taps):
             for name, value in self.qemu.counters(f'{kind}{i}').items():
                 total[name] = total.get(name, 0) + value
-            for name in ('tx_dropped', 'rx_packets', 'rx_dropped'):
-                total[name] = total.get(name, 0) + tap.statistic(name)
+            total['tx_dropped'] = \
+                total.get('tx_dropped', 0) + tap.statistic('tx_dropped')
         return total
 
     def await_source(self, wanted):
         """Until the redirector has seen that its peer came or went."""
         if self.product:
-            for i in range(len(self.taps)):
-                wait_for(f'the source {wanted} of {self.name}', lambda i=i:
-                         self.qemu.get(f'cap{i}', 'source') == wanted)
+            wait_for(f'the source {wanted} of {self.name}', lambda: all(
+                self.qemu.get(f'cap{i}', 'source') == wanted
+                for i in range(len(self.taps))))
             return
         wait_for(f'the peer of {self.name}', lambda: all(
             dev['filename'].startswith('disconnected') == (wanted == 'none')
@@ -308,10 +301,7 @@ class Reuse(QemuContestant):
     socket is opened here, as by management software, with its BPF filter.
     """
 
-    def __init__(self, name, directory, source, **more):
-        self.drops = 0
-        self.sockets = []
-        super().__init__(name, directory, source, **more)
+    drops = 0       # which the socket forgets when it tells them
 
     def open_socket(self, i, protocol, vnet_hdr, bypass=False):
         """Returns the number under which QEMU gets it, too."""
@@ -354,16 +344,12 @@ class Reuse(QemuContestant):
         return options + self.stream(f'in{i}', self.into[i]) + \
             self.redirector(f'inj{i}', f'p{i}', 'rx', f'indev=in{i}')
 
-    def fds(self):
-        return [packet_socket.fileno() for packet_socket in self.sockets]
-
     def counters(self, kind):
         """QEMU counts nothing; the socket and the interface do."""
         self.drops += struct.unpack('II', self.sockets[0].getsockopt(
             SOL_PACKET, PACKET_STATISTICS, 8))[1]
-        tap = self.taps[0]
-        return {'capture-kernel-drops': self.drops,
-                'inject-interface-drops': tap.statistic('tx_dropped')}
+        return {'capture-kernel-drops': self.drops, 'inject-interface-drops':
+                self.taps[0].statistic('tx_dropped')}
 
 
 class Tcpdump(Contestant):
@@ -433,6 +419,5 @@ class Bare(Contestant):
             sender = send(self.taps, load, bypass=1)
             reader.tell(sender['sent'])
             tally = reader.result()
-        refused = sender['refused']
-        return self.outcome(load, sender, tally, refused, sender['cpu_ns'],
-                            refused)
+        return self.outcome(load, sender, tally, sender['refused'],
+                            sender['cpu_ns'], sender['refused'])
