@@ -98,9 +98,14 @@ void head_init(Head *head, const Options *o, unsigned i)
     head->body = o->size - head->len;
 }
 
-void head_stamp(Head *head, uint64_t number, uint64_t ns)
+/*
+ * Frame I of all goes to the target I % targets, as its I / targets.  Those of
+ * one call were sent when the call begins, at @ns.
+ */
+void head_stamp(Head *head, const Options *o, uint64_t i, uint64_t ns)
 {
-    head->record.number = number;
+    head->record.flow = i % o->targets;
+    head->record.number = i / o->targets;
     head->record.ns = ns;
     memcpy(head->frame + head->len - sizeof(Record), &head->record,
            sizeof(Record));

@@ -216,17 +216,6 @@ int tap_main(const Options *o)
 
 /* Of a packet socket, to a stream: the bare loop */
 
-static int open_capture(const char *name)
-{
-    int fd = open_packet(), size = 2 << 20;
-
-    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0) {
-        die("packet socket on '%s': %s", name, strerror(errno));
-    }
-    bind_packet(fd, name, ETH_P_ALL);
-    return fd;
-}
-
 static int out;                 /* the stream to write to */
 
 /* Write the frames of @message to the stream, with as few calls as can be. */
@@ -290,7 +279,8 @@ static void drain_packets(Source *source, Tally *tally)
 
 int capture_main(const Options *o)
 {
-    Source source = { };
+    Source source = { .fd = open_packet() };
+    int size = 2 << 20;
     struct tpacket_stats stats;
     socklen_t len = sizeof(stats);
     Options one = *o;
@@ -300,7 +290,11 @@ int capture_main(const Options *o)
     if (o->targets != 2) {
         die("capture takes an interface and a stream");
     }
-    source.fd = open_capture(o->target[0]);
+    if (setsockopt(source.fd, SOL_SOCKET, SO_RCVBUFFORCE, &size,
+                   sizeof(size)) < 0) {
+        die("SO_RCVBUFFORCE: %s", strerror(errno));
+    }
+    bind_packet(source.fd, o->target[0], ETH_P_ALL);
     source.data = allocate(MESSAGES * (MAX_FRAME + 1));
     cpu = cpu_ns();
     out = accept(open_unix(o->target[1], true), NULL, NULL);

@@ -36,18 +36,6 @@ typedef struct Load {
     uint8_t *stream;
 } Load;
 
-/*
- * Frame I of all goes to the target I % targets, as its I / targets.  Those of
- * one call were sent when the call begins, at @ns.
- */
-static void stamp(Load *load, Head *head, uint64_t i, uint64_t ns)
-{
-    uint32_t flow = i % load->options->targets;
-
-    head->record.flow = flow;
-    head_stamp(head, i / load->options->targets, ns);
-}
-
 typedef void Emit(Load *load, uint64_t first, unsigned count);
 
 /* How many frames should have gone by now. */
@@ -159,18 +147,6 @@ static void write_packet(Load *load, Head *head)
     load->sent++;
 }
 
-static int open_interface(const char *name, bool bypass)
-{
-    int fd = open_packet(), on = 1;
-
-    if (bypass && setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &on,
-                             sizeof(on)) < 0) {
-        die("PACKET_QDISC_BYPASS: %s", strerror(errno));
-    }
-    bind_packet(fd, name, 0);
-    return fd;
-}
-
 static void emit_packets(Load *load, uint64_t first, unsigned count)
 {
     const Options *o = load->options;
@@ -182,7 +158,7 @@ static void emit_packets(Load *load, uint64_t first, unsigned count)
     for (unsigned i = 0; i < count; i++) {
         Head *head = head_of(load, first, i);
 
-        stamp(load, head, first + i, now);
+        head_stamp(head, o, first + i, now);
         iov[i][0] = (struct iovec) {
             head, offsetof(Head, frame) + head->len
         };
@@ -221,7 +197,13 @@ int send_main(const Options *o)
 
     load->options = o;
     for (unsigned i = 0; i < o->targets; i++) {
-        load->fd[i] = open_interface(o->target[i], o->bypass);
+        load->fd[i] = open_packet();
+        if (o->bypass && setsockopt(load->fd[i], SOL_PACKET,
+                                    PACKET_QDISC_BYPASS, &o->bypass,
+                                    sizeof(o->bypass)) < 0) {
+            die("PACKET_QDISC_BYPASS: %s", strerror(errno));
+        }
+        bind_packet(load->fd[i], o->target[i], 0);
     }
     if (o->written && ioctl(o->tap, TUNGETVNETHDRSZ, &load->tap_hdr_len) < 0) {
         die("TUNGETVNETHDRSZ of fd %d: %s", o->tap, strerror(errno));
@@ -251,7 +233,7 @@ static void emit_stream(Load *load, uint64_t first, unsigned count)
     uint64_t now = now_ns();
 
     for (unsigned i = 0; i < count; i++) {
-        stamp(load, head, first + i, now);
+        head_stamp(head, o, first + i, now);
         memcpy(load->stream + i * frame_len + 8 + sizeof(head->vnet),
                head->frame, head->len);
     }

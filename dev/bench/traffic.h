@@ -67,7 +67,7 @@ typedef struct Head {
 } Head;
 
 void head_init(Head *head, const Options *o, unsigned i);
-void head_stamp(Head *head, uint64_t number, uint64_t ns);
+void head_stamp(Head *head, const Options *o, uint64_t i, uint64_t ns);
 
 typedef struct Tally {
     const Options *options;
