@@ -93,18 +93,11 @@ typedef struct FilterTapCaptureStats {
     uint64_t skipped;
 } FilterTapCaptureStats;
 
-/**
- * filter_tap_capture_new:
- * @nf: the filter
- * @user: its place at the link, attached
- * @config: as given to filter_tap_setup(), with a stream or a sink
- * @takes: take packets from the TAP, and open no socket
- * @memory: bytes that captured frames may use while they wait
- * @fd: a packet socket to use, or -1 to open one; it stays the caller's if
- *      this fails
- * @errp: set on failure
- *
- * Returns: a capture that does nothing yet, or NULL.
+/*
+ * Returns a capture that does nothing yet, or NULL.  @user is attached.  Unless
+ * it @takes packets from the TAP, it uses the packet socket @fd, or opens one
+ * if that is -1; on failure @fd stays the caller's.  Frames that wait use
+ * @memory bytes at most.
  */
 FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
                                          FilterTapUser *user,
@@ -142,16 +135,10 @@ typedef struct FilterTapInjectStats {
     uint64_t stream_errors;
 } FilterTapInjectStats;
 
-/**
- * filter_tap_inject_new:
- * @nf: the filter
- * @user: its place at the link, attached
- * @config: as given to filter_tap_setup(), with a stream to read
- * @fd: a packet socket to use, or -1 to open one if frames go to the guest; it
- *      stays the caller's if this fails
- * @errp: set on failure
- *
- * Returns: an injector that does nothing yet, or NULL.
+/*
+ * Returns an injector that does nothing yet, or NULL.  @user is attached.  If
+ * frames go to the guest, it uses the packet socket @fd, or opens one if that
+ * is -1; on failure @fd stays the caller's.
  */
 FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
                                        FilterTapUser *user,
