@@ -38,50 +38,29 @@ struct FilterTap {
     FilterTapEndpoints *endpoints;      /* NULL: the filter is on the chain */
 };
 
-/**
- * FilterTapSink:
- * @opaque: as given to filter_tap_setup()
- * @time: when the frame came to the interface, by the host's clock
- * @frame: the frame, with its checksum completed; a GSO frame is in one piece
- * @len: its length in bytes
- *
- * Handles a captured frame, in the main loop.
- *
- * Returns: whether it could; if not, the frame counts as dropped.
+/*
+ * Gets a captured frame, with its checksum completed, and in one piece if it is
+ * a GSO frame.  @time is when it came to the interface, by the host's clock.
+ * Returns false if it could not be handled; it counts as dropped then.
  */
 typedef bool FilterTapSink(void *opaque, const struct timespec *time,
                            const uint8_t *frame, size_t len);
 
-/**
- * FilterTapConfig:
- * @chr_in: where frames to inject come from, or NULL
- * @chr_out: where captured frames go, or NULL
- * @vnet_hdr: whether the streams tell the length of the virtio-net header
- * @takes: whether the filter takes the packets of a stopped VM if it works
- *         only then; otherwise it copies them
- * @sink: gets captured frames if there is no @chr_out, or NULL
- * @opaque: for @sink
- */
+/* What a filter wants */
 typedef struct FilterTapConfig {
-    CharFrontend *chr_in;
-    CharFrontend *chr_out;
-    bool vnet_hdr;
-    bool takes;
-    FilterTapSink *sink;
-    void *opaque;
+    CharFrontend *chr_in;       /* where frames to inject come from, or NULL */
+    CharFrontend *chr_out;      /* where captured frames go, or NULL */
+    bool vnet_hdr;              /* the streams tell its length */
+    bool takes;                 /* packets, if it works only while stopped */
+    FilterTapSink *sink;        /* gets captured frames, or NULL */
+    void *opaque;               /* for @sink */
 } FilterTapConfig;
 
-/**
- * filter_tap_setup:
- * @ft: the filter; its properties are set and its netdev is known
- * @config: what the filter wants
- * @errp: set on failure
- *
+/*
  * Set up @ft->endpoints if the properties and the netdev ask for it.  From
  * then on only @ft uses the character devices.  Otherwise @ft->endpoints stays
- * NULL, and the filter works on the chain.
- *
- * Returns: false on failure, with nothing left behind.
+ * NULL, and the filter works on the chain.  Returns false on failure, with
+ * nothing left behind.
  */
 bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
                       Error **errp);

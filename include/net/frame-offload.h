@@ -19,19 +19,13 @@
 /* The longest header that a guest's driver can negotiate, in bytes. */
 #define FRAME_OFFLOAD_MAX_HEADER sizeof(struct virtio_net_hdr_v1_hash_tunnel)
 
-/**
- * frame_offload_to_guest:
- * @hdr: the kernel's header; what is done here is cleared in it
- * @frame: the frame, whose checksum is completed if there is no header
- * @len: its length in bytes
- * @guest: filled with the guest's header
- * @guest_len: its length in bytes, 0 or from 10 to FRAME_OFFLOAD_MAX_HEADER
- * @swap: whether the guest's byte order is not the host's
- *
- * Express the kernel's header as the guest's.
- *
- * Returns: false if it cannot be: a GSO frame without a header, or, with one
- * that is too short for it, in a tunnel; or a checksum outside of the frame.
+/*
+ * Express the kernel's header as the guest's, of @guest_len bytes: 0, or from
+ * 10 to FRAME_OFFLOAD_MAX_HEADER.  @swap says that the guest's byte order is
+ * not the host's.  If there is no header, the checksum is completed in the
+ * frame, and cleared in @hdr.  Returns false for a GSO frame without a header,
+ * or, with one that is too short for it, in a tunnel; or for a checksum outside
+ * of the frame.
  */
 bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
                             size_t len, uint8_t *guest, size_t guest_len,

@@ -42,16 +42,13 @@ typedef struct FrameWriter FrameWriter;
 /* The peer may have accepted more, so that the writer is not full any more. */
 typedef void FrameWriterProgress(void *opaque);
 
-/**
- * frame_writer_new:
- * @chr: where to write
+/*
+ * Create a writer to @chr, which frame_writer_close() destroys.
+ *
  * @vnet_hdr: whether the stream tells the length of the virtio-net header
  * @limit: bytes that it holds before it is full; it needs a quarter more memory
  * @progress: called from the main loop when a peer that had not kept up can
  *            accept more, or has gone
- * @opaque: for @progress
- *
- * Returns: a writer, which frame_writer_close() destroys.
  */
 FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr, size_t limit,
                               FrameWriterProgress *progress, void *opaque);
@@ -129,14 +126,11 @@ typedef struct StreamFrame {
 typedef size_t FrameReaderHandler(void *opaque, const StreamFrame *frames,
                                   size_t n);
 
-/**
- * frame_reader_new:
+/*
+ * Create a reader, which frame_reader_close() destroys.
+ *
  * @chr: where the frames come from, for messages and to close the connection
  * @vnet_hdr: whether the stream tells the length of the virtio-net header
- * @handler: called with the frames
- * @opaque: for @handler
- *
- * Returns: a reader, which frame_reader_close() destroys.
  */
 FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
                               FrameReaderHandler *handler, void *opaque);

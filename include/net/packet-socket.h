@@ -32,31 +32,25 @@ typedef struct PacketSocket PacketSocket;
 /* How many frames are sent at a time. */
 #define PACKET_SOCKET_BATCH 64
 
-/**
- * packet_socket_new_capture:
- * @ifname: the interface's name, for messages
- * @ifindex: the interface, not 0
- * @fd: a packet socket that somebody else opened, or -1 to open one
- * @directions: PACKET_SOCKET_OUTGOING, PACKET_SOCKET_INCOMING, or both
- * @memory: bytes that frames that wait to be read may use
- * @stamp: whether packet_socket_time() is needed; then each packet of the host
- *         costs the kernel a look at the clock
+/*
+ * Create a socket that can capture the frames of @ifindex, which is not 0, in
+ * the @directions.  It gets none until packet_socket_hook(), and never one of
+ * another interface, nor one that packet_socket_send() sent.
  *
- * Create a socket that can capture the frames of @ifindex.  It gets none
- * until packet_socket_hook(), and never one of another interface, nor one
- * that packet_socket_send() sent.
- *
- * Without @fd this needs CAP_NET_RAW, now and not later.  @fd gets a filter and
- * a binding anew, what is queued is discarded, and the filter is locked so that
- * nothing can widen it any more.  On failure @fd stays the caller's, but its
+ * If @fd is -1 this needs CAP_NET_RAW, now and not later.  Otherwise @fd is a
+ * packet socket that somebody else opened.  It gets a filter and a binding
+ * anew, what is queued is discarded, and the filter is locked so that nothing
+ * can widen it any more.  On failure (NULL) @fd stays the caller's, but its
  * options may have changed.
  *
- * A part of @memory is a ring, which is there all the time: two thirds of a
- * little, and a sixth of much, but no less than 4.5 MiB.  The rest is for
- * frames of more than 1522 bytes.  Without CAP_NET_ADMIN it is limited to twice
- * net.core.rmem_max, unless whoever opened @fd has set more (SO_RCVBUFFORCE).
+ * Frames that wait may use @memory bytes.  A part of that is a ring, which is
+ * there all the time: two thirds of a little, and a sixth of much, but no less
+ * than 4.5 MiB.  The rest is for frames of more than 1522 bytes; without
+ * CAP_NET_ADMIN it is limited to twice net.core.rmem_max, unless whoever opened
+ * @fd has set more (SO_RCVBUFFORCE).
  *
- * Returns: the socket, which packet_socket_free() destroys, or NULL.
+ * With @stamp, packet_socket_time() works, and each packet of the host costs
+ * the kernel a look at the clock.
  */
 PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
                                         int fd, unsigned directions,
