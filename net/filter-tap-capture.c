@@ -475,20 +475,15 @@ static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
 {
     FilterTapCapture *fc = opaque;
 
-    switch (event) {
-    case CHR_EVENT_OPENED:
+    if (event == CHR_EVENT_OPENED) {
         filter_tap_capture_write(fc);
-        break;
-    case CHR_EVENT_CLOSED:
+    } else if (event == CHR_EVENT_CLOSED) {
         frame_writer_rewind(fc->writer);
         if (!fc->takes) {
             /* For the next peer they would be stale. */
             fc->stats.peer_drops += frame_writer_discard(fc->writer);
         }
         filter_tap_capture_update(fc);
-        break;
-    default:
-        break;
     }
 }
 

@@ -38,16 +38,11 @@ static inline int64_t frame_pace_average(int64_t average, int64_t ns, size_t n)
                                   (3 * average + ns / MAX(n, 1)) / 4;
 }
 
-/**
- * frame_pace:
- * @pace: the user's, zero but for the limits at first
- * @now: in ns of any clock that goes on
- * @frames: how many frames there were at this wake-up
- * @bytes: their length
- *
- * Returns: how long to wait in ns, or 0 to be woken by the next frame.  With
- * fewer than 5,000 frames a second it is 0; above, the more of them come, the
- * longer it is.
+/*
+ * Returns how long to wait in ns, or 0 to be woken by the next frame, when
+ * @frames of @bytes in all were found at @now, in ns of any clock that goes on.
+ * With fewer than 5,000 frames a second it is 0; above, the more of them come,
+ * the longer it is.
  */
 static inline int64_t frame_pace(FramePace *pace, int64_t now, unsigned frames,
                                  size_t bytes)

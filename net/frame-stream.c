@@ -210,16 +210,6 @@ static void frame_writer_advance(FrameWriter *fw, size_t written)
     }
 }
 
-/* Write what may go together.  Returns as qemu_chr_fe_write() does. */
-static int frame_writer_write(FrameWriter *fw)
-{
-    FrameBuffer *buf = &fw->buf;
-    size_t end = fw->datagrams ? frame_writer_end(fw, fw->first) : buf->tail;
-
-    return qemu_chr_fe_write(fw->chr, buf->data + buf->head,
-                             MIN(end - buf->head, INT_MAX));
-}
-
 static gboolean frame_writer_writable(void *do_not_use, GIOCondition cond,
                                       void *opaque)
 {
@@ -253,7 +243,10 @@ int frame_writer_flush(FrameWriter *fw)
     frame_writer_unwatch(fw);
     while (buf->head < buf->tail) {
         unsigned generation = fw->generation;
-        int ret = frame_writer_write(fw);
+        size_t end = fw->datagrams ? frame_writer_end(fw, fw->first) :
+                                     buf->tail;
+        int ret = qemu_chr_fe_write(fw->chr, buf->data + buf->head,
+                                    MIN(end - buf->head, INT_MAX));
 
         if (generation != fw->generation) {
             /* The write ended the connection, and its handler came first. */
