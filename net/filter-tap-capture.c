@@ -64,8 +64,8 @@
 #define LINGER_MS 1000
 
 /*
- * What the frame writer may hold, beside a socket or alone, and what the socket
- * may.  The writer needs a quarter more memory than it holds.
+ * Shares of buffer-size: what the frame writer may hold, with and without a
+ * socket, and what the socket may.  A writer allocates 5/4 of what it may hold.
  */
 #define MEMORY_WRITER(memory) ((memory) / 8)
 #define MEMORY_WRITER_ALONE(memory) ((memory) / 5 * 4)
@@ -127,7 +127,7 @@ static bool filter_tap_capture_can_stage(const FilterTapCapture *fc)
     return filter_tap_capture_has_peer(fc) && !filter_tap_capture_full(fc);
 }
 
-/* Kernel drops count while the frames would have been the peer's. */
+/* Count the kernel's drops, but only of frames that the peer would have got. */
 static void filter_tap_capture_update_drops(FilterTapCapture *fc)
 {
     uint64_t drops;
@@ -238,7 +238,7 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
            !filter_tap_capture_full(fc)) {
         *err = filter_tap_capture_one(fc, swap);
         if (*err == -ENETDOWN && !down) {
-            /* The kernel tells this once, before the frames that wait. */
+            /* The kernel reports it once, ahead of the frames that wait. */
             down = true;
         } else if (*err) {
             break;
@@ -255,14 +255,14 @@ static void filter_tap_capture_flush(FilterTapCapture *fc)
 {
     int ret;
 
-    /* Without a peer some character devices accept and lose what is written. */
+    /* Some character devices accept data without a peer, and lose it. */
     if (!fc->writer || !filter_tap_capture_has_peer(fc)) {
         return;
     }
     /*
-     * An error that leaves the connection open, as of a datagram socket or a
-     * full disk, is about one of the frames that wait.  To keep copies would
-     * stop the capture for good.  What was taken is kept, and the TAP is held.
+     * If the connection is still there after an error (a datagram socket, a
+     * full disk), a frame cannot be written.  Copies are dropped, or the
+     * capture would be stuck.  What was taken is kept, and the TAP is held.
      */
     ret = frame_writer_flush(fc->writer);
     if (ret < 0 && !fc->takes) {
@@ -275,8 +275,8 @@ static void filter_tap_capture_flush(FilterTapCapture *fc)
 
 /*
  * After a migration the guest announces itself at the target, and a bridge may
- * send that here, too.  Taken, it would reach the guest, which would find its
- * own address in use by somebody else.
+ * send that here, too.  If it were taken, the guest would get it, and think
+ * that somebody else uses its address.
  */
 static bool filter_tap_capture_is_echo(const FilterTapCapture *fc,
                                        const struct iovec *iov, int iovcnt)
@@ -344,8 +344,8 @@ static bool filter_tap_capture_hook(FilterTapCapture *fc)
 }
 
 /*
- * Every transition is made here.  Nothing is written to the peer, so that no
- * event can come in between.
+ * Every transition is made here.  This does not write to the peer, so that no
+ * event of the character device can call it again meanwhile.
  */
 static void filter_tap_capture_set_state(FilterTapCapture *fc,
                                          CaptureState new)
@@ -354,7 +354,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     uint64_t discarded = 0;
 
     if (new == CAPTURE_COPY && old == CAPTURE_OFF) {
-        /* Nothing, unless the socket could not be read. */
+        /* There are frames only if an earlier discard failed to read them. */
         fc->stats.peer_drops += packet_socket_discard(fc->socket);
     }
     if (new == CAPTURE_COPY && old != CAPTURE_COPY &&
@@ -394,8 +394,8 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
 }
 
 /*
- * The capture ends, or drains: stage what was captured before, as far as there
- * is room; not for ever, however much comes now.
+ * The capture ends, or drains: stage the frames that are in the socket now, as
+ * far as there is room.  More may come meanwhile, so their number is limited.
  */
 static void filter_tap_capture_end(FilterTapCapture *fc)
 {
@@ -480,14 +480,14 @@ static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
     } else if (event == CHR_EVENT_CLOSED) {
         frame_writer_rewind(fc->writer);
         if (!fc->takes) {
-            /* For the next peer they would be stale. */
+            /* The next peer shall not get old frames. */
             fc->stats.peer_drops += frame_writer_discard(fc->writer);
         }
         filter_tap_capture_update(fc);
     }
 }
 
-/* The peer has nothing to say, but only a read tells that it has gone. */
+/* What the peer sends is ignored, but only a read tells that it has gone. */
 static int filter_tap_capture_can_read(void *opaque)
 {
     return CHR_READ_BUF_LEN;
@@ -580,7 +580,7 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     if (fc->state == CAPTURE_DRAIN) {
         lost += packet_socket_discard(fc->socket);
     }
-    /* Some drops show only when the socket is read. */
+    /* To read the socket may have shown more drops. */
     lost += filter_tap_capture_stats(fc).kernel_drops - drops;
     if (lost) {
         warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "

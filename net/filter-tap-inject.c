@@ -35,23 +35,23 @@
 #include "qemu/units.h"
 #include "trace.h"
 
-/* Room for the segments that are sent at a time, in bytes. */
+/* The buffer for segments, in bytes */
 #define SEGMENTS_SIZE (128 * KiB)
 
 /*
- * The least payload of a segment that is in use.  With less a frame costs the
- * kernel hundreds of ms.
+ * Segments with less payload are refused: nobody uses them, and one frame would
+ * cost the kernel hundreds of ms.
  */
 #define MIN_GSO_SIZE 48
 
-/* Between two tries on a TAP that was full. */
+/* How long to wait before a full TAP is tried again. */
 #define RETRY_MIN_MS 1
 #define RETRY_MAX_MS 64
 
 /* Longer GSO frames are segmented whatever the TAP can do. */
 #define GSO_MAX_LEN 65536
 
-/* How long a frame is tried that can only go whole. */
+/* How long to try a GSO frame that cannot be segmented here. */
 #define WHOLE_MAX_MS 1000
 
 struct FilterTapInject {
@@ -63,8 +63,8 @@ struct FilterTapInject {
     FrameReader *reader;
     PacketSocket *socket;       /* NULL if nothing goes to the guest */
     QEMUTimer *retry;
-    unsigned waited_ms;         /* the next frame, for room in the TAP */
-    unsigned segments_sent;     /* of the next frame */
+    unsigned waited_ms;         /* by the next frame, for room in the TAP */
+    unsigned segments_sent;     /* how many of the next frame's */
     uint8_t *segments;          /* allocated when there are some */
     FilterTapInjectStats stats;
 };
@@ -123,6 +123,7 @@ static int filter_tap_inject_segments(FilterTapInject *fi,
     return 1;
 }
 
+/* Whether the TAP takes it, by what the guest's driver has negotiated */
 static bool filter_tap_inject_goes_whole(const FilterTapInject *fi,
                                          const PacketSocketFrame *frame)
 {
@@ -155,7 +156,7 @@ static int filter_tap_inject_send(FilterTapInject *fi,
     size_t whole = 0;
     int ret;
 
-    /* What has begun in segments goes on in segments. */
+    /* A frame of which some segments were sent goes on in segments. */
     while (!fi->segments_sent && whole < n &&
            filter_tap_inject_goes_whole(fi, &frames[whole])) {
         whole++;
@@ -201,8 +202,8 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
 /* To the network */
 
 /*
- * The chain wants the header in the size that the guest negotiated.  A frame
- * that goes to the guest as well counts there.
+ * The chain wants the header in the size that the guest negotiated.  With
+ * queue=all a frame has been counted on its way to the guest.
  */
 static void filter_tap_inject_along_chain(FilterTapInject *fi,
                                           const StreamFrame *frame, bool swap)
@@ -268,7 +269,7 @@ static bool filter_tap_inject_shifted(const PacketSocketFrame *frame)
              filter_tap_inject_known_type(type + 2)));
 }
 
-/* Make a frame of the stream one for the packet socket, or return false. */
+/* Convert a frame for the packet socket.  Returns false if it is invalid. */
 static bool filter_tap_inject_parse(const FilterTapInject *fi,
                                     const StreamFrame *frame, bool swap,
                                     PacketSocketFrame *out)
@@ -303,7 +304,7 @@ static size_t filter_tap_inject_some(FilterTapInject *fi,
         return 1;
     }
     if (to_network && !runstate_is_running()) {
-        /* Nobody tells when a guest that sleeps (S3) wakes up. */
+        /* A guest that wakes up (S3) is no change of the VM's state. */
         timer_mod(fi->retry,
                   qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + RETRY_MAX_MS);
         return 0;
@@ -349,9 +350,8 @@ static void filter_tap_inject_retry(void *opaque)
 }
 
 /*
- * While the filter is on but has to wait, read ahead: when a peer leaves (the
- * source of a migration that is done), its character device throws away what
- * was not read.
+ * Read ahead while frames have to wait: when the peer goes, as the source does
+ * after a migration, the character device discards what has not been read.
  */
 static int filter_tap_inject_can_read(void *opaque)
 {

@@ -1,5 +1,5 @@
 /*
- * Netfilters on a TAP with vhost: the parts, and what they tell each other
+ * Netfilters on a TAP with vhost: internal interfaces
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
@@ -9,8 +9,8 @@
  *              \        /
  *           filter-tap-link.c            one TAP and its filters
  *
- * All functions are called with the BQL held, in the main loop but for changes
- * of the VM's state.
+ * All functions are called with the BQL held, and in the main loop, except when
+ * the VM's state changes.
  */
 
 #ifndef NET_FILTER_TAP_INT_H
@@ -30,7 +30,7 @@ typedef struct FilterTapLink {
     char ifname[IFNAMSIZ];
     unsigned ifindex;
     bool running;                       /* the VM */
-    bool can_swap;                      /* headers may be in another order */
+    bool can_swap;                      /* headers, to the guest's order */
     bool held;                          /* the TAP is not read */
     QLIST_HEAD(, FilterTapUser) users;
     VMChangeStateEntry *vm_state;
@@ -53,7 +53,7 @@ struct FilterTapUser {
 bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
                             Error **errp);
 
-/* @user is attached, or not. */
+/* Does nothing if @user is not attached. */
 void filter_tap_link_detach(FilterTapUser *user);
 
 /*
@@ -76,8 +76,8 @@ void filter_tap_link_take_queued(FilterTapUser *user, NetQueueTakeFunc *take,
 MACAddr filter_tap_link_nic_address(const FilterTapLink *link);
 
 /*
- * Returns whether virtio-net headers in the TAP are not in the host's byte
- * order, but in that of the guest.
+ * Returns whether virtio-net headers in the TAP are in the guest's byte order,
+ * and that is not the host's.
  */
 bool filter_tap_link_swapped(FilterTapLink *link);
 
@@ -146,8 +146,8 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
                                        Error **errp);
 
 /*
- * Whether to inject now; otherwise frames wait.  Call it, too, when the VM's
- * state or the filter's status has changed.
+ * Whether to inject now; otherwise frames wait.  Call it also when only the
+ * VM's state, or the filter's status, has changed.
  */
 void filter_tap_inject_set_active(FilterTapInject *fi, bool active);
 

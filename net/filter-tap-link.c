@@ -49,7 +49,7 @@ static bool filter_tap_same_netns(int fd)
     bool same;
 
     if (ns < 0) {
-        return true;    /* no privilege to ask; the MAC address has to do */
+        return true;    /* no CAP_NET_ADMIN: rely on the MAC address */
     }
     same = fstat(ns, &tap) < 0 || stat("/proc/self/ns/net", &own) < 0 ||
            (tap.st_dev == own.st_dev && tap.st_ino == own.st_ino);
@@ -83,8 +83,8 @@ static bool filter_tap_is_tun_driver(int socket_fd, const char *ifname)
 }
 
 /*
- * The TAP's fd tells only the name of its interface.  The name is valid in the
- * TAP's network namespace; in QEMU's it may be another interface.
+ * The TAP's fd tells the interface's name in the TAP's network namespace.  In
+ * QEMU's namespace that may be the name of another interface.
  */
 static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 {
@@ -123,7 +123,10 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
     return good;
 }
 
-/* Returns false if the kernel never lets a guest have the other byte order. */
+/*
+ * Get whether the TAP's headers are in the byte order that is not the host's.
+ * Returns false if this kernel's never are.
+ */
 static bool filter_tap_get_other_order(NetClientState *netdev, int *value)
 {
     return ioctl(tap_get_fd(netdev),
@@ -131,8 +134,8 @@ static bool filter_tap_get_other_order(NetClientState *netdev, int *value)
 }
 
 /*
- * If the kernel cannot use the guest's byte order, QEMU swaps the headers
- * itself, and does not use vhost.
+ * If this kernel's never are, QEMU swaps the headers by itself, and does not
+ * use vhost.
  */
 bool filter_tap_link_swapped(FilterTapLink *link)
 {
@@ -142,7 +145,7 @@ bool filter_tap_link_swapped(FilterTapLink *link)
            filter_tap_get_other_order(link->netdev, &value) && value;
 }
 
-/* Returns the number of queues at @ncs, which has room for MAX_QUEUE_NUM. */
+/* Put the TAP's queues to @ncs, of MAX_QUEUE_NUM.  Returns their number. */
 static int filter_tap_link_queues(FilterTapLink *link, NetClientState **ncs)
 {
     return qemu_find_net_clients_except(link->netdev->name, ncs,
@@ -191,7 +194,7 @@ void filter_tap_link_take_queued(FilterTapUser *user, NetQueueTakeFunc *take,
     }
 }
 
-/* The device's query also asks for events, which nobody here did. */
+/* The query also enables NIC_RX_FILTER_CHANGED, which is up to QMP. */
 MACAddr filter_tap_link_nic_address(const FilterTapLink *link)
 {
     NetClientState *nic = link->netdev->peer;

@@ -25,13 +25,13 @@ void filter_tap_cleanup(FilterTap *ft)
 
 void filter_tap_status_changed(NetFilterState *nf, Error **errp)
 {
-    g_assert_not_reached();     /* there are no endpoints */
+    g_assert_not_reached();     /* endpoints is always NULL */
 }
 
 ssize_t filter_tap_receive_iov(FilterTap *ft, unsigned flags,
                                const struct iovec *iov, int iovcnt)
 {
-    g_assert_not_reached();     /* there are no endpoints */
+    g_assert_not_reached();     /* endpoints is always NULL */
 }
 
 static const TypeInfo filter_tap_types[] = {

@@ -64,7 +64,7 @@ ssize_t filter_tap_receive_iov(FilterTap *ft, unsigned flags,
 {
     FilterTapCapture *fc = ft->endpoints->capture;
 
-    /* Announcements of QEMU are raw: without header, and not the guest's. */
+    /* QEMU's announcements pass: they are raw, that is, have no header. */
     if (!fc || flags & QEMU_NET_PACKET_FLAG_RAW ||
         !filter_tap_capture_receive(fc, iov, iovcnt)) {
         return 0;
@@ -96,7 +96,7 @@ static bool filter_tap_copies(const FilterTap *ft,
     return (config->chr_out || config->sink) && !filter_tap_takes(ft, config);
 }
 
-/* The rules between the options, if the filter works on the chain */
+/* Check the options of a filter that works on the chain. */
 static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
 {
     const NetFilterState *nf = NETFILTER(ft);
@@ -121,7 +121,7 @@ static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
     return false;
 }
 
-/* The rules between the options, if the filter reaches the TAP by itself */
+/* Check the options of a filter that reaches the TAP by itself. */
 static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
                                  Error **errp)
 {
@@ -158,9 +158,9 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
 }
 
 /*
- * Set @fd to the packet socket that @property names, or to -1.  A number may be
- * that of anything that QEMU needs: it is not closed unless an endpoint has
- * accepted it.
+ * Set @fd to the packet socket that @value names, or to -1 if that is NULL.  A
+ * number may be wrong, and that of anything else in QEMU: the file descriptor
+ * is closed only when an endpoint has found that it is a packet socket.
  */
 static bool filter_tap_get_fd(const char *property, const char *value, int *fd,
                               Error **errp)
@@ -180,7 +180,7 @@ static bool filter_tap_get_fd(const char *property, const char *value, int *fd,
     return *fd >= 0;
 }
 
-/* No endpoint has accepted the socket. */
+/* The endpoint could not be created: give @fd back. */
 static void filter_tap_put_fd(const char *property, const char *value, int fd,
                               Error **errp)
 {
@@ -192,7 +192,7 @@ static void filter_tap_put_fd(const char *property, const char *value, int fd,
     }
 }
 
-/* Create what can fail. */
+/* Create the endpoints. */
 static bool filter_tap_open(FilterTapEndpoints *ep,
                             const FilterTapConfig *config, Error **errp)
 {
@@ -200,7 +200,7 @@ static bool filter_tap_open(FilterTapEndpoints *ep,
     FilterTap *ft = ep->ft;
     NetFilterState *nf = NETFILTER(ft);
     bool copies = filter_tap_copies(ft, config);
-    /* Of the socket to inject with: 'packet-fd' is the first one needed. */
+    /* To inject takes the second socket, if the filter copies as well. */
     const char *property = copies ? "inject-packet-fd" : "packet-fd";
     const char *value = copies ? ft->inject_packet_fd : ft->packet_fd;
     int fd;
@@ -286,7 +286,7 @@ static void filter_tap_set_packet_socket(Object *obj, int value, Error **errp)
     }
 }
 
-/* On the chain a filter works always. */
+/* A filter on the chain works always: both properties are true there. */
 static bool filter_tap_get_when_running(Object *obj, Error **errp)
 {
     return FILTER_TAP(obj)->when_running != ON_OFF_AUTO_OFF;

@@ -1,5 +1,5 @@
 /*
- * Work on frames that their virtio-net header leaves to others
+ * What the virtio-net headers of frames leave to others: checksums, segments
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -11,13 +11,13 @@
 #include "qemu/bswap.h"
 
 /*
- * The least payload of a segment, and the most segments of a UDP datagram,
- * that Linux makes.  They bound what a hostile frame can cost.
+ * Linux makes no smaller segments of TCP, and no more segments of one UDP
+ * datagram.  Both limit what a hostile frame can cost.
  */
 #define TCP_MIN_SIZE 48
 #define UDP_MAX_SEGMENTS 128
 
-/* Returns false if the frame has no header of TCP or UDP, or only a part. */
+/* Returns false unless the frame has a complete header of TCP or UDP. */
 static bool frame_offload_parse(FrameLayout *layout, const uint8_t *frame,
                                 size_t len)
 {
@@ -56,7 +56,7 @@ static bool frame_offload_is_type(const FrameLayout *layout, uint8_t gso_type)
     }
 }
 
-/* 0 stands for none. */
+/* A checksum of 0 means that there is none. */
 static bool frame_offload_has_udp_checksum(const uint8_t *udp)
 {
     return lduw_be_p(udp + offsetof(udp_header, uh_sum));
@@ -72,7 +72,7 @@ static void frame_offload_swap(struct virtio_net_hdr *hdr)
     bswap16s(&hdr->csum_offset);
 }
 
-/* For a receiver that gets no header. */
+/* Complete the checksum, for a receiver that gets no virtio-net header. */
 static bool frame_offload_finish_checksum(struct virtio_net_hdr *hdr,
                                           uint8_t *frame, size_t len)
 {
@@ -84,7 +84,7 @@ static bool frame_offload_finish_checksum(struct virtio_net_hdr *hdr,
     if (hdr->csum_start >= len || at + 2 > len) {
         return false;
     }
-    /* The field holds the sum of the pseudo header and is summed up too. */
+    /* The field holds the pseudo header's sum, so that it is included. */
     stw_be_p(frame + at,
              net_checksum_finish_nozero(
                  net_checksum_add(len - hdr->csum_start,
@@ -93,7 +93,7 @@ static bool frame_offload_finish_checksum(struct virtio_net_hdr *hdr,
     return true;
 }
 
-/* Whether TCP or UDP at @l4 follows an IP header at @l3. */
+/* Whether there is an IP header at @l3, and TCP or UDP behind it at @l4. */
 static bool frame_offload_parse_inner(FrameLayout *inner, const uint8_t *frame,
                                       size_t len, size_t l3, size_t l4)
 {
@@ -132,9 +132,9 @@ static bool frame_offload_parse_inner(FrameLayout *inner, const uint8_t *frame,
 }
 
 /*
- * A packet socket's header does not tell (Linux 6.18) that the frame is in a
- * UDP tunnel: it speaks of the inner frame alone, and so do the offsets.  But
- * it can be seen: what is to be checksummed is not what follows the IP header.
+ * The header of a packet socket does not say (Linux 6.18) that a frame is in a
+ * UDP tunnel: its type and offsets are those of the inner frame.  But it can be
+ * seen from csum_start, which is not where the outer UDP header is.
  *
  * Returns false unless the frame is in a tunnel, yet to be segmented, and of
  * a kind that a virtio-net header can express.
@@ -161,7 +161,7 @@ static bool frame_offload_find_tunnel(const FrameLayout *outer,
     return false;
 }
 
-/* Returns false if the frame is in a tunnel and that cannot be expressed. */
+/* Add the tunnel, if any.  Returns false if the header cannot express it. */
 static bool frame_offload_put_tunnel(struct virtio_net_hdr_v1_hash_tunnel *all,
                                      const struct virtio_net_hdr *hdr,
                                      const uint8_t *frame, size_t len)
@@ -258,7 +258,7 @@ bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
                          fs->count <= UDP_MAX_SEGMENTS);
 }
 
-/* Of IP, and of UDP if that follows; @len is that of the whole segment. */
+/* Set the lengths in the headers of IP and UDP; @len is the segment's. */
 static void frame_segments_put_lengths(const FrameLayout *at, uint8_t *buf,
                                        size_t len, unsigned index)
 {
@@ -291,7 +291,7 @@ static void frame_segments_put_tcp(const FrameSegments *fs, unsigned index,
     }
 }
 
-/* Put the sum of the pseudo header where the rest is added to it. */
+/* Leave the checksum to the kernel: the field gets the pseudo header's sum. */
 static void frame_segments_leave_checksum(const FrameLayout *at, uint8_t *buf,
                                           size_t len,
                                           struct virtio_net_hdr *hdr)
@@ -325,7 +325,7 @@ size_t frame_segments_get(const FrameSegments *fs, unsigned index,
     if (fs->tunnel.l4) {
         frame_segments_put_lengths(&fs->tunnel, buf, len, index);
         if (frame_offload_has_udp_checksum(buf + fs->tunnel.l4)) {
-            /* It covers the inner checksum, which has to be done. */
+            /* It covers the inner checksum: complete that first. */
             frame_offload_finish_checksum(hdr, buf, len);
             frame_segments_leave_checksum(&fs->tunnel, buf, len, hdr);
         }

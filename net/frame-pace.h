@@ -4,8 +4,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * To wake up for one frame costs as much CPU time as hundreds of frames.  So
- * whoever gets many of them, and can let them wait, does better to wake up from
- * time to time than for each.
+ * when many come, it is better to let them wait, and wake up for all of them.
  */
 
 #ifndef NET_FRAME_PACE_H
@@ -14,10 +13,10 @@
 #include "qemu/timer.h"
 #include "qemu/units.h"
 
-/* Frames that are further apart on average do not wait for each other. */
+/* If frames are further apart than this on average, they do not wait. */
 #define FRAME_PACE_NS (200 * SCALE_US)
 
-/* So many frames tell the rate; fewer are averaged with those before. */
+/* So many frames are enough to know the rate; fewer count with earlier ones. */
 #define FRAME_PACE_MANY 16
 
 typedef struct FramePace {
@@ -26,7 +25,7 @@ typedef struct FramePace {
     unsigned max_frames;        /* how many may wait */
     size_t max_bytes;           /* how many bytes of them may wait */
 
-    /* Of late */
+    /* What was found lately */
     int64_t looked_ns;
     int64_t ns_per_frame;
     int64_t ns_per_kib;
@@ -40,14 +39,14 @@ static inline int64_t frame_pace_average(int64_t average, int64_t ns, size_t n)
 
 /*
  * Returns how long to wait in ns, or 0 to be woken by the next frame, when
- * @frames of @bytes in all were found at @now, in ns of any clock that goes on.
+ * @frames of @bytes in all were found at @now, in ns of a monotonic clock.
  * With fewer than 5,000 frames a second it is 0; above, the more of them come,
  * the longer it is.
  */
 static inline int64_t frame_pace(FramePace *pace, int64_t now, unsigned frames,
                                  size_t bytes)
 {
-    /* A long silence shall not take long to forget. */
+    /* After a long silence the new rate shall count soon. */
     int64_t ns = MIN(now - pace->looked_ns, 2 * pace->max_ns);
     int64_t wait;
 

@@ -5,9 +5,9 @@
  *
  * Theory of operation
  *
- * Both ends stage the bytes of the stream in one contiguous buffer each, in
- * the format of the stream, so that a batch of frames is one write, and a
- * frame is handed out where it was read to:
+ * Writer and reader have one contiguous buffer each, in the format of the
+ * stream: a batch of frames is one write, and a frame is handed out where it
+ * was read to.
  *
  *   writer   | written |cut off| staged          |    free           |
  *            0         first   head              tail             size
@@ -16,11 +16,11 @@
  *            0         head                      tail             size
  *
  * "first" is the start of the first frame that is not written completely: a
- * new connection goes on there.
+ * new connection begins there.
  *
  * A character device that sends datagrams gets each frame in a write of its
- * own, which is one datagram: what gets lost on the way is then a frame, and
- * what comes behind still begins with one.
+ * own, which is one datagram: if one is lost, that is one frame, and the next
+ * one begins with a frame.
  */
 
 #include "qemu/osdep.h"
@@ -31,13 +31,13 @@
 #include "chardev/char.h"
 #include "net/frame-stream.h"
 
-/* Between two tries on a device that cannot tell when it takes more. */
+/* How long to wait before another try, if the device cannot be watched. */
 #define FRAME_WRITER_RETRY_MS 10
 
 /* The most that a UDP datagram holds over IPv4, in bytes */
 #define DATAGRAM_MAX 65507
 
-/* So much memory is kept for the next frames. */
+/* A larger buffer is freed when it has become empty. */
 #define FRAME_WRITER_KEEP (1 << 20)
 
 typedef struct FrameBuffer {
@@ -56,7 +56,7 @@ struct FrameWriter {
     size_t limit;
     guint watch;
     QEMUTimer *retry;
-    /* Changes when the content does while chr's driver runs. */
+    /* Tells whether something was discarded, or rewound, during a write. */
     unsigned generation;
     FrameWriterProgress *progress;
     void *opaque;
@@ -65,7 +65,7 @@ struct FrameWriter {
 struct FrameReader {
     CharFrontend *chr;
     bool vnet_hdr;
-    /* A bad length: what follows in this connection makes no sense. */
+    /* A length was invalid: the rest of this connection is ignored. */
     bool broken;
     uint64_t errors;
     bool waiting;
@@ -86,7 +86,7 @@ bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp)
 
     if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB) ||
         object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX)) {
-        /* One mixes its peers' streams, the other has bytes for commands. */
+        /* A hub mixes its peers' streams; a mux takes bytes as commands. */
         error_setg(errp, "chardev '%s' is a hub or has mux=on, and cannot "
                    "carry frames", label);
         return false;
@@ -105,7 +105,7 @@ static void frame_writer_retry(void *opaque)
     FrameWriter *fw = opaque;
 
     if (frame_writer_empty(fw)) {
-        /* There is nothing to try again: the memory can be given back. */
+        /* The timer was set to free the memory. */
         g_free(fw->buf.data);
         fw->buf = (FrameBuffer) { };
         fw->first = 0;
@@ -153,14 +153,14 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size)
 
     if (buf->size - buf->tail < room && fw->first > 0 &&
         fw->first >= buf->size / 8) {
-        /* So much is written since the last time that it is worth it. */
+        /* Not for less than an eighth, which would cost too much. */
         memmove(buf->data, buf->data + fw->first, used);
         buf->head -= fw->first;
         buf->tail = used;
         fw->first = 0;
     }
     if (buf->size - buf->tail < room) {
-        /* Grow by much, to grow seldom, but not beyond what is promised. */
+        /* Double it, but up to 5/4 of the limit only. */
         buf->size = MAX(MIN(2 * buf->size, fw->limit / 4 * 5),
                         buf->tail + room);
         buf->data = g_realloc(buf->data, buf->size);
@@ -172,7 +172,7 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
 {
     FrameBuffer *buf = &fw->buf;
 
-    /* Captures read, and take, no longer ones. */
+    /* The user has to see to it. */
     assert(size <= frame_writer_max_payload(fw));
     stl_be_p(buf->data + buf->tail, size);
     if (fw->vnet_hdr) {
@@ -249,7 +249,7 @@ int frame_writer_flush(FrameWriter *fw)
                                     MIN(end - buf->head, INT_MAX));
 
         if (generation != fw->generation) {
-            /* The write ended the connection, and its handler came first. */
+            /* The write closed the connection, and the handler has run. */
             return 0;
         }
         if (ret < 0 && errno == EAGAIN) {
@@ -287,7 +287,7 @@ uint64_t frame_writer_discard(FrameWriter *fw)
     buf->tail = keep;
     fw->generation++;
     if (buf->size > FRAME_WRITER_KEEP) {
-        frame_writer_retry_later(fw);   /* a write of it may be going on now */
+        frame_writer_retry_later(fw);   /* this may be during a write of it */
     }
     return frames;
 }
@@ -453,7 +453,7 @@ void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size)
     }
 }
 
-/* Where the frame begins of which not all has come, or where one will. */
+/* Where the incomplete frame begins, or where the next one will. */
 static size_t frame_reader_complete(const FrameReader *fr)
 {
     size_t at = fr->buf.head;

@@ -1,5 +1,5 @@
 /*
- * Packet sockets: parts that are not for everybody
+ * Packet sockets: internal interfaces
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
@@ -23,9 +23,9 @@ typedef struct PacketRing {
     uint8_t *memory;
     size_t size;                /* bytes */
     unsigned slots;             /* 0: there is no ring */
-    unsigned next;              /* to be read; the one before is still ours */
-    uint64_t drops;             /* when it was found empty, and is since */
-    unsigned dropped;           /* how often they have grown since */
+    unsigned next;              /* to be read; the one before is not free yet */
+    uint64_t drops;             /* when the ring was last found empty */
+    unsigned dropped;           /* how often they have grown without a frame */
 } PacketRing;
 
 /*
@@ -47,9 +47,9 @@ void packet_ring_release(PacketRing *ring);
 
 /*
  * Call this when packet_ring_next() has returned NULL, with the number of
- * frames that the kernel has dropped up to now.  Returns whether it has dropped
- * frames while there was room, two times in a row: a kernel whose rings do not
- * get stuck drops one that it has no header for, too.
+ * frames that the kernel has dropped up to now.  Returns true when that has
+ * grown two times in a row although there was room.  (Once may be a frame that
+ * a kernel whose rings do not get stuck has no header for.)
  */
 bool packet_ring_stuck(PacketRing *ring, uint64_t drops);
 
@@ -65,7 +65,7 @@ typedef struct PacketPollEntry PacketPollEntry;
 typedef unsigned PacketPollRead(PacketPollEntry *entry, unsigned max_frames,
                                 size_t max_bytes, size_t *bytes, bool *more);
 
-/* It belongs to the poll. */
+/* Only the poll uses its members. */
 struct PacketPollEntry {
     int fd;
     PacketPollRead *read;
@@ -82,8 +82,8 @@ bool packet_poll_add(PacketPollEntry *entry, int fd, unsigned room,
 void packet_poll_remove(PacketPollEntry *entry);
 
 /*
- * Whether to read @entry.  Once enabled, it is read soon, and then each time
- * that the kernel says that something has happened to @fd.
+ * Set whether @entry is read.  Once enabled, it is read soon, and then each
+ * time that the kernel reports an event of @fd.
  */
 void packet_poll_set(PacketPollEntry *entry, bool enable);
 

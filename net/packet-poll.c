@@ -12,8 +12,8 @@
  *
  * After each visit to the sockets, frame_pace() chooses between the two.
  *
- * The epoll fd is edge-triggered.  So an entry that it has reported stays in
- * the list of those that are ready until it has been read to its end.
+ * Events are edge-triggered: an entry that was reported stays in the list of
+ * ready ones until it has been read to its end.
  */
 
 #include "qemu/osdep.h"
@@ -29,7 +29,7 @@
 #define POLL_BATCH 1024
 #define POLL_BATCH_BYTES (256 * KiB)
 
-/* How long, and how many, frames may wait for the timer. */
+/* How long frames may wait for the timer, and how many. */
 #define POLL_MAX_NS (10 * SCALE_MS)
 #define POLL_MAX_FRAMES 600
 #define POLL_EVENTS 256
@@ -45,15 +45,15 @@ static struct {
     .ready = QTAILQ_HEAD_INITIALIZER(packet_poll.ready),
     .pace = {
         .max_ns = POLL_MAX_NS,
-        .max_bytes = 128 * KiB, /* a socket chardev takes no more at a time */
+        .max_bytes = 128 * KiB, /* what a socket chardev takes at a time */
     },
 };
 
 static void packet_poll_readable(void *opaque);
 
 /*
- * A QEMUTimer would make the main loop go round once more each time that it is
- * set.  @ns is 0 to stop the timer.
+ * @ns is 0 to stop the timer.  It is no QEMUTimer, since each time that one is
+ * set the main loop goes round once more.
  */
 static void packet_poll_set_timer(int64_t ns)
 {
@@ -80,7 +80,7 @@ static void packet_poll_set_ready(PacketPollEntry *entry, bool ready)
     }
 }
 
-/* Returns how many entries are ready; the others have no frames. */
+/* Add what epoll reports to the ready entries.  Returns their number. */
 static unsigned packet_poll_wait(void)
 {
     struct epoll_event events[POLL_EVENTS];
@@ -101,8 +101,8 @@ static unsigned packet_poll_wait(void)
 }
 
 /*
- * Visit those that are ready, in turn.  One that has more goes to the tail, so
- * that the next visit begins where this one ends.
+ * Visit the ready entries, in turn.  One that has more frames goes to the tail,
+ * so that the next visit begins with the others.
  */
 static void packet_poll_readable(void *opaque)
 {
@@ -125,7 +125,7 @@ static void packet_poll_readable(void *opaque)
     }
     wait = frame_pace(&packet_poll.pace, now, frames, bytes);
     if (!QTAILQ_EMPTY(&packet_poll.ready)) {
-        /* If nothing could be read, try again, but do not spin. */
+        /* If nothing could be read, there is an error: try again later. */
         wait = frames ? 1 : POLL_MAX_NS;
     }
     packet_poll_set_timer(wait);

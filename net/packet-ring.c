@@ -28,18 +28,18 @@
 #include "qemu/units.h"
 
 /*
- * A slot holds a frame of an MTU of 1500 with two VLAN tags: 76 bytes for the
- * kernel's headers come before it.  A block is what the kernel allocates in
- * one piece, in whole pages of whatever size.
+ * A slot holds 76 bytes of the kernel's headers, and a frame of an MTU of 1500
+ * with two VLAN tags.  The kernel allocates a block in one piece; it has to be
+ * whole pages, which may be as large.
  */
 #define SLOT_SIZE 1600
 #define BLOCK_SIZE (64 * KiB)
 #define SLOTS_PER_BLOCK (BLOCK_SIZE / SLOT_SIZE)
 
-/* How many slots ahead the cache is filled; there are at least as many. */
+/* How many slots ahead to prefetch; a ring has at least as many. */
 #define AHEAD 8
 
-/* The slot that is @ahead of the next one, from -1 to AHEAD */
+/* The slot that comes @ahead (-1 to AHEAD) slots after the next one */
 static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring, int ahead)
 {
     unsigned n = (ring->next + ring->slots + ahead) % ring->slots;
@@ -114,7 +114,7 @@ const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring)
     }
     /*
      * Another CPU wrote the slots, so that each of their cache lines is a
-     * miss: begin early to get those of a small frame.
+     * miss.  Prefetch those of a small frame.
      */
     __builtin_prefetch(ahead);
     __builtin_prefetch(ahead + 64);
@@ -128,8 +128,8 @@ bool packet_ring_stuck(PacketRing *ring, uint64_t drops)
 
     ring->drops = drops;
     /*
-     * If the slot behind has a frame, another CPU still writes the next one,
-     * and the ring was full.
+     * If the slot after the next one has a frame, another CPU still writes the
+     * next one: then the ring was full when frames were dropped.
      */
     if (dropped && !packet_ring_next(ring) &&
         !(qatomic_load_acquire(&packet_ring_slot(ring, 1)->tp_status) &

@@ -41,7 +41,7 @@
 #include "packet-int.h"
 #include "trace.h"
 
-/* What a frame in the queue counts as at least; 768 bytes on x86-64. */
+/* A frame in the queue counts as at least so many bytes (x86-64: 768). */
 #define QUEUE_MIN_MEMORY 512
 
 /* Memory for some 3,000 small frames: what comes in some milliseconds */
@@ -49,7 +49,7 @@
 
 /*
  * A protocol that no frame of an Ethernet device has, so that a socket bound to
- * it gets none.  (To bind() protocol 0 means to keep the present one.)
+ * it gets none.  (To bind to protocol 0 would keep the present one.)
  */
 #define NO_PROTOCOL ETH_P_AX25
 
@@ -88,7 +88,7 @@ static uint64_t packet_socket_netns(int fd)
     return cookie;
 }
 
-/* An interface's number counts in its network namespace. */
+/* In another network namespace the same number is another interface. */
 static bool packet_socket_same_netns(int fd)
 {
     int own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -112,7 +112,7 @@ static bool packet_socket_fits_binding(int fd, unsigned ifindex)
            (!addr.sll_ifindex || addr.sll_ifindex == ifindex);
 }
 
-/* The kernel changes neither a ring nor the version while there is one. */
+/* With a ring, the kernel refuses to set the version, even to the same. */
 static bool packet_socket_has_ring(int fd)
 {
     int version = packet_socket_get_option(fd, SOL_PACKET, PACKET_VERSION);
@@ -190,7 +190,7 @@ void packet_socket_abandon(PacketSocket *ps)
 {
     packet_ring_unmap(&ps->ring, ps->fd);
     if (ps->fd >= 0 && !ps->passed) {
-        qemu_close(ps->fd);             /* it may be of a set, /dev/fdset/ */
+        qemu_close(ps->fd);             /* no close(): it may be of an fdset */
     }
     g_free(ps);
 }
@@ -218,7 +218,7 @@ void packet_socket_free(PacketSocket *ps)
 {
     if (ps) {
         if (ps->passed) {
-            /* Whoever passed it may have kept it, as a set does. */
+            /* Others may have a copy, such as an fdset. */
             packet_socket_unhook(ps);
             packet_socket_discard(ps);
             ps->passed = false;
@@ -282,8 +282,8 @@ static bool packet_socket_set_filter(PacketSocket *ps, unsigned directions,
 }
 
 /*
- * @memory counts as the kernel does: with what it needs to manage a frame,
- * some 800 bytes for a small one.
+ * @memory includes what the kernel needs to manage a frame, some 800 bytes for
+ * a small one.
  */
 static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
 {
@@ -291,8 +291,8 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
     int size = MIN(memory / 2, INT_MAX);
 
     /*
-     * Only CAP_NET_ADMIN may go over net.core.rmem_max.  Without, take what we
-     * get, or leave what somebody set who may.
+     * To exceed net.core.rmem_max takes CAP_NET_ADMIN.  Without, take what we
+     * get, but do not reduce what somebody has set who had it.
      */
     if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
                    &size, sizeof(size)) < 0 &&
@@ -303,8 +303,8 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
 
 /*
  * A socket that somebody else opened may have got frames of any interface.
- * Now that the filter is ours, bind it where no frame comes, and throw away
- * what was queued before.
+ * Now that it has our filter, bind it so that it gets none, and discard what it
+ * has got.
  */
 static bool packet_socket_take_over(PacketSocket *ps, Error **errp)
 {
@@ -340,15 +340,15 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
         (ps->passed && !packet_socket_take_over(ps, errp)) ||
         !packet_ring_map(&ps->ring, ps->fd, ifname, ring, errp) ||
         /*
-         * Otherwise the time would be that at which the kernel wrote the slot.
-         * With the option all packet sockets have the same time for a packet.
+         * Otherwise the time would be that at which the kernel wrote the slot,
+         * and not the one that all packet sockets have for the packet.
          */
         (stamp && !packet_socket_option(ps, SOL_SOCKET, SO_TIMESTAMPNS, 1,
                                         "SO_TIMESTAMPNS", errp))) {
         packet_socket_abandon(ps);
         return NULL;
     }
-    /* The filter does it too; this spares the sender the filter. */
+    /* The filter would do, but this costs the sender less. */
     packet_socket_option(ps, SOL_PACKET, PACKET_IGNORE_OUTGOING,
                          !(directions & PACKET_SOCKET_OUTGOING),
                          "PACKET_IGNORE_OUTGOING", NULL);
@@ -371,7 +371,7 @@ PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
                                      "PACKET_QDISC_BYPASS", errp) ||
                !packet_socket_set_filter(ps, 0, errp) ||
                (ps->passed && !packet_socket_take_over(ps, errp)) ||
-               /* To bind protocol 0 keeps the present one, which gets none. */
+               /* Protocol 0 keeps the present one, for which none come. */
                !packet_socket_bind(ps, 0, errp))) {
         packet_socket_abandon(g_steal_pointer(&ps));
     }
@@ -385,7 +385,7 @@ bool packet_socket_hook(PacketSocket *ps, Error **errp)
 
 void packet_socket_unhook(PacketSocket *ps)
 {
-    /* This fails only when the interface is gone, and the hook with it. */
+    /* This fails only if the interface is gone, and @ps unhooked by that. */
     packet_socket_bind(ps, NO_PROTOCOL, NULL);
 }
 
@@ -459,8 +459,8 @@ static ssize_t packet_socket_recv_queue(PacketSocket *ps,
     ssize_t len;
 
     /*
-     * With MSG_TRUNC the length is the frame's even if it does not fit.  Who
-     * has a copy of a passed socket can make it blocking at any time.
+     * With MSG_TRUNC the length is the frame's even if it does not fit.  Others
+     * who have a copy of a passed socket can make it blocking at any time.
      */
     len = RETRY_ON_EINTR(recvmsg(ps->fd, &msg, MSG_TRUNC | MSG_DONTWAIT));
     if (len < 0) {
@@ -498,7 +498,7 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
         if (len == -EAGAIN) {
             len = -ENOBUFS;     /* somebody else has read it */
         } else if (len < 0 && len != -EMSGSIZE && len != -EINVAL) {
-            return len;         /* which came first; the frame is still there */
+            return len;         /* of the socket; the frame is still there */
         }
     } else if (slot->tp_snaplen < slot->tp_len) {
         len = -ENOBUFS;
@@ -538,7 +538,7 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
         ps->drops++;
     }
     if (len == -EAGAIN) {
-        /* The ring does not tell errors. */
+        /* Errors of the socket do not show in the ring. */
         len = -packet_socket_get_option(ps->fd, SOL_SOCKET, SO_ERROR) ?:
               -EAGAIN;
         if (packet_ring_stuck(&ps->ring, packet_socket_drops(ps))) {
@@ -554,7 +554,7 @@ unsigned packet_socket_max_waiting(const PacketSocket *ps)
     socklen_t size = sizeof(memory);
 
     getsockopt(ps->fd, SOL_SOCKET, SO_MEMINFO, memory, &size);
-    /* And one read for an error, which comes before the frames. */
+    /* One call more may return an error, which comes before the frames. */
     return ps->ring.slots +
            memory[SK_MEMINFO_RMEM_ALLOC] / QUEUE_MIN_MEMORY + 1;
 }
@@ -568,11 +568,11 @@ uint64_t packet_socket_discard(PacketSocket *ps)
     ssize_t len;
 
     for (unsigned i = 0; i < max; i++) {
-        /* A read of the header takes the whole frame. */
+        /* To read a part of a frame removes all of it. */
         len = packet_socket_recv(ps, &hdr, room, sizeof(room));
         if (len >= 0 || len == -EMSGSIZE || len == -EINVAL) {
             frames++;
-        } else if (len != -ENETDOWN) { /* which comes before frames */
+        } else if (len != -ENETDOWN) { /* that comes before the frames */
             break;
         }
     }
@@ -583,8 +583,8 @@ int packet_socket_send(PacketSocket *ps, const PacketSocketFrame *frames,
                        size_t n)
 {
     /*
-     * With this the kernel takes the protocol from the frame.  A socket that
-     * was passed may be bound to another one.
+     * The protocol is 0: the kernel takes it from the frame, and not from what
+     * the socket is bound to.
      */
     struct sockaddr_ll addr = {
         .sll_family = AF_PACKET,
@@ -619,7 +619,7 @@ uint64_t packet_socket_drops(PacketSocket *ps)
     struct tpacket_stats stats;
     socklen_t size = sizeof(stats);
 
-    /* Reading them sets the kernel's counters to 0. */
+    /* To read the kernel's counters resets them. */
     if (getsockopt(ps->fd, SOL_PACKET, PACKET_STATISTICS,
                    &stats, &size) == 0) {
         ps->drops += stats.tp_drops;

@@ -51,7 +51,7 @@ typedef struct FilterTapConfig {
     CharFrontend *chr_in;       /* where frames to inject come from, or NULL */
     CharFrontend *chr_out;      /* where captured frames go, or NULL */
     bool vnet_hdr;              /* the streams tell its length */
-    bool takes;                 /* packets, if it works only while stopped */
+    bool takes;                 /* instead of copies, if only while stopped */
     FilterTapSink *sink;        /* gets captured frames, or NULL */
     void *opaque;               /* for @sink */
 } FilterTapConfig;
@@ -68,7 +68,7 @@ bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
 /* Undo filter_tap_setup(), if it was called. */
 void filter_tap_cleanup(FilterTap *ft);
 
-/* Of the class.  Who replaces it calls it if there are endpoints. */
+/* The class's; who replaces it must call it if there are endpoints. */
 void filter_tap_status_changed(NetFilterState *nf, Error **errp);
 
 /*

@@ -1,5 +1,5 @@
 /*
- * Work on frames that their virtio-net header leaves to others
+ * What the virtio-net headers of frames leave to others: checksums, segments
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
@@ -32,15 +32,15 @@ bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
                             bool swap);
 
 /*
- * Express the guest's header as the kernel's.  What it says is not checked
- * against the frame: the kernel does that.  Returns false if no header has
- * @guest_len bytes.
+ * Express the guest's header as the kernel's.  The kernel is to check whether
+ * it fits the frame.  Returns false if @guest_len is not the length of a
+ * header.
  */
 bool frame_offload_from_guest(struct virtio_net_hdr *hdr,
                               const uint8_t *guest, size_t guest_len,
                               bool swap);
 
-/* Where the headers of TCP or UDP, and of IP before them, are */
+/* Where a frame's IP header is, and that of TCP or UDP behind it */
 typedef struct FrameLayout {
     size_t l3;                  /* offsets in the frame, in bytes */
     size_t l4;
@@ -52,28 +52,28 @@ typedef struct FrameLayout {
 /* A GSO frame that is being segmented */
 typedef struct FrameSegments {
     const uint8_t *frame;
-    FrameLayout at;             /* in a tunnel, of the inner frame */
-    FrameLayout tunnel;         /* all 0 without one */
+    FrameLayout at;             /* of the innermost headers */
+    FrameLayout tunnel;         /* of those around them; all 0 without any */
     size_t payload;             /* length of what is to be cut, in bytes */
     size_t size;                /* of the payload of one segment, in bytes */
     unsigned count;
 } FrameSegments;
 
-/* More bytes of headers are not copied for each segment. */
+/* Frames with longer headers are not segmented. */
 #define FRAME_SEGMENTS_MAX_HEADERS 256
 
 /*
- * Prepare to cut a frame into what its header says.  @frame must stay as long
- * as @fs is used.  TCP and UDP (VIRTIO_NET_HDR_GSO_UDP_L4) are known, over IPv4
- * and IPv6, with VLAN tags, options and extension headers, also in a UDP
- * tunnel.  Returns false if the frame is of another kind, or malformed.
+ * Prepare to segment a frame as @hdr says.  @frame must stay as long as @fs is
+ * used.  It may be TCP or UDP (VIRTIO_NET_HDR_GSO_UDP_L4) over IPv4 or IPv6,
+ * with VLAN tags, options and extension headers, also in a UDP tunnel.
+ * Returns false if the frame is of another kind, or malformed.
  */
 bool frame_segments_init(FrameSegments *fs, const struct virtio_net_hdr *hdr,
                          const uint8_t *frame, size_t len);
 
 /*
  * Put the segment @index, less than @fs->count, to @buf, which has room for
- * @fs->at.headers + @fs->size bytes, and its header to @hdr.  That leaves the
+ * @fs->at.headers + @fs->size bytes.  @hdr is its header, which leaves the
  * checksum to the kernel.  Returns the segment's length in bytes.
  */
 size_t frame_segments_get(const FrameSegments *fs, unsigned index,

@@ -26,7 +26,7 @@
 /* The longest payload in bytes; every reader of the stream accepts as much. */
 #define FRAME_STREAM_MAX_PAYLOAD NET_BUFSIZE
 
-/* What a reader reads ahead, in bytes. */
+/* How many bytes a reader is to hold at most. */
 #define FRAME_READER_LIMIT (1 * MiB)
 
 /* How many frames are handed out at a time. */
@@ -46,7 +46,7 @@ typedef void FrameWriterProgress(void *opaque);
  * Create a writer to @chr, which frame_writer_close() destroys.
  *
  * @vnet_hdr: whether the stream tells the length of the virtio-net header
- * @limit: bytes that it holds before it is full; it needs a quarter more memory
+ * @limit: how many bytes it holds when it is full; it allocates up to 5/4 of it
  * @progress: called from the main loop when a peer that had not kept up can
  *            accept more, or has gone
  */
@@ -72,8 +72,8 @@ uint8_t *frame_writer_reserve(FrameWriter *fw, size_t size);
 void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size);
 
 /*
- * Returns whether so much is staged that the caller is to stop reading its
- * source.  The writer still accepts frames that the caller cannot refuse.
+ * Returns whether the caller is to stop reading its source.  It can still stage
+ * frames that it cannot refuse.
  */
 bool frame_writer_full(const FrameWriter *fw);
 
@@ -100,11 +100,10 @@ uint64_t frame_writer_discard(FrameWriter *fw);
 void frame_writer_rewind(FrameWriter *fw);
 
 /*
- * Discard what is staged, and free @fw.  Whoever uses the connection next has
- * to begin with a frame, so close it if the peer has got only a part of one.
- * The caller has removed its handlers of the character device.  Returns the
- * number of frames that the peer has not got, the one that was cut off
- * included.
+ * Discard what is staged, and free @fw.  If the peer has got a part of a frame,
+ * close the connection, as its next user begins with a new one.  The caller has
+ * removed its handlers of the character device.  Returns the number of frames
+ * that the peer has not got, or not as a whole.
  */
 uint64_t frame_writer_close(FrameWriter *fw);
 
@@ -119,9 +118,9 @@ typedef struct StreamFrame {
 } StreamFrame;
 
 /*
- * Gets the next @n frames of the stream, 1 to FRAME_READER_BATCH.  Returns how
- * many of them it is done with.  If not all, it gets the rest again at
- * frame_reader_resume(), and nothing before.
+ * Handles the next @n frames of the stream, 1 to FRAME_READER_BATCH.  Returns
+ * how many of them it has handled.  If not all, it is called again, with the
+ * rest, after frame_reader_resume(), and not before.
  */
 typedef size_t FrameReaderHandler(void *opaque, const StreamFrame *frames,
                                   size_t n);
@@ -135,7 +134,7 @@ typedef size_t FrameReaderHandler(void *opaque, const StreamFrame *frames,
 FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
                               FrameReaderHandler *handler, void *opaque);
 
-/* Returns how many bytes are to be read ahead now. */
+/* Returns how many more bytes the reader is to get now. */
 size_t frame_reader_room(const FrameReader *fr);
 
 /*
@@ -146,7 +145,7 @@ size_t frame_reader_room(const FrameReader *fr);
  */
 void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size);
 
-/* Go on after the handler was not done with all frames. */
+/* Go on after the handler has not handled all frames. */
 void frame_reader_resume(FrameReader *fr);
 
 /* Returns whether all that was pushed is handed out. */

@@ -20,13 +20,13 @@
 typedef struct PacketSocket PacketSocket;
 
 /*
- * Directions, as the kernel sees them from the interface.  On a TAP what the
- * host sends (outgoing) is what the reader of the TAP's fd gets.
+ * Directions, as the kernel names them.  On a TAP outgoing frames go to the
+ * guest, and incoming ones come from it.
  */
 #define PACKET_SOCKET_OUTGOING (1 << 0)
 #define PACKET_SOCKET_INCOMING (1 << 1)
 
-/* What packet_socket_recv() needs besides the frame, to put a VLAN tag back. */
+/* The room that packet_socket_recv() needs to put a VLAN tag back. */
 #define PACKET_SOCKET_TAG_ROOM 4
 
 /* How many frames are sent at a time. */
@@ -64,21 +64,21 @@ PacketSocket *packet_socket_new_capture(const char *ifname, unsigned ifindex,
 PacketSocket *packet_socket_new_inject(const char *ifname, unsigned ifindex,
                                        int fd, Error **errp);
 
-/* Close @ps, or NULL.  The caller has removed its handlers from the fd. */
+/* Close @ps, which may be NULL, and whose fd is not polled any more. */
 void packet_socket_free(PacketSocket *ps);
 
 /*
- * Returns the fd, which stays @ps's.  The fd of a socket that captures is
- * polled edge-triggered (EPOLLET): the kernel reports each frame, also one that
- * it drops from a ring that has room, but the fd is readable all the time.
+ * Returns the fd, which stays @ps's.  To wait for frames, poll it
+ * edge-triggered (EPOLLET): it is always readable, and each frame is an event,
+ * also one that the kernel drops although the ring has room.
  */
 int packet_socket_fd(const PacketSocket *ps);
 
 /*
  * Begin to capture: from now on each frame is queued in the kernel.  If @ps is
  * hooked already, that is quick.  Otherwise this and packet_socket_unhook()
- * can take some 10 ms, until no CPU uses the interface's former list.  Returns
- * false on failure; @ps is not hooked then.
+ * can take some 10 ms, in which the kernel waits for all CPUs.  Returns false
+ * on failure; @ps is not hooked then.
  */
 bool packet_socket_hook(PacketSocket *ps, Error **errp);
 
@@ -102,13 +102,13 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
 
 /*
  * Returns when the frame that packet_socket_recv() has returned last came to
- * the interface, by the host's clock (CLOCK_REALTIME).  @ps stamps.
+ * the interface, by the host's clock (CLOCK_REALTIME), if @ps has the option.
  */
 struct timespec packet_socket_time(const PacketSocket *ps);
 
 /*
- * Returns an upper bound of the calls of packet_socket_recv() that it takes to
- * get all that waits now.
+ * Returns how many calls of packet_socket_recv() it takes at most to read all
+ * that waits now.
  */
 unsigned packet_socket_max_waiting(const PacketSocket *ps);
 
