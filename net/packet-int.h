@@ -19,6 +19,12 @@ void packet_socket_abandon(struct PacketSocket *ps);
 
 /* Ring: frames that the kernel writes to mapped memory (PACKET_RX_RING) */
 
+/*
+ * In bytes: 76 of the kernel's headers, and a frame of an MTU of 1500 with two
+ * VLAN tags
+ */
+#define PACKET_RING_SLOT_SIZE 1600
+
 typedef struct PacketRing {
     uint8_t *memory;
     size_t size;                /* bytes */
@@ -39,7 +45,8 @@ bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
 void packet_ring_unmap(PacketRing *ring, int fd);
 
 /*
- * Returns the next frame's slot, or NULL.  packet_ring_release() goes on to the
+ * Returns the next frame's slot, or NULL.  Whoever has a copy of a passed
+ * socket can map the ring, too, and write to the slot at any time.  packet_ring_release() goes on to the
  * one after it.  The socket is always readable, see net/packet-ring.c.
  */
 const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring);

@@ -28,13 +28,11 @@
 #include "qemu/units.h"
 
 /*
- * A slot holds 76 bytes of the kernel's headers, and a frame of an MTU of 1500
- * with two VLAN tags.  The kernel allocates a block in one piece; it has to be
- * whole pages, which may be as large.
+ * The kernel allocates a block in one piece; it has to be whole pages, which
+ * may be as large.
  */
-#define SLOT_SIZE 1600
 #define BLOCK_SIZE (64 * KiB)
-#define SLOTS_PER_BLOCK (BLOCK_SIZE / SLOT_SIZE)
+#define SLOTS_PER_BLOCK (BLOCK_SIZE / PACKET_RING_SLOT_SIZE)
 
 /* How many slots ahead to prefetch; a ring has at least as many. */
 #define AHEAD 8
@@ -46,7 +44,7 @@ static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring, int ahead)
 
     return (struct tpacket2_hdr *)
            (ring->memory + n / SLOTS_PER_BLOCK * BLOCK_SIZE +
-            n % SLOTS_PER_BLOCK * SLOT_SIZE);
+            n % SLOTS_PER_BLOCK * PACKET_RING_SLOT_SIZE);
 }
 
 /* Longer frames wait in the socket's queue; their slots refer to it. */
@@ -55,7 +53,7 @@ static bool packet_ring_set_up(PacketRing *ring, int fd)
     struct tpacket_req req = {
         .tp_block_size = BLOCK_SIZE,
         .tp_block_nr = ring->size / BLOCK_SIZE,
-        .tp_frame_size = SLOT_SIZE,
+        .tp_frame_size = PACKET_RING_SLOT_SIZE,
         .tp_frame_nr = ring->size / BLOCK_SIZE * SLOTS_PER_BLOCK,
     };
     int version = TPACKET_V2, threshold = 1;

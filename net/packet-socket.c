@@ -35,6 +35,7 @@
 #include <linux/sock_diag.h>
 #include "qapi/error.h"
 #include "net/packet-socket.h"
+#include "qemu/atomic.h"
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qemu/units.h"
@@ -485,14 +486,16 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
 {
     const struct tpacket2_hdr *slot = packet_ring_next(&ps->ring);
     const uint8_t *data;
-    uint32_t status;
+    uint32_t status, in_slot, at;
     ssize_t len;
 
     if (!slot) {
         return -EAGAIN;
     }
     status = slot->tp_status;
-    data = (const uint8_t *)slot + slot->tp_mac;
+    in_slot = qatomic_read(&slot->tp_snaplen);
+    at = qatomic_read(&slot->tp_mac);
+    data = (const uint8_t *)slot + at;
     if (status & TP_STATUS_COPY) {
         len = packet_socket_recv_queue(ps, hdr, frame, size);
         if (len == -EAGAIN) {
@@ -500,16 +503,17 @@ static ssize_t packet_socket_recv_slot(PacketSocket *ps,
         } else if (len < 0 && len != -EMSGSIZE && len != -EINVAL) {
             return len;         /* of the socket; the frame is still there */
         }
-    } else if (slot->tp_snaplen < slot->tp_len) {
+    } else if (in_slot < slot->tp_len) {
         len = -ENOBUFS;
-    } else if (slot->tp_len > size) {
+    } else if (in_slot > size || at < sizeof(*slot) + sizeof(*hdr) ||
+               at + in_slot > PACKET_RING_SLOT_SIZE) {
         len = -EMSGSIZE;
     } else {
         memcpy(hdr, data - sizeof(*hdr), sizeof(*hdr));
-        memcpy(frame, data, slot->tp_len);
+        memcpy(frame, data, in_slot);
         ps->time.tv_sec = slot->tp_sec;
         ps->time.tv_nsec = slot->tp_nsec;
-        len = packet_socket_restore_tag(hdr, frame, slot->tp_len, status,
+        len = packet_socket_restore_tag(hdr, frame, in_slot, status,
                                         slot->tp_vlan_tci,
                                         slot->tp_vlan_tpid);
     }

@@ -19,8 +19,10 @@
 #include "net/packet-socket.h"
 #include "qapi/error.h"
 #include "tap-helpers.h"
+#include "../../net/packet-int.h"
 #include <sched.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
@@ -1776,6 +1778,35 @@ static void test_passed_free(Lab *lab)
     }
 }
 
+/* Whoever has a copy of the socket can map the ring, too, and write to it. */
+static void test_passed_mapped(Lab *lab)
+{
+    const uint16_t places[] = { 0, 40, PACKET_RING_SLOT_SIZE, UINT16_MAX };
+    g_autofree Frame *got = g_new0(Frame, 1);
+    int fd = socket(AF_PACKET, SOCK_RAW, 0);
+    PacketSocket *ps = capture_new(&lab->tap, fd, lab->way->directions);
+    struct tpacket2_hdr *slot = MAP_FAILED;
+    size_t size = 0;
+
+    while (slot == MAP_FAILED) {
+        size += 65536;
+        g_assert_cmpuint(size, <, CAPTURE_MEMORY);
+        slot = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    }
+    packet_socket_hook(ps, &error_abort);
+    for (int i = 0; i < ARRAY_SIZE(places); i++) {
+        lab_pass(lab, make_small, i);
+        ((struct tpacket2_hdr *)((uint8_t *)slot + i * PACKET_RING_SLOT_SIZE))
+            ->tp_mac = places[i];
+        g_assert_cmpint(packet_socket_recv(ps, &got->hdr, got->data,
+                                           sizeof(got->data)), ==, -EMSGSIZE);
+    }
+    lab_pass(lab, make_small, 9);
+    capture_expect(ps, make_small, 9);
+    munmap(slot, size);
+    packet_socket_free(ps);
+}
+
 /* It stays the caller's, and is closed here. */
 static void expect_passed_error(const Tap *tap, int fd, bool injects,
                                 size_t memory, const char *text)
@@ -1945,6 +1976,7 @@ int main(int argc, char **argv)
     add_tap_test("errors/leak", test_errors_leak);
     add_lab_tests("passed/capture", test_passed_capture);
     add_lab_tests("passed/free", test_passed_free);
+    add_lab_tests("passed/mapped", test_passed_mapped);
     add_tap_test("passed/inject", test_passed_inject);
     add_tap_test("passed/errors", test_passed_errors);
     add_tap_test("passed/no-privilege", test_passed_no_privilege);
