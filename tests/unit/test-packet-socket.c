@@ -1267,12 +1267,13 @@ static void test_capture_times(Lab *lab)
                                    lab->way->directions, CAPTURE_MEMORY, true,
                                    &error_abort);
     packet_socket_hook(ps, &error_abort);
-    /* The kernel begins with it in its own time. */
-    do {
+    /* The kernel begins with it in its own time, in each direction. */
+    for (int good = 0; good < 4;) {
         g_assert_cmpint(g_get_monotonic_time(), <, end);
         lab_pass(lab, make_some_jumbo, 0);
         passed = now_ns();
-    } while (capture_expect_time(ps, 0) > passed);
+        good = capture_expect_time(ps, 0) > passed ? 0 : good + 1;
+    }
 
     for (int i = 0; i < FRAMES; i++) {
         before[i] = now_ns();
