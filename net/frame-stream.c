@@ -27,6 +27,7 @@
 #include "qemu/bswap.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
+#include "qemu/main-loop.h"
 #include "qemu/timer.h"
 #include "chardev/char.h"
 #include "net/frame-stream.h"
@@ -39,6 +40,9 @@
 
 /* A larger buffer is freed when it has become empty. */
 #define FRAME_WRITER_KEEP (1 << 20)
+
+/* How many batches are handed out before others get their turn. */
+#define FRAME_READER_BATCHES 4
 
 typedef struct FrameBuffer {
     uint8_t *data;
@@ -73,6 +77,7 @@ struct FrameReader {
     FrameBuffer buf;
     FrameReaderHandler *handler;
     void *opaque;
+    QEMUBH *bh;
 };
 
 static size_t frame_prefix_len(bool vnet_hdr)
@@ -314,6 +319,11 @@ uint64_t frame_writer_close(FrameWriter *fw)
     return lost;
 }
 
+static void frame_reader_bh(void *opaque)
+{
+    frame_reader_resume(opaque);
+}
+
 FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
                               FrameReaderHandler *handler, void *opaque)
 {
@@ -323,6 +333,7 @@ FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
     fr->vnet_hdr = vnet_hdr;
     fr->handler = handler;
     fr->opaque = opaque;
+    fr->bh = qemu_bh_new(frame_reader_bh, fr);
     return fr;
 }
 
@@ -414,14 +425,20 @@ static bool frame_reader_hand_out(FrameReader *fr)
 void frame_reader_resume(FrameReader *fr)
 {
     FrameBuffer *buf = &fr->buf;
+    unsigned batches = 0;
 
     if (fr->running) {
         return;
     }
     fr->running = true;
     fr->waiting = false;
+    qemu_bh_cancel(fr->bh);
     while (frame_reader_hand_out(fr)) {
-        /* the next batch */
+        if (++batches == FRAME_READER_BATCHES) {
+            qemu_bh_schedule(fr->bh);
+            fr->waiting = true;
+            break;
+        }
     }
     fr->running = false;
     if (buf->head == buf->tail) {
@@ -476,6 +493,7 @@ void frame_reader_close(FrameReader *fr)
     if (frame_reader_complete(fr) < fr->buf.tail) {
         qemu_chr_fe_disconnect(fr->chr);
     }
+    qemu_bh_delete(fr->bh);
     g_free(fr->buf.data);
     g_free(fr);
 }

@@ -8,14 +8,15 @@
  * connection ends.  What the reader hands out is compared with what a trivial
  * parser finds in all bytes of each connection together.
  *
- * The character device is replaced by what is below.  What only the writer
- * calls does not exist.
+ * The character device and the main loop are replaced by what is below.  What
+ * only the writer calls does not exist.
  */
 
 #include "qemu/osdep.h"
 #include "qemu/bswap.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
+#include "qemu/main-loop.h"
 #include "chardev/char-fe.h"
 #include "net/frame-stream.h"
 #include "check.h"
@@ -97,6 +98,57 @@ void error_setg_internal(Error **errp, const char *src, int line,
 
 void error_report(const char *fmt, ...)
 {
+}
+
+/* The main loop: one bottom half */
+
+struct QEMUBH {
+    QEMUBHFunc *cb;
+    void *opaque;
+    bool scheduled;
+};
+
+QEMUBH *qemu_bh_new_full(QEMUBHFunc *cb, void *opaque, const char *name,
+                         MemReentrancyGuard *guard)
+{
+    QEMUBH *bh = g_new0(QEMUBH, 1);
+
+    bh->cb = cb;
+    bh->opaque = opaque;
+    return bh;
+}
+
+static QEMUBH *scheduled;
+
+void qemu_bh_delete(QEMUBH *bh)
+{
+    if (scheduled == bh) {
+        scheduled = NULL;
+    }
+    g_free(bh);
+}
+
+void qemu_bh_cancel(QEMUBH *bh)
+{
+    bh->scheduled = false;
+}
+
+void qemu_bh_schedule(QEMUBH *bh)
+{
+    bh->scheduled = true;
+    scheduled = bh;
+}
+
+static bool run_bh(void)
+{
+    QEMUBH *bh = scheduled;
+
+    if (!bh || !bh->scheduled) {
+        return false;
+    }
+    bh->scheduled = false;
+    bh->cb(bh->opaque);
+    return true;
 }
 
 /* The reference */
@@ -185,6 +237,9 @@ static void resume(size_t accept)
 static void finish(void)
 {
     resume(SIZE_MAX);
+    while (run_bh()) {
+        check_room();
+    }
     CHECK(f.n_seen == f.n_frames);
     CHECK(f.broken == f.bad);
 }
@@ -277,6 +332,8 @@ static void run(const uint8_t *data, size_t size)
         case 6:
             if (arg & 1) {
                 reconnect();
+            } else {
+                run_bh();
             }
             break;
         case 7:

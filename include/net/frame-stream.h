@@ -138,10 +138,10 @@ FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
 size_t frame_reader_room(const FrameReader *fr);
 
 /*
- * Accept @size bytes of the stream, and hand out the frames that are complete.
- * A length of more than FRAME_STREAM_MAX_PAYLOAD closes the connection, the
- * first time with an error message, and what follows is ignored until
- * frame_reader_reset().
+ * Accept @size bytes of the stream, and hand out the frames that are complete;
+ * if they are many, a part of them later from the main loop.  A length of more
+ * than FRAME_STREAM_MAX_PAYLOAD closes the connection, the first time with an
+ * error message, and what follows is ignored until frame_reader_reset().
  */
 void frame_reader_push(FrameReader *fr, const uint8_t *data, size_t size);
 

@@ -1378,6 +1378,30 @@ static void test_reader_too_long_once(void)
     expect_frames(link, 1);
 }
 
+#define MANY_FRAMES 10000
+
+static void reader_push_many(Link *link)
+{
+    for (int i = 0; i < MANY_FRAMES; i++) {
+        link_make(link, 60);
+    }
+    g_assert_cmpuint(link->expected->len, <=, frame_reader_room(link->fr));
+    frame_reader_push(link->fr, link->expected->data, link->expected->len);
+}
+
+/* With many frames left that wait, or of which a part was to come later */
+static void test_reader_free(void)
+{
+    for (int wait = 0; wait < 2; wait++) {
+        g_autoptr(Link) link = link_new_reader(true);
+
+        link->accept = wait ? 0 : UINT_MAX;
+        reader_push_many(link);
+        frame_reader_push(link->fr, link->expected->data, 10);
+        g_assert_cmpuint(link->frames, <, MANY_FRAMES);
+    }
+}
+
 /* The connection ends only if the next reader could not begin with a frame. */
 static void test_reader_close(void)
 {
@@ -1395,30 +1419,25 @@ static void test_reader_close(void)
     }
 }
 
-#define MANY_FRAMES 10000
-
-static void test_reader_many(void)
+/* While many frames are handed out others get their turn in the main loop. */
+static void test_reader_turns(void)
 {
     for (int wait = 0; wait < 2; wait++) {
         g_autoptr(Link) link = link_new_reader(true);
+        unsigned turns = 0;
 
         link->accept = wait ? 0 : UINT_MAX;
-        for (int i = 0; i < MANY_FRAMES; i++) {
-            link_make(link, 60);
-        }
-        g_assert_cmpuint(link->expected->len, <=, frame_reader_room(link->fr));
-        frame_reader_push(link->fr, link->expected->data, link->expected->len);
+        reader_push_many(link);
         if (wait) {
-            expect_frames(link, 0);
+            g_assert_true(link->waiting);
             link_resume_now(link, UINT_MAX);
         }
-        /* All at once, many at a time */
+        g_assert_cmpuint(link->frames, >, 0);
+        AWAIT((turns++, link->frames == MANY_FRAMES));
+        g_assert_cmpuint(turns, >, 5);
+        /* They came many at a time. */
         g_assert_cmpuint(link->calls, <, MANY_FRAMES / 4);
         expect_frames(link, MANY_FRAMES);
-        /* With some that wait */
-        link->accept = 0;
-        link_make(link, 60);
-        frame_reader_push(link->fr, link->expected->data, link->expected->len);
     }
 }
 
@@ -1470,7 +1489,8 @@ int main(int argc, char **argv)
     TEST_FORMATS("reader/reset", test_reader_reset);
     TEST("reader/too-long", test_reader_too_long);
     TEST("reader/too-long/once", test_reader_too_long_once);
+    TEST("reader/free", test_reader_free);
     TEST("reader/close", test_reader_close);
-    TEST("reader/many", test_reader_many);
+    TEST("reader/turns", test_reader_turns);
     return g_test_run();
 }
