@@ -63,6 +63,9 @@
 
 #define LINGER_MS 1000
 
+/* How many frames are read at a time from a socket that drains. */
+#define DRAIN_BATCH 1024
+
 /*
  * Shares of buffer-size: what the frame writer may hold, with and without a
  * socket, and what the socket may.  A writer allocates 5/4 of what it may hold.
@@ -393,28 +396,39 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     fc->state = new;
 }
 
-/*
- * The capture ends, or drains: stage the frames that are in the socket now, as
- * far as there is room.  More may come meanwhile, so their number is limited.
- */
-static void filter_tap_capture_end(FilterTapCapture *fc)
+/* Stage the frames that are in the socket now, however many come meanwhile. */
+static void filter_tap_capture_end_copy(FilterTapCapture *fc)
 {
     unsigned max = packet_socket_max_waiting(fc->socket);
-    bool copied = fc->state == CAPTURE_COPY;
     int err;
 
     if (!filter_tap_capture_has_peer(fc)) {
         fc->stats.peer_drops += packet_socket_discard(fc->socket);
-        filter_tap_capture_set_state(fc, copied ? CAPTURE_LINGER : CAPTURE_OFF);
+        filter_tap_capture_set_state(fc, CAPTURE_LINGER);
         return;
     }
     filter_tap_capture_read(fc, max, SIZE_MAX, &err);
     filter_tap_capture_set_state(fc, filter_tap_capture_full(fc) ?
                                      CAPTURE_DRAIN :
-                                     copied && (!err || err == -EAGAIN) ?
-                                     CAPTURE_LINGER : CAPTURE_OFF);
+                                     err && err != -EAGAIN ?
+                                     CAPTURE_OFF : CAPTURE_LINGER);
     filter_tap_capture_flush(fc);
-    if (fc->state == CAPTURE_DRAIN && !filter_tap_capture_full(fc)) {
+    if (fc->state == CAPTURE_DRAIN) {
+        qemu_bh_schedule(fc->bh);       /* there may be room again */
+    }
+}
+
+static void filter_tap_capture_drain(FilterTapCapture *fc)
+{
+    int err;
+
+    if (!filter_tap_capture_has_peer(fc)) {
+        filter_tap_capture_set_state(fc, CAPTURE_OFF);
+    } else if (!filter_tap_capture_full(fc)) {
+        filter_tap_capture_read(fc, DRAIN_BATCH, SIZE_MAX, &err);
+        if (err) {
+            filter_tap_capture_set_state(fc, CAPTURE_OFF);
+        }
         qemu_bh_schedule(fc->bh);
     }
 }
@@ -428,8 +442,10 @@ static void filter_tap_capture_update(FilterTapCapture *fc)
     if (works) {
         filter_tap_capture_set_state(fc, fc->takes ? CAPTURE_TAKE :
                                                      CAPTURE_COPY);
-    } else if (fc->state == CAPTURE_COPY || fc->state == CAPTURE_DRAIN) {
-        filter_tap_capture_end(fc);
+    } else if (fc->state == CAPTURE_COPY) {
+        filter_tap_capture_end_copy(fc);
+    } else if (fc->state == CAPTURE_DRAIN) {
+        filter_tap_capture_drain(fc);
     } else if (fc->state == CAPTURE_TAKE) {
         filter_tap_capture_set_state(fc, CAPTURE_OFF);
     }
@@ -571,6 +587,7 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     filter_tap_capture_flush(fc);
     while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc)) {
         filter_tap_capture_update(fc);
+        filter_tap_capture_flush(fc);
     }
     if (fc->config.chr_out) {
         qemu_chr_fe_set_handlers(fc->config.chr_out, NULL, NULL, NULL, NULL,
