@@ -254,7 +254,8 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
 
 /* To the peer */
 
-static void filter_tap_capture_flush(FilterTapCapture *fc)
+/* With @now, try at once: the peer may have made room before the watch fires. */
+static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
 {
     int ret;
 
@@ -262,12 +263,13 @@ static void filter_tap_capture_flush(FilterTapCapture *fc)
     if (!fc->writer || !filter_tap_capture_has_peer(fc)) {
         return;
     }
+    ret = now ? frame_writer_flush_now(fc->writer) :
+                frame_writer_flush(fc->writer);
     /*
      * If the connection is still there after an error (a datagram socket, a
      * full disk), a frame cannot be written.  Copies are dropped, or the
      * capture would be stuck.  What was taken is kept, and the TAP is held.
      */
-    ret = frame_writer_flush(fc->writer);
     if (ret < 0 && !fc->takes) {
         trace_filter_tap_peer_error(fc->user->link->ifname, -ret);
         fc->stats.peer_drops += frame_writer_discard(fc->writer);
@@ -412,7 +414,7 @@ static void filter_tap_capture_end_copy(FilterTapCapture *fc)
                                      CAPTURE_DRAIN :
                                      err && err != -EAGAIN ?
                                      CAPTURE_OFF : CAPTURE_LINGER);
-    filter_tap_capture_flush(fc);
+    filter_tap_capture_flush(fc, true);
     if (fc->state == CAPTURE_DRAIN) {
         qemu_bh_schedule(fc->bh);       /* there may be room again */
     }
@@ -475,7 +477,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
     frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
     *bytes = fc->stats.bytes - before;
     *more = err != -EAGAIN;
-    filter_tap_capture_flush(fc);
+    filter_tap_capture_flush(fc, false);
     filter_tap_capture_update(fc);
     return frames;
 }
@@ -483,7 +485,7 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
 /* The peer may accept more, or there is more to write. */
 static void filter_tap_capture_write(void *opaque)
 {
-    filter_tap_capture_flush(opaque);
+    filter_tap_capture_flush(opaque, false);
     filter_tap_capture_update(opaque);
 }
 
@@ -584,10 +586,10 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     }
     drops = filter_tap_capture_stats(fc).kernel_drops;
     filter_tap_capture_set_active(fc, false);
-    filter_tap_capture_flush(fc);
+    filter_tap_capture_flush(fc, true);
     while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc)) {
         filter_tap_capture_update(fc);
-        filter_tap_capture_flush(fc);
+        filter_tap_capture_flush(fc, true);
     }
     if (fc->config.chr_out) {
         qemu_chr_fe_set_handlers(fc->config.chr_out, NULL, NULL, NULL, NULL,

@@ -244,8 +244,9 @@ int frame_writer_flush(FrameWriter *fw)
 {
     FrameBuffer *buf = &fw->buf;
 
-    /* The peer may have made room, although the watch has not told it yet. */
-    frame_writer_unwatch(fw);
+    if (fw->watch) {
+        return 0;
+    }
     while (buf->head < buf->tail) {
         unsigned generation = fw->generation;
         size_t end = fw->datagrams ? frame_writer_end(fw, fw->first) :
@@ -275,6 +276,12 @@ int frame_writer_flush(FrameWriter *fw)
         frame_writer_retry_later(fw);
     }
     return 0;
+}
+
+int frame_writer_flush_now(FrameWriter *fw)
+{
+    frame_writer_unwatch(fw);
+    return frame_writer_flush(fw);
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)

@@ -88,6 +88,12 @@ bool frame_writer_empty(const FrameWriter *fw);
 int frame_writer_flush(FrameWriter *fw);
 
 /*
+ * As frame_writer_flush(), but do not wait until the character device tells
+ * that there is room: the caller has to decide now what becomes of the rest.
+ */
+int frame_writer_flush_now(FrameWriter *fw);
+
+/*
  * Discard the frames of which nothing has been written yet.  Returns their
  * number.
  */
