@@ -254,7 +254,7 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
 
 /* To the peer */
 
-/* With @now, try at once: the peer may have made room before the watch fires. */
+/* With @now, try before the watch fires: the peer may have made room. */
 static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
 {
     int ret;

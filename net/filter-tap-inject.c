@@ -304,9 +304,11 @@ static size_t filter_tap_inject_some(FilterTapInject *fi,
         return 1;
     }
     if (to_network && !runstate_is_running()) {
-        /* A guest that wakes up (S3) is no change of the VM's state. */
-        timer_mod(fi->retry,
-                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + RETRY_MAX_MS);
+        if (fi->user->link->running) {
+            /* The guest sleeps (S3), and nothing tells when it wakes up. */
+            timer_mod(fi->retry,
+                      qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + RETRY_MAX_MS);
+        }
         return 0;
     }
     if (fi->socket) {

@@ -134,8 +134,8 @@ static bool filter_tap_get_other_order(NetClientState *netdev, int *value)
 }
 
 /*
- * If this kernel's never are, QEMU swaps the headers by itself, and does not
- * use vhost.
+ * If this kernel has no headers in the other order, QEMU swaps them by itself,
+ * and does not use vhost.
  */
 bool filter_tap_link_swapped(FilterTapLink *link)
 {

@@ -46,8 +46,9 @@ void packet_ring_unmap(PacketRing *ring, int fd);
 
 /*
  * Returns the next frame's slot, or NULL.  Whoever has a copy of a passed
- * socket can map the ring, too, and write to the slot at any time.  packet_ring_release() goes on to the
- * one after it.  The socket is always readable, see net/packet-ring.c.
+ * socket can map the ring, too, and write to the slot at any time.
+ * packet_ring_release() goes on to the one after it.  The socket is always
+ * readable, see net/packet-ring.c.
  */
 const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring);
 void packet_ring_release(PacketRing *ring);

@@ -79,28 +79,25 @@ static int packet_socket_get_option(int fd, int level, int option)
  * changes nothing of them.
  */
 
+/* Returns 0 if the kernel does not tell (before Linux 5.14). */
 static uint64_t packet_socket_netns(int fd)
 {
     uint64_t cookie = 0;
     socklen_t size = sizeof(cookie);
 
-    /* Since Linux 5.14; SIOCGSKNS would need a privilege. */
+    /* SIOCGSKNS would need a privilege. */
     getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &size);
     return cookie;
 }
 
-/* In another network namespace the same number is another interface. */
+/* An interface's number counts in its network namespace. */
 static bool packet_socket_same_netns(int fd)
 {
-    int own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    bool same;
+    int any = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    uint64_t own = packet_socket_netns(any);
 
-    if (own < 0) {
-        return false;
-    }
-    same = packet_socket_netns(own) == packet_socket_netns(fd);
-    close(own);
-    return same;
+    close(any);
+    return own && own == packet_socket_netns(fd);
 }
 
 /* Whether the socket is bound to this interface, or to none. */
@@ -532,14 +529,20 @@ static void packet_socket_leave_ring(PacketSocket *ps)
 ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
                            uint8_t *frame, size_t size)
 {
-    ssize_t len;
+    ssize_t len = -EAGAIN;
 
     size -= MIN(size, PACKET_SOCKET_TAG_ROOM);
     if (!ps->ring.slots) {
         return packet_socket_recv_queue(ps, hdr, frame, size);
     }
-    while ((len = packet_socket_recv_slot(ps, hdr, frame, size)) == -ENOBUFS) {
+    /* Others may write to a passed socket's ring, but not keep QEMU here. */
+    for (unsigned i = 0; i < ps->ring.slots; i++) {
+        len = packet_socket_recv_slot(ps, hdr, frame, size);
+        if (len != -ENOBUFS) {
+            break;
+        }
         ps->drops++;
+        len = -EAGAIN;
     }
     if (len == -EAGAIN) {
         /* Errors of the socket do not show in the ring. */

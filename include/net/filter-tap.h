@@ -50,7 +50,7 @@ typedef bool FilterTapSink(void *opaque, const struct timespec *time,
 typedef struct FilterTapConfig {
     CharFrontend *chr_in;       /* where frames to inject come from, or NULL */
     CharFrontend *chr_out;      /* where captured frames go, or NULL */
-    bool vnet_hdr;              /* the streams tell its length */
+    bool vnet_hdr;              /* the streams tell the header's length */
     bool takes;                 /* instead of copies, if only while stopped */
     FilterTapSink *sink;        /* gets captured frames, or NULL */
     void *opaque;               /* for @sink */

@@ -22,6 +22,7 @@
 #include "libqos/virtio.h"
 #include "qemu/atomic.h"
 #include "qemu/bswap.h"
+#include "qemu/cutils.h"
 #include "qemu/units.h"
 
 #define BOTH CAPTURE "tx " INJECT "tx"
@@ -864,6 +865,21 @@ static void test_interface_deleted(Fixture *f)
     expect_message(f, 2, "netdev 'n0': ");
 }
 
+static void test_interface_renamed(Fixture *f)
+{
+    expect_working(f);
+    run_command("ip link set %s down", f->ifname);
+    run_command("ip link set %s name renamed", f->ifname);
+    pstrcpy(f->ifname, sizeof(f->ifname), "renamed");
+    interface_up(f);
+    expect_working(f);
+    guest_stop(f);
+    del_object(f, "cap");
+    add_capture(f);
+    host_send(f, 5000, 10);
+    expect_out(f, 5000, 10);
+}
+
 /* To another network namespace, and back */
 static void test_interface_netns(Fixture *f)
 {
@@ -1552,6 +1568,7 @@ static const FaultTest tests[] = {
       INJECT "rx", STARTED | WATCHED },
     { "interface/deleted", test_interface_deleted,
       BOTH, MAPPED | WATCHED | HEARD },
+    { "interface/renamed", test_interface_renamed, BOTH, MAPPED },
     { "interface/netns", test_interface_netns, BOTH, MAPPED | WATCHED | HEARD },
     { "interface/full", test_interface_full, BOTH },
     { "error/setup", test_error_setup, "" },

@@ -868,6 +868,16 @@ static void test_hotplug(Fixture *f)
     expect_source(f, "cap", "none");
 }
 
+static void test_netdev_del(Fixture *f)
+{
+    g_autofree char *text = NULL;
+
+    hmp(f, "netdev_del n0");
+    text = qtest_hmp(f->qts, "qom-list /objects/cap");
+    g_assert_nonnull(strstr(text, "not found"));
+    g_assert_cmpint(hooked(f), ==, 0);
+}
+
 static void test_device_del(Fixture *f)
 {
     qtest_qmp_device_del_send(f->qts, "nic");
@@ -1487,6 +1497,8 @@ int main(int argc, char **argv)
     rig_add_vm("inject/shifted", "-object filter-redirector,id=inj,netdev=n0,"
                "queue=tx,indev=in", test_inject_shifted);
     rig_add_guest("life/hotplug", "", test_hotplug);
+    rig_add_guest("life/netdev-del", CAPTURE "tx " INJECT "tx",
+                  test_netdev_del);
     rig_add_guest("life/device-del", CAPTURE "tx", test_device_del);
     rig_add_guest("life/no-leak", "", test_no_leak);
     rig_add_guest("peer/slow-off", CAPTURE "tx", test_slow_peer_off);
