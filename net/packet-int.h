@@ -17,6 +17,18 @@ struct PacketSocket;
 /* Undo packet_socket_new_capture(): an @fd that was passed stays open. */
 void packet_socket_abandon(struct PacketSocket *ps);
 
+/* Returns the value of an option of the socket @fd; 0 if it has none. */
+int packet_get_option(int fd, int level, int option);
+
+/* Passed sockets */
+
+/*
+ * Returns whether @fd, which somebody else opened, can be used as a packet
+ * socket on the interface.
+ */
+bool packet_passed_check(int fd, const char *ifname, unsigned ifindex,
+                         Error **errp);
+
 /* Ring: frames that the kernel writes to mapped memory (PACKET_RX_RING) */
 
 /*

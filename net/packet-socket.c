@@ -28,6 +28,7 @@
 
 #include "qemu/osdep.h"
 #include <net/if.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <linux/filter.h>
 #include <linux/if_ether.h>
@@ -64,93 +65,6 @@ struct PacketSocket {
     struct timespec time;       /* of the frame that was taken last */
     char ifname[IFNAMSIZ];
 };
-
-/* Returns the value of an option; 0 if @fd has none. */
-static int packet_socket_get_option(int fd, int level, int option)
-{
-    int value = 0;
-    socklen_t size = sizeof(value);
-
-    return getsockopt(fd, level, option, &value, &size) < 0 ? 0 : value;
-}
-
-/*
- * Sockets that somebody else opened: what follows needs no privilege, and
- * changes nothing of them.
- */
-
-/* Returns 0 if the kernel does not tell (before Linux 5.14). */
-static uint64_t packet_socket_netns(int fd)
-{
-    uint64_t cookie = 0;
-    socklen_t size = sizeof(cookie);
-
-    /* SIOCGSKNS would need a privilege. */
-    getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &cookie, &size);
-    return cookie;
-}
-
-/* An interface's number counts in its network namespace. */
-static bool packet_socket_same_netns(int fd)
-{
-    int any = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    uint64_t own = packet_socket_netns(any);
-
-    close(any);
-    return own && own == packet_socket_netns(fd);
-}
-
-/* Whether the socket is bound to this interface, or to none. */
-static bool packet_socket_fits_binding(int fd, unsigned ifindex)
-{
-    struct sockaddr_ll addr = { };
-    socklen_t size = sizeof(addr);
-
-    return getsockname(fd, (struct sockaddr *)&addr, &size) == 0 &&
-           (!addr.sll_ifindex || addr.sll_ifindex == ifindex);
-}
-
-/* With a ring, the kernel refuses to set the version, even to the same. */
-static bool packet_socket_has_ring(int fd)
-{
-    int version = packet_socket_get_option(fd, SOL_PACKET, PACKET_VERSION);
-
-    return setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version,
-                      sizeof(version)) < 0 && errno == EBUSY;
-}
-
-/* Whether the socket that was passed can be used on the interface. */
-static bool packet_socket_check(const PacketSocket *ps, Error **errp)
-{
-    int fd = ps->fd;
-    int domain = packet_socket_get_option(fd, SOL_SOCKET, SO_DOMAIN);
-    const char *flaw = NULL;
-
-    if (!domain && errno == EACCES) {
-        flaw = "is refused, as AppArmor or SELinux may do";
-    } else if (!domain && errno == EBADF) {
-        flaw = "is not open";
-    } else if (domain != AF_PACKET) {
-        flaw = "is not a packet socket";
-    } else if (packet_socket_get_option(fd, SOL_SOCKET, SO_TYPE) != SOCK_RAW) {
-        flaw = "is not of type SOCK_RAW";
-    } else if (!packet_socket_same_netns(fd)) {
-        flaw = "is in another network namespace than QEMU";
-    } else if (!packet_socket_fits_binding(fd, ps->ifindex)) {
-        flaw = "is bound to another interface";
-    } else if (packet_socket_get_option(fd, SOL_PACKET, PACKET_FANOUT)) {
-        flaw = "is in a fanout group";
-    } else if (packet_socket_get_option(fd, SOL_SOCKET, SO_LOCK_FILTER)) {
-        flaw = "has a locked filter; maybe another filter uses it";
-    } else if (packet_socket_has_ring(fd)) {
-        flaw = "has a ring";
-    }
-    if (flaw) {
-        error_setg(errp, "cannot use file descriptor %d for interface '%s': "
-                   "it %s", fd, ps->ifname, flaw);
-    }
-    return !flaw;
-}
 
 static bool packet_socket_option(PacketSocket *ps, int level, int option,
                                  int value, const char *name, Error **errp)
@@ -202,7 +116,7 @@ static PacketSocket *packet_socket_new(const char *ifname, unsigned ifindex,
     ps->ifindex = ifindex;
     ps->fd = fd;
     ps->passed = fd >= 0;
-    if ((ps->passed ? packet_socket_check(ps, errp) :
+    if ((ps->passed ? packet_passed_check(fd, ifname, ifindex, errp) :
                       packet_socket_open(ps, errp)) &&
         packet_socket_option(ps, SOL_PACKET, PACKET_VNET_HDR, 1,
                              "PACKET_VNET_HDR", errp)) {
@@ -294,7 +208,7 @@ static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
      */
     if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
                    &size, sizeof(size)) < 0 &&
-        packet_socket_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF) / 2 < size) {
+        packet_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF) / 2 < size) {
         setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
     }
 }
@@ -546,8 +460,7 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     }
     if (len == -EAGAIN) {
         /* Errors of the socket do not show in the ring. */
-        len = -packet_socket_get_option(ps->fd, SOL_SOCKET, SO_ERROR) ?:
-              -EAGAIN;
+        len = -packet_get_option(ps->fd, SOL_SOCKET, SO_ERROR) ?: -EAGAIN;
         if (packet_ring_stuck(&ps->ring, packet_socket_drops(ps))) {
             packet_socket_leave_ring(ps);
         }
