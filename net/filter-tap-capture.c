@@ -109,7 +109,7 @@ struct FilterTapCapture {
     QEMUTimer *linger;
     uint64_t kernel_drops_seen;
     MACAddr nic_address;        /* in TAKE; all 0 if it is not known */
-    FilterTapCaptureStats stats;
+    uint64_t *counters;         /* of the user */
 };
 
 static void filter_tap_capture_update(FilterTapCapture *fc);
@@ -130,15 +130,14 @@ static bool filter_tap_capture_can_stage(const FilterTapCapture *fc)
     return filter_tap_capture_has_peer(fc) && !filter_tap_capture_full(fc);
 }
 
-/* Count the kernel's drops, but only of frames that the peer would have got. */
-static void filter_tap_capture_update_drops(FilterTapCapture *fc)
+void filter_tap_capture_update_drops(FilterTapCapture *fc)
 {
     uint64_t drops;
 
     if (fc->socket) {
         drops = packet_socket_drops(fc->socket);
         if (fc->state == CAPTURE_COPY || fc->state == CAPTURE_DRAIN) {
-            fc->stats.kernel_drops += drops - fc->kernel_drops_seen;
+            fc->counters[CAPTURE_KERNEL_DROPS] += drops - fc->kernel_drops_seen;
         }
         fc->kernel_drops_seen = drops;
     }
@@ -151,8 +150,8 @@ static void filter_tap_capture_stage(FilterTapCapture *fc, size_t size)
     size_t hdr_len = fc->nf->netdev->vnet_hdr_len;
 
     frame_writer_commit(fc->writer, hdr_len, size);
-    fc->stats.packets++;
-    fc->stats.bytes += size - hdr_len;
+    fc->counters[CAPTURE_PACKETS]++;
+    fc->counters[CAPTURE_BYTES] += size - hdr_len;
 }
 
 static void filter_tap_capture_to_sink(FilterTapCapture *fc,
@@ -164,17 +163,17 @@ static void filter_tap_capture_to_sink(FilterTapCapture *fc,
     hdr->gso_type = VIRTIO_NET_HDR_GSO_NONE;
     frame_offload_to_guest(hdr, frame, len, NULL, 0, false);
     if (fc->config.sink(fc->config.opaque, &time, frame, len)) {
-        fc->stats.packets++;
-        fc->stats.bytes += len;
+        fc->counters[CAPTURE_PACKETS]++;
+        fc->counters[CAPTURE_BYTES] += len;
     } else {
-        fc->stats.peer_drops++;
+        fc->counters[CAPTURE_PEER_DROPS]++;
     }
 }
 
 static void filter_tap_capture_skip(FilterTapCapture *fc, int err)
 {
     trace_filter_tap_capture_skip(fc->user->link->ifname, err);
-    fc->stats.skipped++;
+    fc->counters[CAPTURE_SKIPPED]++;
 }
 
 static void filter_tap_capture_error(FilterTapCapture *fc, int err)
@@ -196,8 +195,7 @@ static void filter_tap_capture_error(FilterTapCapture *fc, int err)
 static int filter_tap_capture_one(FilterTapCapture *fc, bool swap)
 {
     size_t hdr_len = fc->writer ? fc->nf->netdev->vnet_hdr_len : 0;
-    size_t room = fc->writer ? frame_writer_max_payload(fc->writer) :
-                               FRAME_STREAM_MAX_PAYLOAD;
+    const size_t room = FRAME_STREAM_MAX_PAYLOAD;
     uint8_t *payload = fc->writer ? frame_writer_reserve(fc->writer, room) :
                                     fc->sink_frame;
     uint8_t *frame = payload + hdr_len;
@@ -231,13 +229,13 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
                                         unsigned max_frames, size_t max_bytes,
                                         int *err)
 {
-    uint64_t end = fc->stats.bytes + MIN(max_bytes, INT64_MAX);
+    uint64_t end = fc->counters[CAPTURE_BYTES] + MIN(max_bytes, INT64_MAX);
     bool swap = filter_tap_link_swapped(fc->user->link);
     unsigned frames = 0;
     bool down = false;
 
     *err = 0;
-    while (frames < max_frames && fc->stats.bytes < end &&
+    while (frames < max_frames && fc->counters[CAPTURE_BYTES] < end &&
            !filter_tap_capture_full(fc)) {
         *err = filter_tap_capture_one(fc, swap);
         if (*err == -ENETDOWN && !down) {
@@ -263,16 +261,15 @@ static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
     if (!fc->writer || !filter_tap_capture_has_peer(fc)) {
         return;
     }
-    ret = now ? frame_writer_flush_now(fc->writer) :
-                frame_writer_flush(fc->writer);
+    ret = frame_writer_flush(fc->writer, now);
     /*
-     * If the connection is still there after an error (a datagram socket, a
-     * full disk), a frame cannot be written.  Copies are dropped, or the
-     * capture would be stuck.  What was taken is kept, and the TAP is held.
+     * If the character device is still open after an error, as on a full
+     * disk, a frame cannot be written.  Copies are dropped, or the capture
+     * would be stuck.  What was taken is kept, and the TAP is held.
      */
     if (ret < 0 && !fc->takes) {
         trace_filter_tap_peer_error(fc->user->link->ifname, -ret);
-        fc->stats.peer_drops += frame_writer_discard(fc->writer);
+        fc->counters[CAPTURE_PEER_DROPS] += frame_writer_discard(fc->writer);
     }
 }
 
@@ -299,7 +296,7 @@ static void filter_tap_capture_take(FilterTapCapture *fc,
 {
     size_t size = iov_size(iov, iovcnt);
 
-    if (size > frame_writer_max_payload(fc->writer)) {
+    if (size > FRAME_STREAM_MAX_PAYLOAD) {
         filter_tap_capture_skip(fc, EMSGSIZE);
         return;
     }
@@ -360,7 +357,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
 
     if (new == CAPTURE_COPY && old == CAPTURE_OFF) {
         /* There are frames only if an earlier discard failed to read them. */
-        fc->stats.peer_drops += packet_socket_discard(fc->socket);
+        fc->counters[CAPTURE_PEER_DROPS] += packet_socket_discard(fc->socket);
     }
     if (new == CAPTURE_COPY && old != CAPTURE_COPY &&
         !filter_tap_capture_hook(fc)) {
@@ -392,7 +389,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
         discarded = packet_socket_discard(fc->socket);
     }
     if (old != CAPTURE_LINGER) {
-        fc->stats.peer_drops += discarded;
+        fc->counters[CAPTURE_PEER_DROPS] += discarded;
     }
     filter_tap_capture_update_drops(fc);
     fc->state = new;
@@ -405,7 +402,7 @@ static void filter_tap_capture_end_copy(FilterTapCapture *fc)
     int err;
 
     if (!filter_tap_capture_has_peer(fc)) {
-        fc->stats.peer_drops += packet_socket_discard(fc->socket);
+        fc->counters[CAPTURE_PEER_DROPS] += packet_socket_discard(fc->socket);
         filter_tap_capture_set_state(fc, CAPTURE_LINGER);
         return;
     }
@@ -470,12 +467,12 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
                                         size_t *bytes, bool *more)
 {
     FilterTapCapture *fc = container_of(entry, FilterTapCapture, poll);
-    uint64_t before = fc->stats.bytes;
+    uint64_t before = fc->counters[CAPTURE_BYTES];
     unsigned frames;
     int err;
 
     frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
-    *bytes = fc->stats.bytes - before;
+    *bytes = fc->counters[CAPTURE_BYTES] - before;
     *more = err != -EAGAIN;
     filter_tap_capture_flush(fc, false);
     filter_tap_capture_update(fc);
@@ -499,7 +496,8 @@ static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
         frame_writer_rewind(fc->writer);
         if (!fc->takes) {
             /* The next peer shall not get old frames. */
-            fc->stats.peer_drops += frame_writer_discard(fc->writer);
+            fc->counters[CAPTURE_PEER_DROPS] +=
+                frame_writer_discard(fc->writer);
         }
         filter_tap_capture_update(fc);
     }
@@ -555,6 +553,7 @@ FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
 
     fc->nf = nf;
     fc->user = user;
+    fc->counters = user->counters;
     fc->config = *config;
     fc->takes = takes;
     if (!takes && !filter_tap_capture_open(fc, memory, fd, errp)) {
@@ -584,7 +583,8 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     if (!fc) {
         return;
     }
-    drops = filter_tap_capture_stats(fc).kernel_drops;
+    filter_tap_capture_update_drops(fc);
+    drops = fc->counters[CAPTURE_KERNEL_DROPS];
     filter_tap_capture_set_active(fc, false);
     filter_tap_capture_flush(fc, true);
     while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc)) {
@@ -600,7 +600,8 @@ void filter_tap_capture_free(FilterTapCapture *fc)
         lost += packet_socket_discard(fc->socket);
     }
     /* To read the socket may have shown more drops. */
-    lost += filter_tap_capture_stats(fc).kernel_drops - drops;
+    filter_tap_capture_update_drops(fc);
+    lost += fc->counters[CAPTURE_KERNEL_DROPS] - drops;
     if (lost) {
         warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "
                     "filter", fc->nf->netdev_id, lost,
@@ -633,10 +634,4 @@ bool filter_tap_capture_pending(const FilterTapCapture *fc)
 {
     return fc->state == CAPTURE_DRAIN ||
            (fc->writer && !frame_writer_empty(fc->writer));
-}
-
-FilterTapCaptureStats filter_tap_capture_stats(FilterTapCapture *fc)
-{
-    filter_tap_capture_update_drops(fc);
-    return fc->stats;
 }

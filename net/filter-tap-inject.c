@@ -29,7 +29,6 @@
 #include "net/frame-stream.h"
 #include "net/packet-socket.h"
 #include "net/tap.h"
-#include "qemu/bswap.h"
 #include "qemu/error-report.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
@@ -66,7 +65,7 @@ struct FilterTapInject {
     unsigned waited_ms;         /* by the next frame, for room in the TAP */
     unsigned segments_sent;     /* how many of the next frame's */
     uint8_t *segments;          /* allocated when there are some */
-    FilterTapInjectStats stats;
+    uint64_t *counters;         /* of the user */
 };
 
 static size_t filter_tap_inject_hdr_len(const FilterTapInject *fi,
@@ -80,9 +79,9 @@ static void filter_tap_inject_failed(FilterTapInject *fi, int err)
 {
     trace_filter_tap_inject_error(fi->user->link->ifname, err);
     if (err == EINVAL || err == EMSGSIZE || err == EOPNOTSUPP) {
-        fi->stats.skipped++;
+        fi->counters[INJECT_SKIPPED]++;
     } else {
-        fi->stats.interface_drops++;
+        fi->counters[INJECT_INTERFACE_DROPS]++;
     }
 }
 
@@ -192,9 +191,9 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
         filter_tap_inject_failed(fi, -ret);
         return 1;
     }
-    fi->stats.packets += ret;
+    fi->counters[INJECT_PACKETS] += ret;
     for (int i = 0; i < ret; i++) {
-        fi->stats.bytes += frames[i].len;
+        fi->counters[INJECT_BYTES] += frames[i].len;
     }
     return ret;
 }
@@ -240,34 +239,12 @@ static void filter_tap_inject_along_chain(FilterTapInject *fi,
     } else if (err) {
         filter_tap_inject_failed(fi, err);
     } else {
-        fi->stats.packets++;
-        fi->stats.bytes += iov[1].iov_len;
+        fi->counters[INJECT_PACKETS]++;
+        fi->counters[INJECT_BYTES] += iov[1].iov_len;
     }
 }
 
 /* From the stream */
-
-static bool filter_tap_inject_known_type(const uint8_t *at)
-{
-    uint16_t type = lduw_be_p(at);
-
-    return type == ETH_P_IP || type == ETH_P_IPV6 || type == ETH_P_ARP ||
-           type == ETH_P_8021Q || type == ETH_P_8021AD;
-}
-
-/*
- * Whether the stream's header was two bytes shorter or longer (10 or 12) than
- * the netdev's, so that the EtherType is not where it should be.
- */
-static bool filter_tap_inject_shifted(const PacketSocketFrame *frame)
-{
-    const uint8_t *type = frame->data + 2 * ETH_ALEN;
-
-    return !filter_tap_inject_known_type(type) &&
-           (filter_tap_inject_known_type(type - 2) ||
-            (frame->len >= ETH_HLEN + 2 &&
-             filter_tap_inject_known_type(type + 2)));
-}
 
 /* Convert a frame for the packet socket.  Returns false if it is invalid. */
 static bool filter_tap_inject_parse(const FilterTapInject *fi,
@@ -284,7 +261,7 @@ static bool filter_tap_inject_parse(const FilterTapInject *fi,
     }
     out->data = frame->payload + hdr_len;
     out->len = frame->size - hdr_len;
-    return fi->vnet_hdr || !filter_tap_inject_shifted(out);
+    return true;
 }
 
 /*
@@ -389,6 +366,7 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
 
     fi->nf = nf;
     fi->user = user;
+    fi->counters = user->counters;
     fi->chr = config->chr_in;
     fi->vnet_hdr = config->vnet_hdr;
     if (nf->direction != NET_FILTER_DIRECTION_RX) {
@@ -400,6 +378,7 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
         }
     }
     fi->reader = frame_reader_new(fi->chr, fi->vnet_hdr,
+                                  &fi->counters[INJECT_STREAM_ERRORS],
                                   filter_tap_inject_frames, fi);
     fi->retry = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_inject_retry, fi);
     qemu_chr_fe_set_handlers(fi->chr, filter_tap_inject_can_read,
@@ -440,12 +419,4 @@ void filter_tap_inject_set_active(FilterTapInject *fi, bool active)
 bool filter_tap_inject_pending(const FilterTapInject *fi)
 {
     return !frame_reader_empty(fi->reader);
-}
-
-FilterTapInjectStats filter_tap_inject_stats(const FilterTapInject *fi)
-{
-    FilterTapInjectStats stats = fi->stats;
-
-    stats.stream_errors = frame_reader_errors(fi->reader);
-    return stats;
 }

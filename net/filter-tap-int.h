@@ -30,15 +30,33 @@ typedef struct FilterTapLink {
     char ifname[IFNAMSIZ];
     unsigned ifindex;
     bool running;                       /* the VM */
-    bool can_swap;                      /* headers, to the guest's order */
     bool held;                          /* the TAP is not read */
     QLIST_HEAD(, FilterTapUser) users;
     VMChangeStateEntry *vm_state;
     QLIST_ENTRY(FilterTapLink) next;
 } FilterTapLink;
 
-/* A filter on the TAP.  It sets @wants_tx and @changed; the link the rest. */
+/* What a filter counts; net/filter-tap.c has a property for each. */
+typedef enum FilterTapCounter {
+    CAPTURE_PACKETS,
+    CAPTURE_BYTES,
+    CAPTURE_KERNEL_DROPS,
+    CAPTURE_PEER_DROPS,
+    CAPTURE_SKIPPED,
+    INJECT_PACKETS,
+    INJECT_BYTES,
+    INJECT_SKIPPED,
+    INJECT_INTERFACE_DROPS,
+    INJECT_STREAM_ERRORS,
+    FILTER_TAP_COUNTERS
+} FilterTapCounter;
+
+/*
+ * A filter on the TAP.  It sets @wants_tx and @changed, capture and inject
+ * count, and the link sets the rest.
+ */
 struct FilterTapUser {
+    uint64_t counters[FILTER_TAP_COUNTERS];
     bool wants_tx;                      /* packets toward the guest */
     void (*changed)(FilterTapUser *user);   /* the VM stopped, or runs again */
     FilterTapLink *link;
@@ -85,14 +103,6 @@ bool filter_tap_link_swapped(FilterTapLink *link);
 
 typedef struct FilterTapCapture FilterTapCapture;
 
-typedef struct FilterTapCaptureStats {
-    uint64_t packets;
-    uint64_t bytes;
-    uint64_t kernel_drops;
-    uint64_t peer_drops;
-    uint64_t skipped;
-} FilterTapCaptureStats;
-
 /*
  * Returns a capture that does nothing yet, or NULL.  @user is attached.  Unless
  * it @takes packets from the TAP, it uses the packet socket @fd, or opens one
@@ -118,7 +128,8 @@ const char *filter_tap_capture_source(const FilterTapCapture *fc);
 /* Returns whether captured frames wait for the peer. */
 bool filter_tap_capture_pending(const FilterTapCapture *fc);
 
-FilterTapCaptureStats filter_tap_capture_stats(FilterTapCapture *fc);
+/* Count the kernel's drops, but only of frames that the peer would have got. */
+void filter_tap_capture_update_drops(FilterTapCapture *fc);
 
 /* Write what the peer accepts at once, and warn if frames are lost. */
 void filter_tap_capture_free(FilterTapCapture *fc);
@@ -126,14 +137,6 @@ void filter_tap_capture_free(FilterTapCapture *fc);
 /* Inject: from a stream to the interface or the network */
 
 typedef struct FilterTapInject FilterTapInject;
-
-typedef struct FilterTapInjectStats {
-    uint64_t packets;
-    uint64_t bytes;
-    uint64_t skipped;
-    uint64_t interface_drops;
-    uint64_t stream_errors;
-} FilterTapInjectStats;
 
 /*
  * Returns an injector that does nothing yet, or NULL.  @user is attached.  If
@@ -153,8 +156,6 @@ void filter_tap_inject_set_active(FilterTapInject *fi, bool active);
 
 /* Returns whether frames have been read that are not injected yet. */
 bool filter_tap_inject_pending(const FilterTapInject *fi);
-
-FilterTapInjectStats filter_tap_inject_stats(const FilterTapInject *fi);
 
 /* Frames that wait are dropped. */
 void filter_tap_inject_free(FilterTapInject *fi);

@@ -124,25 +124,16 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 }
 
 /*
- * Get whether the TAP's headers are in the byte order that is not the host's.
- * Returns false if this kernel's never are.
- */
-static bool filter_tap_get_other_order(NetClientState *netdev, int *value)
-{
-    return ioctl(tap_get_fd(netdev),
-                 HOST_BIG_ENDIAN ? TUNGETVNETLE : TUNGETVNETBE, value) == 0;
-}
-
-/*
- * If this kernel has no headers in the other order, QEMU swaps them by itself,
- * and does not use vhost.
+ * If this fails, the kernel has no headers in the other order: QEMU swaps them
+ * by itself, and does not use vhost.
  */
 bool filter_tap_link_swapped(FilterTapLink *link)
 {
     int value;
 
-    return link->can_swap &&
-           filter_tap_get_other_order(link->netdev, &value) && value;
+    return ioctl(tap_get_fd(link->netdev),
+                 HOST_BIG_ENDIAN ? TUNGETVNETLE : TUNGETVNETBE,
+                 &value) == 0 && value;
 }
 
 /* Put the TAP's queues to @ncs, of MAX_QUEUE_NUM.  Returns their number. */
@@ -229,19 +220,11 @@ static FilterTapLink *filter_tap_link_new(NetClientState *netdev)
 
     link->netdev = netdev;
     link->running = runstate_is_live(runstate_get());
-    link->can_swap = filter_tap_get_other_order(netdev, &(int){ 0 });
     link->vm_state =
         qemu_add_vm_change_state_handler_prio(filter_tap_link_vm_state, link,
                                               FILTER_TAP_VM_STATE_PRIORITY);
     QLIST_INSERT_HEAD(&filter_tap_links, link, next);
     return link;
-}
-
-static void filter_tap_link_free(FilterTapLink *link)
-{
-    QLIST_REMOVE(link, next);
-    qemu_del_vm_change_state_handler(link->vm_state);
-    g_free(link);
 }
 
 bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
@@ -273,7 +256,9 @@ void filter_tap_link_detach(FilterTapUser *user)
         QLIST_REMOVE(user, next);
         filter_tap_link_update_hold(link);
         if (QLIST_EMPTY(&link->users)) {
-            filter_tap_link_free(link);
+            QLIST_REMOVE(link, next);
+            qemu_del_vm_change_state_handler(link->vm_state);
+            g_free(link);
         }
     }
 }

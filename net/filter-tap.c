@@ -90,12 +90,6 @@ static bool filter_tap_takes(const FilterTap *ft, const FilterTapConfig *config)
            ft->when_running == ON_OFF_AUTO_OFF;
 }
 
-static bool filter_tap_copies(const FilterTap *ft,
-                              const FilterTapConfig *config)
-{
-    return (config->chr_out || config->sink) && !filter_tap_takes(ft, config);
-}
-
 /* Check the options of a filter that works on the chain. */
 static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
 {
@@ -104,8 +98,7 @@ static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
         ft->when_running != ON_OFF_AUTO_AUTO ? "enable_when_running" :
         ft->when_stopped != ON_OFF_AUTO_AUTO ? "enable_when_stopped" :
         ft->buffer_size ? "buffer-size" :
-        ft->packet_fd ? "packet-fd" :
-        ft->inject_packet_fd ? "inject-packet-fd" : NULL;
+        ft->packet_fd ? "packet-fd" : NULL;
 
     if (ft->packet_socket == ON_OFF_AUTO_ON) {
         error_setg(errp, "'packet-socket=on' needs a netdev of type 'tap', "
@@ -126,7 +119,8 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
                                  Error **errp)
 {
     NetFilterDirection direction = NETFILTER(ft)->direction;
-    bool copies = filter_tap_copies(ft, config);
+    bool takes = filter_tap_takes(ft, config);
+    bool copies = (config->chr_out || config->sink) && !takes;
     bool to_guest = config->chr_in && direction != NET_FILTER_DIRECTION_RX;
     bool to_network = config->chr_in && direction != NET_FILTER_DIRECTION_TX;
 
@@ -138,7 +132,7 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
         error_setg(errp, "with both 'indev' and 'outdev' only 'queue=tx' is "
                    "possible: what goes to the network would be captured "
                    "again");
-    } else if (filter_tap_takes(ft, config) && config->chr_in) {
+    } else if (takes && config->chr_in) {
         error_setg(errp, "with both 'indev' and 'outdev' "
                    "'enable_when_running=off' is not possible: what is "
                    "injected would be taken again");
@@ -146,11 +140,11 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
         error_setg(errp, "'indev' with 'enable_when_running=off' needs "
                    "'queue=tx': nothing goes to the network while the VM is "
                    "stopped");
-    } else if (ft->packet_fd && !copies && !to_guest) {
-        error_setg(errp, "'packet-fd': the filter needs no packet socket");
-    } else if (ft->inject_packet_fd && !(copies && to_guest)) {
-        error_setg(errp, "'inject-packet-fd': the filter needs no packet "
-                   "socket besides that of 'packet-fd'");
+    } else if (ft->packet_fd && copies == to_guest) {
+        error_setg(errp, copies ?
+                   "'packet-fd': with both 'indev' and 'outdev' the filter "
+                   "needs two packet sockets; use two filters" :
+                   "'packet-fd': the filter needs no packet socket");
     } else {
         return true;
     }
@@ -158,83 +152,49 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
 }
 
 /*
- * Set @fd to the packet socket that @value names, or to -1 if that is NULL.  A
- * number may be wrong, and that of anything else in QEMU: the file descriptor
- * is closed only when an endpoint has found that it is a packet socket.
+ * Create the endpoints.  The number of a packet socket may be wrong, and that
+ * of anything else in QEMU: the file descriptor is closed only when an endpoint
+ * has found that it is a packet socket.
  */
-static bool filter_tap_get_fd(const char *property, const char *value, int *fd,
-                              Error **errp)
-{
-    ERRP_GUARD();
-
-    if (!value) {
-        *fd = -1;
-        return true;
-    }
-    *fd = strstart(value, "/dev/fdset/", NULL) ?
-          qemu_open(value, O_RDWR, errp) :
-          monitor_fd_param(monitor_cur(), value, errp);
-    if (*fd < 0) {
-        error_prepend(errp, "'%s': ", property);
-    }
-    return *fd >= 0;
-}
-
-/* The endpoint could not be created: give @fd back. */
-static void filter_tap_put_fd(const char *property, const char *value, int fd,
-                              Error **errp)
-{
-    if (value) {
-        error_prepend(errp, "'%s': ", property);
-        if (!qemu_isdigit(*value)) {
-            qemu_close(fd);
-        }
-    }
-}
-
-/* Create the endpoints. */
 static bool filter_tap_open(FilterTapEndpoints *ep,
                             const FilterTapConfig *config, Error **errp)
 {
     ERRP_GUARD();
     FilterTap *ft = ep->ft;
     NetFilterState *nf = NETFILTER(ft);
-    bool copies = filter_tap_copies(ft, config);
-    /* To inject takes the second socket, if the filter copies as well. */
-    const char *property = copies ? "inject-packet-fd" : "packet-fd";
-    const char *value = copies ? ft->inject_packet_fd : ft->packet_fd;
-    int fd;
+    bool failed = false;
+    int fd = -1;
 
     if (!filter_tap_check_tap(ft, config, errp) ||
-        (config->chr_in && !frame_stream_check(config->chr_in, true, errp)) ||
-        (config->chr_out &&
-         !frame_stream_check(config->chr_out, false, errp)) ||
+        (config->chr_in && !frame_stream_check(config->chr_in, errp)) ||
+        (config->chr_out && !frame_stream_check(config->chr_out, errp)) ||
         !filter_tap_link_attach(&ep->user, nf->netdev, errp)) {
         return false;
     }
-    if (config->chr_out || config->sink) {
-        if (!filter_tap_get_fd("packet-fd", ft->packet_fd, &fd, errp)) {
-            return false;
-        }
-        ep->capture = filter_tap_capture_new(nf, &ep->user, config, !copies,
+    if (ft->packet_fd) {
+        fd = strstart(ft->packet_fd, "/dev/fdset/", NULL) ?
+             qemu_open(ft->packet_fd, O_RDWR, errp) :
+             monitor_fd_param(monitor_cur(), ft->packet_fd, errp);
+        failed = fd < 0;
+    }
+    if (!failed && (config->chr_out || config->sink)) {
+        ep->capture = filter_tap_capture_new(nf, &ep->user, config,
+                                             filter_tap_takes(ft, config),
                                              ft->buffer_size ?:
                                              BUFFER_SIZE_DEFAULT, fd, errp);
-        if (!ep->capture) {
-            filter_tap_put_fd("packet-fd", ft->packet_fd, fd, errp);
-            return false;
-        }
+        failed = !ep->capture;
     }
-    if (config->chr_in) {
-        if (!filter_tap_get_fd(property, value, &fd, errp)) {
-            return false;
-        }
+    if (!failed && config->chr_in) {
         ep->inject = filter_tap_inject_new(nf, &ep->user, config, fd, errp);
-        if (!ep->inject) {
-            filter_tap_put_fd(property, value, fd, errp);
-            return false;
+        failed = !ep->inject;
+    }
+    if (failed && ft->packet_fd) {
+        error_prepend(errp, "'packet-fd': ");
+        if (fd >= 0 && !qemu_isdigit(*ft->packet_fd)) {
+            qemu_close(fd);
         }
     }
-    return true;
+    return !failed;
 }
 
 bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
@@ -357,22 +317,6 @@ static void filter_tap_set_packet_fd(Object *obj, const char *value,
     }
 }
 
-static char *filter_tap_get_inject_packet_fd(Object *obj, Error **errp)
-{
-    return g_strdup(FILTER_TAP(obj)->inject_packet_fd ?: "");
-}
-
-static void filter_tap_set_inject_packet_fd(Object *obj, const char *value,
-                                            Error **errp)
-{
-    FilterTap *ft = FILTER_TAP(obj);
-
-    if (qemu_netfilter_settable(obj, "inject-packet-fd", errp)) {
-        g_free(ft->inject_packet_fd);
-        ft->inject_packet_fd = g_strdup(value);
-    }
-}
-
 static char *filter_tap_get_interface(Object *obj, Error **errp)
 {
     FilterTapEndpoints *ep = FILTER_TAP(obj)->endpoints;
@@ -403,45 +347,19 @@ static bool filter_tap_get_inject_pending(Object *obj, Error **errp)
     return ep && ep->inject && filter_tap_inject_pending(ep->inject);
 }
 
-typedef enum FilterTapCounter {
-    CAPTURE_PACKETS,
-    CAPTURE_BYTES,
-    CAPTURE_KERNEL_DROPS,
-    CAPTURE_PEER_DROPS,
-    CAPTURE_SKIPPED,
-    INJECT_PACKETS,
-    INJECT_BYTES,
-    INJECT_SKIPPED,
-    INJECT_INTERFACE_DROPS,
-    INJECT_STREAM_ERRORS,
-} FilterTapCounter;
-
 static void filter_tap_get_counter(Object *obj, Visitor *v, const char *name,
                                    void *opaque, Error **errp)
 {
     FilterTapEndpoints *ep = FILTER_TAP(obj)->endpoints;
-    FilterTapCaptureStats capture = { };
-    FilterTapInjectStats inject = { };
+    uint64_t value = 0;
 
     if (ep && ep->capture) {
-        capture = filter_tap_capture_stats(ep->capture);
+        filter_tap_capture_update_drops(ep->capture);
     }
-    if (ep && ep->inject) {
-        inject = filter_tap_inject_stats(ep->inject);
+    if (ep) {
+        value = ep->user.counters[GPOINTER_TO_UINT(opaque)];
     }
-    uint64_t values[] = {
-        [CAPTURE_PACKETS] = capture.packets,
-        [CAPTURE_BYTES] = capture.bytes,
-        [CAPTURE_KERNEL_DROPS] = capture.kernel_drops,
-        [CAPTURE_PEER_DROPS] = capture.peer_drops,
-        [CAPTURE_SKIPPED] = capture.skipped,
-        [INJECT_PACKETS] = inject.packets,
-        [INJECT_BYTES] = inject.bytes,
-        [INJECT_SKIPPED] = inject.skipped,
-        [INJECT_INTERFACE_DROPS] = inject.interface_drops,
-        [INJECT_STREAM_ERRORS] = inject.stream_errors,
-    };
-    visit_type_uint64(v, name, &values[GPOINTER_TO_UINT(opaque)], errp);
+    visit_type_uint64(v, name, &value, errp);
 }
 
 static void filter_tap_add_counter(ObjectClass *oc, const char *name,
@@ -504,9 +422,6 @@ static void filter_tap_class_init(ObjectClass *oc, const void *data)
 
 void filter_tap_add_inject_properties(ObjectClass *oc)
 {
-    object_class_property_add_str(oc, "inject-packet-fd",
-                                  filter_tap_get_inject_packet_fd,
-                                  filter_tap_set_inject_packet_fd);
     object_class_property_add_bool(oc, "inject-pending",
                                    filter_tap_get_inject_pending, NULL);
     object_class_property_set_description(oc, "inject-pending",
@@ -528,10 +443,7 @@ void filter_tap_add_inject_properties(ObjectClass *oc)
 
 static void filter_tap_finalize(Object *obj)
 {
-    FilterTap *ft = FILTER_TAP(obj);
-
-    g_free(ft->packet_fd);
-    g_free(ft->inject_packet_fd);
+    g_free(FILTER_TAP(obj)->packet_fd);
 }
 
 static const TypeInfo filter_tap_types[] = {

@@ -17,10 +17,6 @@
  *
  * "first" is the start of the first frame that is not written completely: a
  * new connection begins there.
- *
- * A character device that sends datagrams gets each frame in a write of its
- * own, which is one datagram: if one is lost, that is one frame, and the next
- * one begins with a frame.
  */
 
 #include "qemu/osdep.h"
@@ -34,9 +30,6 @@
 
 /* How long to wait before another try, if the device cannot be watched. */
 #define FRAME_WRITER_RETRY_MS 10
-
-/* The most that a UDP datagram holds over IPv4, in bytes */
-#define DATAGRAM_MAX 65507
 
 /* A larger buffer is freed when it has become empty. */
 #define FRAME_WRITER_KEEP (1 << 20)
@@ -54,7 +47,6 @@ typedef struct FrameBuffer {
 struct FrameWriter {
     CharFrontend *chr;
     bool vnet_hdr;
-    bool datagrams;             /* what chr sends */
     FrameBuffer buf;
     size_t first;
     size_t limit;
@@ -71,10 +63,10 @@ struct FrameReader {
     bool vnet_hdr;
     /* A length was invalid: the rest of this connection is ignored. */
     bool broken;
-    uint64_t errors;
     bool waiting;
     bool running;
     FrameBuffer buf;
+    uint64_t *errors;
     FrameReaderHandler *handler;
     void *opaque;
     QEMUBH *bh;
@@ -85,21 +77,14 @@ static size_t frame_prefix_len(bool vnet_hdr)
     return vnet_hdr ? 8 : 4;
 }
 
-bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp)
+/* A hub mixes streams, a mux takes bytes as commands, and UDP loses some. */
+bool frame_stream_check(CharFrontend *chr, Error **errp)
 {
-    const char *label = chr->chr->label;
-
     if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB) ||
-        object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX)) {
-        /* A hub mixes its peers' streams; a mux takes bytes as commands. */
-        error_setg(errp, "chardev '%s' is a hub or has mux=on, and cannot "
-                   "carry frames", label);
-        return false;
-    }
-    if (reads && object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP)) {
-        /* It reads only the first 4096 bytes of a datagram. */
-        error_setg(errp, "chardev '%s' is a udp one, which cannot read "
-                   "frames; use a socket", label);
+        object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX) ||
+        object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP)) {
+        error_setg(errp, "chardev '%s' is a hub or a udp one, or has mux=on, "
+                   "and cannot carry frames; use a socket", chr->chr->label);
         return false;
     }
     return true;
@@ -116,7 +101,7 @@ static void frame_writer_retry(void *opaque)
         fw->first = 0;
         return;
     }
-    frame_writer_flush(fw);
+    frame_writer_flush(fw, false);
     fw->progress(fw->opaque);
 }
 
@@ -127,18 +112,11 @@ FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr, size_t limit,
 
     fw->chr = chr;
     fw->vnet_hdr = vnet_hdr;
-    fw->datagrams = object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP);
     fw->limit = limit;
     fw->progress = progress;
     fw->opaque = opaque;
     fw->retry = timer_new_ms(QEMU_CLOCK_REALTIME, frame_writer_retry, fw);
     return fw;
-}
-
-size_t frame_writer_max_payload(const FrameWriter *fw)
-{
-    return fw->datagrams ? DATAGRAM_MAX - frame_prefix_len(fw->vnet_hdr) :
-                           FRAME_STREAM_MAX_PAYLOAD;
 }
 
 static void frame_writer_unwatch(FrameWriter *fw)
@@ -178,7 +156,7 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
     FrameBuffer *buf = &fw->buf;
 
     /* The user has to see to it. */
-    assert(size <= frame_writer_max_payload(fw));
+    assert(size <= FRAME_STREAM_MAX_PAYLOAD);
     stl_be_p(buf->data + buf->tail, size);
     if (fw->vnet_hdr) {
         stl_be_p(buf->data + buf->tail + 4, vnet_hdr_len);
@@ -240,19 +218,19 @@ static void frame_writer_wait(FrameWriter *fw)
     }
 }
 
-int frame_writer_flush(FrameWriter *fw)
+int frame_writer_flush(FrameWriter *fw, bool now)
 {
     FrameBuffer *buf = &fw->buf;
 
-    if (fw->watch) {
+    if (now) {
+        frame_writer_unwatch(fw);
+    } else if (fw->watch) {
         return 0;
     }
     while (buf->head < buf->tail) {
         unsigned generation = fw->generation;
-        size_t end = fw->datagrams ? frame_writer_end(fw, fw->first) :
-                                     buf->tail;
         int ret = qemu_chr_fe_write(fw->chr, buf->data + buf->head,
-                                    MIN(end - buf->head, INT_MAX));
+                                    MIN(buf->tail - buf->head, INT_MAX));
 
         if (generation != fw->generation) {
             /* The write closed the connection, and the handler has run. */
@@ -276,12 +254,6 @@ int frame_writer_flush(FrameWriter *fw)
         frame_writer_retry_later(fw);
     }
     return 0;
-}
-
-int frame_writer_flush_now(FrameWriter *fw)
-{
-    frame_writer_unwatch(fw);
-    return frame_writer_flush(fw);
 }
 
 uint64_t frame_writer_discard(FrameWriter *fw)
@@ -332,12 +304,14 @@ static void frame_reader_bh(void *opaque)
 }
 
 FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
-                              FrameReaderHandler *handler, void *opaque)
+                              uint64_t *errors, FrameReaderHandler *handler,
+                              void *opaque)
 {
     FrameReader *fr = g_new0(FrameReader, 1);
 
     fr->chr = chr;
     fr->vnet_hdr = vnet_hdr;
+    fr->errors = errors;
     fr->handler = handler;
     fr->opaque = opaque;
     fr->bh = qemu_bh_new(frame_reader_bh, fr);
@@ -354,11 +328,6 @@ size_t frame_reader_room(const FrameReader *fr)
 bool frame_reader_empty(const FrameReader *fr)
 {
     return fr->buf.head == fr->buf.tail;
-}
-
-uint64_t frame_reader_errors(const FrameReader *fr)
-{
-    return fr->errors;
 }
 
 /*
@@ -385,7 +354,7 @@ static ssize_t frame_reader_peek(const FrameReader *fr, size_t at)
 /* A peer can do this over and over again, so tell it once. */
 static void frame_reader_break(FrameReader *fr)
 {
-    if (!fr->errors++) {
+    if (!(*fr->errors)++) {
         error_report("chardev '%s': invalid frame length %" PRIu32
                      " (maximum %d); closing the connection",
                      fr->chr->chr->label,

@@ -47,15 +47,17 @@ static struct tpacket2_hdr *packet_ring_slot(const PacketRing *ring, int ahead)
             n % SLOTS_PER_BLOCK * PACKET_RING_SLOT_SIZE);
 }
 
-/* Longer frames wait in the socket's queue; their slots refer to it. */
-static bool packet_ring_set_up(PacketRing *ring, int fd)
+bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
+                     Error **errp)
 {
+    unsigned blocks = MAX(1, size / BLOCK_SIZE);
     struct tpacket_req req = {
         .tp_block_size = BLOCK_SIZE,
-        .tp_block_nr = ring->size / BLOCK_SIZE,
+        .tp_block_nr = blocks,
         .tp_frame_size = PACKET_RING_SLOT_SIZE,
-        .tp_frame_nr = ring->size / BLOCK_SIZE * SLOTS_PER_BLOCK,
+        .tp_frame_nr = blocks * SLOTS_PER_BLOCK,
     };
+    /* Longer frames wait in the socket's queue; their slots refer to it. */
     int version = TPACKET_V2, threshold = 1;
 
     if (setsockopt(fd, SOL_PACKET, PACKET_VERSION, &version,
@@ -63,30 +65,24 @@ static bool packet_ring_set_up(PacketRing *ring, int fd)
         setsockopt(fd, SOL_PACKET, PACKET_COPY_THRESH, &threshold,
                    sizeof(threshold)) < 0 ||
         setsockopt(fd, SOL_PACKET, PACKET_RX_RING, &req, sizeof(req)) < 0) {
-        return false;
+        goto fail;
     }
     ring->slots = req.tp_frame_nr;
+    ring->size = blocks * BLOCK_SIZE;
     ring->memory = mmap(NULL, ring->size, PROT_READ | PROT_WRITE, MAP_SHARED,
                         fd, 0);
     if (ring->memory == MAP_FAILED) {
-        return false;
+        goto fail;
     }
     packet_ring_slot(ring, -1)->tp_status = TP_STATUS_USER;
     return true;
-}
 
-bool packet_ring_map(PacketRing *ring, int fd, const char *ifname, size_t size,
-                     Error **errp)
-{
-    ring->size = MAX(1, size / BLOCK_SIZE) * BLOCK_SIZE;
-    if (!packet_ring_set_up(ring, fd)) {
-        error_setg_errno(errp, errno, "could not get a ring of %zu KiB for "
-                         "the packet socket of interface '%s'",
-                         ring->size / KiB, ifname);
-        packet_ring_unmap(ring, fd);
-        return false;
-    }
-    return true;
+fail:
+    error_setg_errno(errp, errno, "could not get a ring of %u KiB for the "
+                     "packet socket of interface '%s'",
+                     (unsigned)(blocks * BLOCK_SIZE / KiB), ifname);
+    packet_ring_unmap(ring, fd);
+    return false;
 }
 
 void packet_ring_unmap(PacketRing *ring, int fd)

@@ -498,19 +498,19 @@ class World:
 
     # Objects
 
-    def passed_socket(self, o, arguments, name):
+    def pass_socket(self, o, arguments):
         """Open a packet socket, and pass it."""
         way = o.spec['pass']
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
             if o.spec['bound']:
                 sock.bind((o.tap.name, 0))
             if way == 'getfd':
-                arguments[name] = f'{o.key}{name}'
-                self.qmp.command('getfd', sock, fdname=arguments[name])
+                arguments['packet-fd'] = f'{o.key}socket'
+                self.qmp.command('getfd', sock, fdname=f'{o.key}socket')
             else:
                 number = self.qmp.command('add-fd', sock)['fdset-id']
                 self.fdsets.append(number)
-                arguments[name] = f'/dev/fdset/{number}'
+                arguments['packet-fd'] = f'/dev/fdset/{number}'
 
     def do_add(self, slot, spec):
         tap = self.taps[spec['tap']]
@@ -540,11 +540,7 @@ class World:
         kind = {'dump': 'filter-dump', 'mirror': 'filter-mirror'}.get(
             spec['kind'], 'filter-redirector')
         if spec['pass']:
-            if o.captures:
-                self.passed_socket(o, arguments, 'packet-fd')
-            if o.injects and o.queue != 'rx':
-                self.passed_socket(o, arguments, 'inject-packet-fd'
-                                   if o.captures else 'packet-fd')
+            self.pass_socket(o, arguments)
         if spec['size']:
             arguments['buffer-size'] = spec['size']
         arguments |= {'qom-type': kind, 'packet-socket': 'on'}

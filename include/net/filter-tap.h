@@ -33,7 +33,6 @@ struct FilterTap {
     OnOffAuto when_stopped;
     uint64_t buffer_size;               /* bytes; 0: the default */
     char *packet_fd;                    /* NULL: open a socket */
-    char *inject_packet_fd;
 
     FilterTapEndpoints *endpoints;      /* NULL: the filter is on the chain */
 };

@@ -32,8 +32,8 @@
 /* How many frames are handed out at a time. */
 #define FRAME_READER_BATCH 64
 
-/* Returns whether a stream can be read from @chr, or written to it. */
-bool frame_stream_check(CharFrontend *chr, bool reads, Error **errp);
+/* Returns whether @chr can carry a stream. */
+bool frame_stream_check(CharFrontend *chr, Error **errp);
 
 /* Writer */
 
@@ -52,12 +52,6 @@ typedef void FrameWriterProgress(void *opaque);
  */
 FrameWriter *frame_writer_new(CharFrontend *chr, bool vnet_hdr, size_t limit,
                               FrameWriterProgress *progress, void *opaque);
-
-/*
- * Returns the length in bytes of the longest payload; less than
- * FRAME_STREAM_MAX_PAYLOAD if each frame is sent as one datagram.
- */
-size_t frame_writer_max_payload(const FrameWriter *fw);
 
 /*
  * Returns where to put the payload of the next frame, up to @size bytes.  It
@@ -81,17 +75,13 @@ bool frame_writer_full(const FrameWriter *fw);
 bool frame_writer_empty(const FrameWriter *fw);
 
 /*
- * Write what the peer accepts now; the rest follows as it accepts more.
+ * Write what the peer accepts now; the rest follows as it accepts more.  If it
+ * had no room before, this waits until the character device tells that there is
+ * some; with @now it tries at once.
  * Returns 0, or a negative errno if the character device cannot write and will
  * not tell when it can.  What is staged stays until it is written or discarded.
  */
-int frame_writer_flush(FrameWriter *fw);
-
-/*
- * As frame_writer_flush(), but do not wait until the character device tells
- * that there is room: the caller has to decide now what becomes of the rest.
- */
-int frame_writer_flush_now(FrameWriter *fw);
+int frame_writer_flush(FrameWriter *fw, bool now);
 
 /*
  * Discard the frames of which nothing has been written yet.  Returns their
@@ -136,9 +126,11 @@ typedef size_t FrameReaderHandler(void *opaque, const StreamFrame *frames,
  *
  * @chr: where the frames come from, for messages and to close the connection
  * @vnet_hdr: whether the stream tells the length of the virtio-net header
+ * @errors: counts the connections that were closed because of a bad length
  */
 FrameReader *frame_reader_new(CharFrontend *chr, bool vnet_hdr,
-                              FrameReaderHandler *handler, void *opaque);
+                              uint64_t *errors, FrameReaderHandler *handler,
+                              void *opaque);
 
 /* Returns how many more bytes the reader is to get now. */
 size_t frame_reader_room(const FrameReader *fr);
@@ -156,9 +148,6 @@ void frame_reader_resume(FrameReader *fr);
 
 /* Returns whether all that was pushed is handed out. */
 bool frame_reader_empty(const FrameReader *fr);
-
-/* Returns how many connections were closed because of a bad length. */
-uint64_t frame_reader_errors(const FrameReader *fr);
 
 /*
  * The connection is gone: forget the frame that was cut off.  Complete ones are

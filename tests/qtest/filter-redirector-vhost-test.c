@@ -804,38 +804,6 @@ static void test_inject_bad_frames(Fixture *f)
     expect_guest(f, 5, 5);
 }
 
-/* A packet of IPv4 behind a header, without vnet_hdr_support */
-static void in_send_plain(Fixture *f, size_t hdr_len)
-{
-    uint8_t record[4 + 24 + FRAME_LEN] = { };
-
-    stl_be_p(record, hdr_len + FRAME_LEN);
-    make_frame(record + 4 + hdr_len, 0);
-    stw_be_p(record + 4 + hdr_len + 12, ETH_P_IP);
-    g_assert_cmpint(write(f->in, record, 4 + hdr_len + FRAME_LEN), ==,
-                    4 + hdr_len + FRAME_LEN);
-}
-
-/* The ends do not agree on the header: no frame comes shifted. */
-static void test_inject_shifted(Fixture *f)
-{
-    uint8_t frame[BUFFER_LEN], want[FRAME_LEN];
-
-    /* Until the driver starts it is 10 bytes. */
-    in_send_plain(f, 12);
-    wait_counter(f, "inj", "inject-skipped", 1);
-    guest_start(f);
-    guest_post(f, 4);
-    in_send_plain(f, 10);
-    in_send_plain(f, 12);
-    g_assert_cmpuint(guest_read_frame(f, frame, sizeof(frame)), ==,
-                     FRAME_LEN);
-    make_frame(want, 0);
-    g_assert_cmpmem(frame, 12, want, 12);
-    g_assert_cmpuint(counter(f, "inj", "inject-skipped"), ==, 2);
-    g_assert_cmpuint(counter(f, "inj", "inject-packets"), ==, 1);
-}
-
 /* Life cycle */
 
 static void test_hotplug(Fixture *f)
@@ -1319,8 +1287,8 @@ static void test_errors(Fixture *f)
         { "netdev=n0,outdev=out,indev=out", "could not be same" },
         { "netdev=n0,outdev=both", "chardev 'both' is a hub" },
         { "netdev=n0,queue=tx,indev=both", "chardev 'both' is a hub" },
-        { "netdev=n0,queue=tx,indev=mux", "'mux' is a hub or has mux=on" },
-        { "netdev=n0,queue=tx,indev=udp", "chardev 'udp' is a udp one" },
+        { "netdev=n0,queue=tx,indev=mux", "cannot carry frames" },
+        { "netdev=n0,outdev=udp", "chardev 'udp' is a hub or a udp one" },
         { "netdev=n0,outdev=out,position=id=io", "'io' is not a filter" },
         /* So that no peer can make a loop of it */
         { "netdev=n0,indev=in,outdev=out", "only 'queue=tx' is possible" },
@@ -1333,7 +1301,7 @@ static void test_errors(Fixture *f)
         "netdev n0", "queue rx", "position head", "insert before", "indev in",
         "outdev out", "vnet_hdr_support on", "packet-socket on",
         "enable_when_running off", "enable_when_stopped on", "buffer-size 2M",
-        "packet-fd 1", "inject-packet-fd 1", NULL
+        "packet-fd 1", NULL
     };
     static const char *const mirror[] = {
         "outdev out", "vnet_hdr_support on", NULL
@@ -1494,8 +1462,6 @@ int main(int argc, char **argv)
     rig_add_guest("inject/rx-waits", INJECT "rx,enable_when_stopped=on",
                   test_inject_rx_waits);
     rig_add_guest("inject/bad-frames", INJECT "tx", test_inject_bad_frames);
-    rig_add_vm("inject/shifted", "-object filter-redirector,id=inj,netdev=n0,"
-               "queue=tx,indev=in", test_inject_shifted);
     rig_add_guest("life/hotplug", "", test_hotplug);
     rig_add_guest("life/netdev-del", CAPTURE "tx " INJECT "tx",
                   test_netdev_del);
