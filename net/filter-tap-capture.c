@@ -97,7 +97,6 @@ struct FilterTapCapture {
     NetFilterState *nf;
     FilterTapUser *user;
     FilterTapConfig config;
-    bool takes;
     bool active;
     CaptureState state;
     bool hook_failed;           /* and that has been told */
@@ -267,7 +266,7 @@ static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
      * disk, a frame cannot be written.  Copies are dropped, or the capture
      * would be stuck.  What was taken is kept, and the TAP is held.
      */
-    if (ret < 0 && !fc->takes) {
+    if (ret < 0 && fc->socket) {
         trace_filter_tap_peer_error(fc->user->link->ifname, -ret);
         fc->counters[CAPTURE_PEER_DROPS] += frame_writer_discard(fc->writer);
     }
@@ -436,11 +435,11 @@ static void filter_tap_capture_drain(FilterTapCapture *fc)
 static void filter_tap_capture_update(FilterTapCapture *fc)
 {
     bool works = fc->active &&
-                 (fc->takes || filter_tap_capture_has_peer(fc));
+                 (!fc->socket || filter_tap_capture_has_peer(fc));
 
     if (works) {
-        filter_tap_capture_set_state(fc, fc->takes ? CAPTURE_TAKE :
-                                                     CAPTURE_COPY);
+        filter_tap_capture_set_state(fc, fc->socket ? CAPTURE_COPY :
+                                                      CAPTURE_TAKE);
     } else if (fc->state == CAPTURE_COPY) {
         filter_tap_capture_end_copy(fc);
     } else if (fc->state == CAPTURE_DRAIN) {
@@ -494,7 +493,7 @@ static void filter_tap_capture_event(void *opaque, QEMUChrEvent event)
         filter_tap_capture_write(fc);
     } else if (event == CHR_EVENT_CLOSED) {
         frame_writer_rewind(fc->writer);
-        if (!fc->takes) {
+        if (fc->socket) {
             /* The next peer shall not get old frames. */
             fc->counters[CAPTURE_PEER_DROPS] +=
                 frame_writer_discard(fc->writer);
@@ -555,7 +554,6 @@ FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
     fc->user = user;
     fc->counters = user->counters;
     fc->config = *config;
-    fc->takes = takes;
     if (!takes && !filter_tap_capture_open(fc, memory, fd, errp)) {
         g_free(fc);
         return NULL;
@@ -605,7 +603,7 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     if (lost) {
         warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "
                     "filter", fc->nf->netdev_id, lost,
-                    fc->takes ? " that the guest did not get" : "");
+                    fc->socket ? "" : " that the guest did not get");
     }
     qemu_bh_delete(fc->bh);
     g_free(fc->sink_frame);

@@ -89,6 +89,7 @@ typedef unsigned PacketPollRead(PacketPollEntry *entry, unsigned max_frames,
 struct PacketPollEntry {
     int fd;
     PacketPollRead *read;
+    unsigned room;
     bool enabled;
     QTAILQ_ENTRY(PacketPollEntry) next;     /* of those that are ready */
 };
