@@ -17,7 +17,8 @@ die() { printf '%s\n' "error: $1" >&2; shift; printf '  %s\n' "$@" >&2; exit 1; 
 archive_uri() {
     apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' \
             'Created-By: Packages' 2>/dev/null |
-        awk '$1 == "Debian" && $2 !~ /security/ { print $2; exit }'
+        awk '$1 == "Debian" && $2 !~ /security/ {
+            sub("/$", "", $2); print $2; exit }'
 }
 
 # with_lock FILE CMD...: one at a time, also between two clones.

@@ -143,7 +143,7 @@ def covers(series):
 def commit_all(series, repository, seconds):
     names = overlay.edited(series)
     own = set(overlay.own_files())
-    found = set(release_files(PINNED, names | own, repository.tree))
+    found = release_files(PINNED, names | own, repository.tree)
     if names - found:
         raise Failure('patches/ edits what QEMU does not have: '
                       + ', '.join(sorted(names - found)))
