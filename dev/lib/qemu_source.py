@@ -108,21 +108,19 @@ def find_release():
 
 
 def release_files(release, names, target):
-    """Put the files NAMES of the release into TARGET; return what exists.
-
-    From build/base, if that is it, since to unpack a release takes seconds.
+    """
+    Put the files NAMES of the release into TARGET: from build/base, if that is
+    it, since to unpack a release takes seconds.
     """
     if is_base(release):
         for name in names:
-            if (BUILD / 'base' / name).is_file():
-                copy(BUILD / 'base' / name, target / name)
-    else:
-        with tarfile.open(tarball(release)) as archive:
-            for member in archive:
-                member.name = member.name.partition('/')[2]
-                if member.name in names and member.isfile():
-                    archive.extract(member, target)
-    return {name for name in names if (target / name).is_file()}
+            copy(BUILD / 'base' / name, target / name)
+        return
+    with tarfile.open(tarball(release)) as archive:
+        for member in archive:
+            member.name = member.name.partition('/')[2]
+            if member.name in names:
+                archive.extract(member, target)
 
 
 # Debian's source package leaves out firmware blobs.  These edits, the same as
