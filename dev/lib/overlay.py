@@ -36,7 +36,6 @@ class Patch:
         self.path = path
         # Quilt leaves the first line out that git writes.
         head, *diff = re.split(r'\n(?=diff --git |--- a/)', path.read_text(), 1)
-        self.diff = ''.join(diff)
         mail, dashes, notes = f'{head}\n'.partition('\n---\n')
         fields, blank, self.message = mail.partition('\n\n')
         match = re.fullmatch(r'From: (.*)\nSubject: \[PATCH\] (.*)', fields)
@@ -44,9 +43,10 @@ class Patch:
             raise Failure(f'patches/{path.name} is not in the form of the '
                           'others: From, Subject, message, ---, diff')
         self.sender, self.subject = match.groups()
-        self.adds = re.findall(r'\S+', ' '.join(
-            re.findall(r'^Adds: (.*)$', notes, flags=re.M)))
-        self.edits = re.findall(r'^\+\+\+ b/(\S+)', self.diff, flags=re.M)
+        self.adds = ' '.join(
+            re.findall(r'^Adds: (.*)', notes, flags=re.M)).split()
+        self.edits = re.findall(r'^\+\+\+ b/(\S+)', ''.join(diff),
+                                flags=re.M)
 
     def __str__(self):
         return f'patches/{self.path.name}'
@@ -54,9 +54,9 @@ class Patch:
 
 def patches():
     """The series.  Each of our own files must be in one patch."""
-    names = (PATCHES / 'series').read_text().splitlines()
-    names = [n.partition('#')[0].strip() for n in names]
-    series = [Patch(PATCHES / name) for name in names if name]
+    names = re.findall(r'^[^#\s]\S*', (PATCHES / 'series').read_text(),
+                       flags=re.M)
+    series = [Patch(PATCHES / name) for name in names]
     check(series)
     return series
 
