@@ -11,6 +11,7 @@ so that it is whole, and can be mailed.  The section of MAINTAINERS grows with
 them.
 """
 
+import collections
 import fnmatch
 import pathlib
 import re
@@ -53,7 +54,7 @@ class Patch:
 
 
 def patches():
-    """The series.  Each of our own files must be in one patch."""
+    """The series"""
     names = re.findall(r'^[^#\s]\S*', (PATCHES / 'series').read_text(),
                        flags=re.M)
     series = [Patch(PATCHES / name) for name in names]
@@ -66,23 +67,18 @@ def check(series):
         {patch.path.name for patch in series}
     if left:
         raise Failure(f'patches/series does not name {", ".join(sorted(left))}')
-    adder = {}
-    for patch in series:
-        for name in patch.adds:
-            if name in adder:
-                raise Failure(f'{name} is added by {adder[name]} and {patch}')
-            if not (TOP / name).is_file():
-                raise Failure(f'{patch} adds {name}, which is not there')
-            adder[name] = patch
-    for name in own_files():
-        if name not in adder:
-            raise Failure(f'no patch adds {name}: write "Adds: {name}" before '
-                          'the diff of the patch in patches/ that it '
-                          'belongs to')
+    own = own_files()
+    uses = collections.Counter(sum((patch.adds for patch in series), []))
+    uses.subtract(own)
+    if wrong := [name for name, more in uses.items() if more]:
+        raise Failure('each file of our own must be in one line "Adds:", '
+                      'before the diff of the patch in patches/ that it '
+                      f'belongs to, and no other file: {", ".join(wrong)}')
+    for name in own:
         if not any(covers(line, name) for line in section()):
             raise Failure(f'MAINTAINERS has no line "F:" for {name}')
     for line in section():
-        if line.startswith('F:') and not any(covers(line, n) for n in adder):
+        if line.startswith('F:') and not any(covers(line, n) for n in own):
             raise Failure(f'MAINTAINERS: "{line}" is no file of ours')
 
 
@@ -104,10 +100,8 @@ def section():
 
 def covers(line, name):
     """Whether a line of MAINTAINERS is about the file."""
-    pattern = line[2:].strip()
-    return line.startswith('F:') and (
-        fnmatch.fnmatch(name, pattern) or
-        (pattern.endswith('/') and name.startswith(pattern)))
+    pattern = re.sub('/$', '/*', line[2:].strip())
+    return line.startswith('F:') and fnmatch.fnmatch(name, pattern)
 
 
 def add_section(text, names):
