@@ -20,11 +20,3 @@ archive_uri() {
         awk '$1 == "Debian" && $2 !~ /security/ {
             sub("/$", "", $2); print $2; exit }'
 }
-
-# with_lock FILE CMD...: one at a time, also between two clones.
-with_lock() {
-    local lock=$1
-    shift
-    mkdir -p "$(dirname "$lock")"
-    (flock 9; "$@") 9>"$lock"
-}
