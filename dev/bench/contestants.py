@@ -5,35 +5,32 @@ own, and one trial is one load.  Every trial checks that what was sent came or
 was counted as dropped, in order and once.
 """
 
+import collections
 import contextlib
-import ctypes
 import dataclasses
 import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import time
 
+import rig
 from lib.common import BUILD, Failure
-from rig import (BENCH, Mismatch, Program, Qemu, Tap, RECEIVER_CPU,
-                 SENDER_CPU, cpu_ns, wait_for)
+from rig import Mismatch, Program, Tap, all_closed, connect, wait_for
 
-PRODUCT, PEER = (where / 'qemu/qemu-system-x86_64' for where in (BUILD, BENCH))
-
-# Of the kernel's headers; Python has no names for them.
-SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
-PACKET_QDISC_BYPASS = 20
-SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
-ETH_P_ALL = 3
+PRODUCT, PEER = (where / 'qemu/qemu-system-x86_64'
+                 for where in (BUILD, rig.BENCH))
 
 CAPTURE_DROPS = 'kernel-drops', 'peer-drops', 'skipped'
+
+# Frames per second; more than anybody can send
+FLOOD = 1e7
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is sent; see traffic.h."""
+    """What is sent; see traffic.c."""
     size: int = 64
     rate: float = 40000
     seconds: float = 0.7
@@ -43,15 +40,23 @@ class Load:
     mix: int = 0
     written: int = 0    # every so many frames comes from the guest
 
-    def options(self):
-        return {**dataclasses.asdict(self), 'cpu': SENDER_CPU}
-
-    def shape(self):
-        """What a receiver has to know."""
-        return {'size': self.size, 'gso': self.gso, 'mix': self.mix}
-
     def limit(self):
         return 30 + 3 * self.seconds
+
+
+@contextlib.contextmanager
+def sending(taps, load, bypass=False):
+    """Yields the program."""
+    with all_closed([rig.packet_socket(tap.name, bypass=bypass)
+                     for tap in taps]) as sockets:
+        files = [*sockets, taps[0].reader] if load.written else sockets
+        with Program('send', files, load) as program:
+            yield program
+
+
+def send(taps, load, bypass=False):
+    with sending(taps, load, bypass) as program:
+        return program.result(limit=load.limit())
 
 
 class Contestant:
@@ -65,13 +70,17 @@ class Contestant:
     def end(self):
         pass
 
-    def outcome(self, load, sender, tally, drops, cpu, refused=0):
+    def outcome(self, load, sender, tally, drops, cpu, passed=None):
         """
         The metrics of report.py.  SENDER and TALLY are what the programs that
         sent and received have counted, DROPS what somebody has, CPU is the
-        contestant's.  What was sent came, or was counted; in order, once.
+        contestant's, PASSED what it has counted, if it does.  What was sent
+        came, or was counted; in order, once.
         """
-        sent, received = sender['sent'] + refused, tally['frames']
+        sent, received = sender['sent'], tally['frames']
+        if passed not in (None, received):
+            raise Mismatch(f'{self.name}: {received} frames came, and '
+                           f'{passed} are counted ({load})')
         if received + drops != sent:
             raise Mismatch(f'{self.name}: {sent} frames were sent, '
                            f'{received} came and {drops} were counted as '
@@ -93,35 +102,26 @@ class Contestant:
 
     def tap_reader(self, load):
         """The program that reads what comes out of the TAP"""
-        fds = [self.taps[0].reader]
-        return Program('tap', fds, fds=fds, **load.shape(),
-                       cpu=RECEIVER_CPU).ready()
-
-
-def send(taps, load, **more):
-    fds = ()
-    if load.written:
-        fds = [taps[0].reader]
-        more['tap'] = fds[0]
-    with Program('send', [tap.name for tap in taps], fds=fds,
-                 **load.options(), **more) as sender:
-        return sender.result(load.limit())
+        reader = self.taps[0].reader
+        while reader.read(1 << 17):
+            pass                # What is left of earlier trials
+        return Program('tap', [reader], load).ready()
 
 
 class QemuContestant(Contestant):
     """
-    A redirector.  SOURCE is 'product', or what the QEMU without it has:
-    'straightforward' or 'chain'.  With GUEST QEMU is started by that class,
-    and reads the TAP itself.
+    A redirector.  SOURCE is 'product', or what the QEMU without it has.  With
+    GUEST QEMU is started by that class, and reads the TAP itself.
     """
 
-    def __init__(self, name, directory, source, taps=1,
-                 inject=True, options=(), guest=None, queue=None, steer=True):
+    def __init__(self, name, directory, source, taps=1, inject=True,
+                 options=(), guest=None, queue=None, steer=True, more=''):
         binary = PRODUCT if source == 'product' else PEER
         if not os.access(binary, os.X_OK):
             raise Failure(f'there is no {binary}: run "make bench"')
         self.name = name
         self.queue = queue      # of the capture, or None: the default
+        self.more = more        # properties of its own
         self.source = source
         self.product = source == 'product'
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
@@ -130,16 +130,15 @@ class QemuContestant(Contestant):
                      for i in range(taps)]
         self.out = [f'{directory}/{name}.out{i}' for i in range(taps)]
         self.into = [f'{directory}/{name}.in{i}' for i in range(taps)]
-        self.sockets = []       # that QEMU inherits
+        self.sockets = []       # that QEMU inherits, and ...
+        self.env = {}           # ... where it learns of them
         options = list(options)
         for i in range(taps):
             options += self.capture_options(i)
             if inject:
                 options += self.inject_options(i)
-        self.qemu = (guest or Qemu)(
-            name, binary, directory, self.taps, options,
-            source == 'straightforward',
-            [packet_socket.fileno() for packet_socket in self.sockets])
+        self.qemu = (guest or rig.Qemu)(name, binary, directory, self.taps,
+                                        options, self.sockets, self.env)
 
     @staticmethod
     def stream(name, path):
@@ -157,7 +156,8 @@ class QemuContestant(Contestant):
 
     def capture_options(self, i):
         return self.stream(f'out{i}', self.out[i]) + self.redirector(
-            f'cap{i}', f'n{i}', self.queue, f'outdev=out{i}' + self.where())
+            f'cap{i}', f'n{i}', self.queue,
+            f'outdev=out{i}{self.where()}{self.more}')
 
     def inject_options(self, i):
         # What the chain injects toward the guest needs a guest.
@@ -169,12 +169,15 @@ class QemuContestant(Contestant):
         self.qemu.end()
 
     def counters(self, kind):
-        total = {}
+        """Of all TAPs: the numbers of packets that the filters show"""
+        total = collections.Counter()
         for i, tap in enumerate(self.taps):
-            for name, value in self.qemu.counters(f'{kind}{i}').items():
-                total[name] = total.get(name, 0) + value
-            total['tx_dropped'] = \
-                total.get('tx_dropped', 0) + tap.statistic('tx_dropped')
+            total['tx_dropped'] += tap.statistic('tx_dropped')
+            name = f'{kind}{i}'
+            for entry in self.qemu.qmp('qom-list', path=f'/objects/{name}'):
+                if entry['type'] == 'uint64' and \
+                        re.match('(capture|inject)-', entry['name']):
+                    total[entry['name']] += self.qemu.get(name, entry['name'])
         return total
 
     def await_source(self, wanted):
@@ -191,69 +194,58 @@ class QemuContestant(Contestant):
 
     @contextlib.contextmanager
     def watched(self, kind):
-        """Yields a dict, and puts in by how much the counters have grown."""
+        """Yields a Counter, and puts in by how much the others have grown."""
         before, cpu = self.counters(kind), self.qemu.cpu_ns()
-        grown = {}
+        grown = collections.Counter()
         yield grown
         self.qemu.settle()
         grown['cpu'] = self.qemu.cpu_ns() - cpu
-        after = self.counters(kind)
-        grown.update({name: after[name] - before[name] for name in after})
-
-    def outcome(self, load, sender, tally, drops, cpu, passed=None):
-        """PASSED is how many packets the redirector has counted, if it
-        does."""
-        if passed not in (None, tally['frames']):
-            raise Mismatch(f'{self.name}: {tally["frames"]} frames came, and '
-                           f'{passed} are counted ({load})')
-        return super().outcome(load, sender, tally, drops, cpu)
+        grown.update(self.counters(kind))
+        grown.subtract(before)
 
     def capture(self, load):
-        with Program('read', self.out, **load.shape(),
-                     cpu=RECEIVER_CPU) as reader:
+        with all_closed([connect(path) for path in self.out]) as peers, \
+                Program('read', peers, load) as reader:
             reader.ready()
             self.await_source('packet-socket')
             with self.watched('cap') as grown:
                 sender = send(self.taps, load)
-                reader.tell(sender['sent'])
-                tally = reader.result()
+                tally = reader.result(sender['sent'])
         self.await_source('none')
         drops = grown['tx_dropped'] if self.source == 'chain' else sum(
-            grown.get(f'capture-{name}', 0) for name in CAPTURE_DROPS)
+            grown[f'capture-{name}'] for name in CAPTURE_DROPS)
         return self.outcome(load, sender, tally, drops, grown['cpu'],
                             grown['capture-packets'] if self.product else None)
 
     def inject(self, load):
-        if self.source == 'chain':
-            return self.inject_chain(load)
-        with self.tap_reader(load) as reader, \
-                Program('write', self.into, **load.options()) as writer, \
-                self.watched('inj') as grown:
-            writer.tell('')
-            sender = writer.result(load.limit())
-            reader.tell(sender['sent'])
-            tally = reader.result()
-        drops = sum(value for name, value in grown.items()
-                    if name.startswith('inject-skipped')
-                    or name == 'inject-interface-drops')
+        with all_closed([connect(path) for path in self.into]) as peers:
+            if self.source == 'chain':
+                return self.inject_chain(load, peers)
+            with self.tap_reader(load) as reader, \
+                    self.watched('inj') as grown, \
+                    Program('write', peers, load) as writer:
+                sender = writer.result(limit=load.limit())
+                tally = reader.result(sender['sent'])
+        drops = grown['inject-interface-drops'] + sum(
+            value for name, value in grown.items()
+            if name.startswith('inject-skipped'))
         return self.outcome(load, sender, tally, drops, grown['cpu'],
-                            grown.get('inject-packets'))
+                            grown['inject-packets'] if self.product else None)
 
-    def inject_chain(self, load):
+    def inject_chain(self, load, peers):
         """
         Written to the TAP, as if the guest had sent it: nobody has to read
         it, and the interface counts it.
         """
-        tap = self.taps[0]
-        before = tap.statistic('rx_packets')
-        with Program('write', self.into, **load.options()) as writer, \
-                self.watched('inj') as grown:
-            writer.tell('')
-            sender = writer.result(load.limit())
-            wait_for(f'{sender["sent"]} frames of {self.name}', lambda:
-                     tap.statistic('rx_packets') - before >= sender['sent'])
-        received = tap.statistic('rx_packets') - before
-        return self.outcome(load, sender, {'frames': received}, 0,
+        def received():
+            return self.taps[0].statistic('rx_packets') - before
+        before = self.taps[0].statistic('rx_packets')
+        with self.watched('inj') as grown, \
+                Program('write', peers, load) as writer:
+            sender = writer.result(limit=load.limit())
+            wait_for(f'{sender["sent"]} frames of {self.name}',
+                     lambda: received() >= sender['sent'])
+        return self.outcome(load, sender, {'frames': received()}, 0,
                             grown['cpu'])
 
 
@@ -282,41 +274,28 @@ class Dump(QemuContestant):
             grown['cpu'])
 
 
-def attach_filter(packet_socket):
-    """Only what is sent to the interface."""
-    code = b''.join(struct.pack('HBBI', *line) for line in (
-        (0x20, 0, 0, 0xfffff004),               # ld [SKF_AD_PKTTYPE]
-        (0x15, 0, 1, socket.PACKET_OUTGOING),
-        (6, 0, 0, 0xffffffff), (6, 0, 0, 0)))
-    memory = ctypes.create_string_buffer(code, len(code))
-    packet_socket.setsockopt(
-        socket.SOL_SOCKET, SO_ATTACH_FILTER,
-        struct.pack('HxxxxxxQ', len(code) // 8, ctypes.addressof(memory)))
-
-
 class Reuse(QemuContestant):
     """
-    Upstream's redirectors on something else that has a packet socket: a
-    netdev, or a character device; see netdev.patch and chardev.patch.  The
-    socket is opened here, as by management software, with its BPF filter.
+    Upstream's redirectors on a packet socket: by themselves, or behind a
+    netdev or a character device; see the patches.  The socket is opened here,
+    as by management software, with its BPF filter.
     """
 
     drops = 0       # which the socket forgets when it tells them
 
-    def open_socket(self, i, protocol, vnet_hdr, bypass=False):
+    def open_socket(self, i, *args, **options):
         """Returns the number under which QEMU gets it, too."""
-        packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        packet_socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, vnet_hdr)
-        packet_socket.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, bypass)
-        packet_socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 << 20)
-        if self.queue == 'tx':
-            attach_filter(packet_socket)
-        packet_socket.bind((self.taps[i].name, protocol))
-        self.sockets.append(packet_socket)
-        return packet_socket.fileno()
+        sock = rig.packet_socket(self.taps[i].name, *args, **options)
+        sock.setblocking(False)
+        self.sockets.append(sock)
+        return sock.fileno()
 
     def capture_options(self, i):
-        fd = self.open_socket(i, ETH_P_ALL, self.source == 'netdev')
+        fd = self.open_socket(i, rig.ETH_P_ALL, self.source != 'chardev',
+                              only_sent=self.queue == 'tx')
+        if self.source == 'straightforward':
+            self.env['BENCH_CAPTURE_SOCKET'] = str(fd)
+            return super().capture_options(i)
         # Without the second port the hub takes nothing, and the netdev of
         # which it has not taken a packet is not read again.
         hub = ['-netdev', f'hubport,id=h{i},hubid={i},netdev=p{i}',
@@ -336,9 +315,13 @@ class Reuse(QemuContestant):
 
     def inject_options(self, i):
         options = []
-        if self.source == 'chardev':
+        if self.source != 'netdev':
             # A character device has one user, so this is another socket.
-            fd = self.open_socket(i, 0, True, bypass=True)
+            fd = self.open_socket(i, bypass=True)
+        if self.source == 'straightforward':
+            self.env['BENCH_INJECT_SOCKET'] = str(fd)
+            return super().inject_options(i)
+        if self.source == 'chardev':
             options = ['-chardev', f'packet,id=into{i},fd={fd}'] + \
                 self.redirector(f'to{i}', f'p{i}', 'rx', f'outdev=into{i}')
         return options + self.stream(f'in{i}', self.into[i]) + \
@@ -346,8 +329,7 @@ class Reuse(QemuContestant):
 
     def counters(self, kind):
         """QEMU counts nothing; the socket and the interface do."""
-        self.drops += struct.unpack('II', self.sockets[0].getsockopt(
-            SOL_PACKET, PACKET_STATISTICS, 8))[1]
+        self.drops += rig.packet_socket_drops(self.sockets[0])
         return {'capture-kernel-drops': self.drops, 'inject-interface-drops':
                 self.taps[0].statistic('tx_dropped')}
 
@@ -373,10 +355,10 @@ class Tcpdump(Contestant):
                 if not line:
                     raise Failure(f'tcpdump: {said.decode().strip()}')
                 said += line
-            cpu = cpu_ns(tcpdump.pid)
+            cpu = rig.cpu_ns(tcpdump.pid)
             sender = send(self.taps, load)
             time.sleep(self.FLUSH)
-            cpu = cpu_ns(tcpdump.pid) - cpu
+            cpu = rig.cpu_ns(tcpdump.pid) - cpu
             tcpdump.send_signal(signal.SIGINT)
             said = tcpdump.communicate(timeout=30)[1].decode()
         finally:
@@ -394,30 +376,25 @@ class Bare(Contestant):
     around sendmmsg()
     """
 
-    def __init__(self, name, directory):
-        super().__init__(name)
-        self.path = f'{directory}/{name}'
-
     def capture(self, load):
-        with Program('capture', [self.taps[0].name, self.path]) as loop:
-            wait_for(self.path, lambda: os.path.exists(self.path))
-            with Program('read', [self.path], **load.shape(),
-                         cpu=RECEIVER_CPU) as reader:
-                reader.ready()
-                loop.ready()
-                sender = send(self.taps, load)
-                loop.tell(sender['sent'])
-                result = loop.result()
-                reader.tell(sender['sent'])
-                tally = reader.result()
-        os.unlink(self.path)
-        return self.outcome(load, sender, tally, result['drops'],
-                            result['cpu_ns'])
+        with all_closed([
+                rig.packet_socket(self.taps[0].name, rig.ETH_P_ALL),
+                *socket.socketpair()]) as (source, end, peer), \
+                Program('capture', [source, end], load) as loop, \
+                Program('read', [peer], load) as reader:
+            reader.ready()
+            loop.ready()
+            cpu = rig.cpu_ns(loop.process.pid)
+            sender = send(self.taps, load)
+            tally = reader.result(sender['sent'])
+            cpu = rig.cpu_ns(loop.process.pid) - cpu
+            drops = rig.packet_socket_drops(source)
+        return self.outcome(load, sender, tally, drops, cpu)
 
     def inject(self, load):
         with self.tap_reader(load) as reader:
-            sender = send(self.taps, load, bypass=1)
-            reader.tell(sender['sent'])
-            tally = reader.result()
+            sender = send(self.taps, load, bypass=True)
+            tally = reader.result(sender['sent'])
+        sender['sent'] += sender['refused']
         return self.outcome(load, sender, tally, sender['refused'],
-                            sender['cpu_ns'], sender['refused'])
+                            sender['cpu_ns'])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-The benchmark's rig: a network namespace, TAPs, QEMUs, and the programs of
-main.c that send to them and receive from them.
+The benchmark's rig: a network namespace, TAPs, sockets, QEMUs, and the programs
+of traffic.c that send to them and receive from them.
 
 Nothing of a guest runs: the firmware is a HLT.  It is there because the
 netdev needs a NIC, for its virtio-net header and to be running.  As with
@@ -16,16 +16,17 @@ import json
 import os
 import pathlib
 import re
-import select
+import socket
 import struct
 import subprocess
 import time
 
 from lib import common, qemu
-from lib.common import BUILD, TOP, Failure, libc, run
+from lib.common import BUILD, TOP, Failure, die_with_parent, libc, run
 
 BENCH = BUILD / 'bench'
 TRAFFIC = BENCH / 'traffic'
+SOURCE = TOP / 'dev/bench/traffic.c'
 
 SYS_BPF = {'x86_64': 321, 'aarch64': 280}
 TUNSETIFF = 0x400454ca
@@ -34,7 +35,14 @@ TUNSETSTEERINGEBPF = 0x800454e0
 TUN_F_CSUM_TSO = 0x1 | 0x2 | 0x4
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
 
-SENDER_CPU, RECEIVER_CPU = 0, 1
+# Of the kernel's headers; Python has no names for them.
+SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
+PACKET_QDISC_BYPASS = 20
+SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
+ETH_P_ALL = 3
+
+# Where the programs run; "capture" is a contestant, and free to choose.
+CPUS = {'send': 0, 'write': 0, 'read': 1, 'tap': 1}
 START_LIMIT = 20
 
 
@@ -53,14 +61,12 @@ def enter_namespace():
     common.enter_namespace()
 
 
-def compile_programs():
-    sources = sorted((TOP / 'dev' / 'bench').glob('*.c'))
-    newest = max(path.stat().st_mtime for path in
-                 (*sources, TOP / 'dev' / 'bench' / 'traffic.h'))
-    if TRAFFIC.exists() and TRAFFIC.stat().st_mtime >= newest:
-        return
-    BENCH.mkdir(parents=True, exist_ok=True)
-    run('gcc', '-std=c11', '-O2', '-Wall', '-Wextra', '-o', TRAFFIC, *sources)
+def compile_traffic():
+    if not TRAFFIC.exists() or \
+            TRAFFIC.stat().st_mtime < SOURCE.stat().st_mtime:
+        BENCH.mkdir(parents=True, exist_ok=True)
+        run('gcc', '-std=c11', '-O2', '-Wall', '-Wextra', '-o', TRAFFIC,
+            SOURCE)
 
 
 def cpu_ns(pid):
@@ -106,12 +112,13 @@ class Tap:
         run('ip', 'link', 'set', name, 'up')
 
     def open_queue(self, several):
-        fd = os.open('/dev/net/tun', os.O_RDWR | os.O_NONBLOCK)
+        queue = open('/dev/net/tun', 'r+b', buffering=0)
+        os.set_blocking(queue.fileno(), False)
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | \
             (IFF_MULTI_QUEUE if several else 0)
-        fcntl.ioctl(fd, TUNSETIFF,
+        fcntl.ioctl(queue, TUNSETIFF,
                     struct.pack('16sH22x', self.name.encode(), flags))
-        return fd
+        return queue
 
     def offload(self):
         """Let GSO frames come whole; QEMU resets this when it starts."""
@@ -121,56 +128,87 @@ class Tap:
         return common.interface_statistics(self.name)[name]
 
 
+def connect(path):
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(str(path))
+    return peer
+
+
+def packet_socket(name, protocol=0, vnet_hdr=True, bypass=False,
+                  only_sent=False):
+    """
+    One on the interface NAME.  With the protocol 0 it receives nothing, with
+    ONLY_SENT what is sent to the interface.
+    """
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, vnet_hdr)
+    sock.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, bypass)
+    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 << 20)
+    if only_sent:
+        code = b''.join(struct.pack('HBBI', *line) for line in (
+            (0x20, 0, 0, 0xfffff004),               # ld [SKF_AD_PKTTYPE]
+            (0x15, 0, 1, socket.PACKET_OUTGOING),
+            (6, 0, 0, 0xffffffff), (6, 0, 0, 0)))
+        memory = ctypes.create_string_buffer(code, len(code))
+        sock.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER,
+            struct.pack('HxxxxxxQ', len(code) // 8, ctypes.addressof(memory)))
+    sock.bind((name, protocol))
+    return sock
+
+
+def packet_socket_drops(sock):
+    """Since it was asked before"""
+    return struct.unpack('II', sock.getsockopt(
+        SOL_PACKET, PACKET_STATISTICS, 8))[1]
+
+
+@contextlib.contextmanager
+def all_closed(sockets):
+    """Yields SOCKETS, and closes them in the end."""
+    try:
+        yield sockets
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
 class Program:
-    """One of the programs of main.c."""
+    """One of the programs of traffic.c, with FILES and a Load."""
 
-    def __init__(self, name, targets, fds=(), **options):
+    def __init__(self, name, files, load):
         self.name = name
+        fds = [file.fileno() for file in files]
         self.process = subprocess.Popen(
-            [TRAFFIC, name, *(f'{k}={v}' for k, v in options.items()),
-             *map(str, targets)], text=True, pass_fds=fds,
+            [TRAFFIC, name, *map(str, fds)], text=True, pass_fds=fds,
+            env={key: str(value) for key, value in vars(load).items()},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
+            stderr=subprocess.PIPE, preexec_fn=self.prepare)
 
-    def read_line(self, limit=30):
-        if not select.select([self.process.stdout], [], [], limit)[0]:
-            self.process.kill()
-            raise Failure(f'traffic {self.name} said nothing for {limit} s')
-        line = self.process.stdout.readline()
-        if not line:
-            raise Failure(self.process.communicate()[1].strip()
-                          or f'traffic {self.name} ended by itself')
-        return line
+    def prepare(self):
+        die_with_parent()
+        if self.name in CPUS:
+            os.sched_setaffinity(0, {CPUS[self.name]})
 
     def ready(self):
-        if self.read_line() != 'ready\n':
-            raise Failure(f'traffic {self.name} is not ready')
+        """A receiver is, before something is sent."""
+        if self.process.stdout.readline() != 'ready\n':
+            raise Failure(self.process.communicate()[1].strip())
         return self
 
-    def tell(self, sent):
-        self.process.stdin.write(f'{sent}\n')
-        self.process.stdin.flush()
-
-    def result(self, limit=30):
-        return json.loads(self.read_line(limit))
-
-    def close(self):
-        """A program that was cut short is not waited for."""
-        for stream in (self.process.stdin, self.process.stdout,
-                       self.process.stderr):
-            with contextlib.suppress(OSError):
-                stream.close()
-        try:
-            self.process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    def result(self, sent='', limit=30):
+        """A receiver has to be told how many frames were sent."""
+        said, error = self.process.communicate(f'{sent}\n', timeout=limit)
+        if self.process.returncode:
+            raise Failure(error.strip())
+        return json.loads(said)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self.process.kill()
+        self.process.communicate()
 
 
 class Qemu(qemu.Qemu):
@@ -184,35 +222,25 @@ class Qemu(qemu.Qemu):
         # The PIT would wake QEMU 36 times a second.
         return ['-machine', 'pc,pit=off,hpet=off', '-accel', 'tcg']
 
-    def __init__(self, name, binary, directory, taps, options=(),
-                 socket_env=False, fds=()):
+    def __init__(self, name, binary, directory, taps, options, sockets, env):
         self.taps = taps
         rom = pathlib.Path(directory, 'hlt.rom')
         # At the reset vector: cli; hlt; jmp to the hlt.
         rom.write_bytes(bytes(0xfff0) + b'\xfa\xf4\xeb\xfd' + bytes(12))
         command = ['-m', '16', '-bios', str(rom),
                    *self.machine(pathlib.Path(directory, name))]
-        for i, tap in enumerate(taps):
+        fds = [file.fileno()
+               for file in (*(tap.qemu for tap in taps), *sockets)]
+        for i, fd in enumerate(fds[:len(taps)]):
             command += [
-                '-netdev', f'tap,id=n{i},fd={tap.qemu},vhost={self.VHOST}',
+                '-netdev', f'tap,id=n{i},fd={fd},vhost={self.VHOST}',
                 '-device', f'virtio-net-pci,netdev=n{i},romfile=,'
                 f'multifunction=on,addr={3 + i // 8:#x}.{i % 8}{self.NIC}']
-        env = dict(os.environ,
-                   **({'BENCH_PACKET_SOCKET': '1'} if socket_env else {}))
         super().__init__(name, directory, *command, *options, program=binary,
-                         pass_fds=[*(tap.qemu for tap in taps), *fds],
-                         env=env)
+                         pass_fds=fds, env={**os.environ, **env})
         self.connect(START_LIMIT)
         for tap in taps:
             tap.offload()
-
-    def counters(self, name):
-        """The numbers of packets that an object shows."""
-        path = f'/objects/{name}'
-        return {entry['name']: self.get(name, entry['name'])
-                for entry in self.qmp('qom-list', path=path)
-                if re.match('(capture|inject)-', entry['name'])
-                and entry['type'] == 'uint64'}
 
     def cpu_ns(self):
         return cpu_ns(self.process.pid)
