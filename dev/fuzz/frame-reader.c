@@ -19,7 +19,6 @@
 #include "qemu/main-loop.h"
 #include "chardev/char-fe.h"
 #include "net/frame-stream.h"
-#include "check.h"
 
 /*
  * One run does no more: it is enough to fill the reader.  Most do less, since
@@ -80,9 +79,9 @@ static Chardev fuzz_chardev = { .label = (char *)"fuzz" };
 
 void qemu_chr_fe_disconnect(CharFrontend *be)
 {
-    CHECK(!f.in_handler);
-    CHECK(f.bad && !f.broken);
-    CHECK(f.n_seen == f.n_frames);
+    assert(!f.in_handler);
+    assert(f.bad && !f.broken);
+    assert(f.n_seen == f.n_frames);
     f.broken = true;
     f.errors++;
     f.total = f.start;
@@ -107,50 +106,46 @@ void error_report(const char *fmt, ...)
 struct QEMUBH {
     QEMUBHFunc *cb;
     void *opaque;
-    bool scheduled;
 };
+
+static QEMUBH *scheduled;
 
 QEMUBH *qemu_bh_new_full(QEMUBHFunc *cb, void *opaque, const char *name,
                          MemReentrancyGuard *guard)
 {
-    QEMUBH *bh = g_new0(QEMUBH, 1);
+    QEMUBH *bh = g_new(QEMUBH, 1);
 
-    bh->cb = cb;
-    bh->opaque = opaque;
+    *bh = (QEMUBH) { cb, opaque };
     return bh;
-}
-
-static QEMUBH *scheduled;
-
-void qemu_bh_delete(QEMUBH *bh)
-{
-    if (scheduled == bh) {
-        scheduled = NULL;
-    }
-    g_free(bh);
-}
-
-void qemu_bh_cancel(QEMUBH *bh)
-{
-    bh->scheduled = false;
 }
 
 void qemu_bh_schedule(QEMUBH *bh)
 {
-    bh->scheduled = true;
     scheduled = bh;
+}
+
+void qemu_bh_cancel(QEMUBH *bh)
+{
+    if (scheduled == bh) {
+        scheduled = NULL;
+    }
+}
+
+void qemu_bh_delete(QEMUBH *bh)
+{
+    qemu_bh_cancel(bh);
+    g_free(bh);
 }
 
 static bool run_bh(void)
 {
     QEMUBH *bh = scheduled;
 
-    if (!bh || !bh->scheduled) {
-        return false;
+    scheduled = NULL;
+    if (bh) {
+        bh->cb(bh->opaque);
     }
-    bh->scheduled = false;
-    bh->cb(bh->opaque);
-    return true;
+    return bh != NULL;
 }
 
 /* The reference */
@@ -173,7 +168,7 @@ static void parse(void)
         } else if (f.total - f.start < prefix + size) {
             break;
         } else {
-            CHECK(f.n_frames < MAX_FRAMES);
+            assert(f.n_frames < MAX_FRAMES);
             f.frames[f.n_frames++] = (Expected) {
                 .at = f.start + prefix,
                 .size = size,
@@ -196,17 +191,17 @@ static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
 {
     size_t done = 0;
 
-    CHECK(opaque == &f && !f.in_handler && !f.refused);
-    CHECK(n >= 1 && n <= FRAME_READER_BATCH);
+    assert(opaque == &f && !f.in_handler && !f.refused);
+    assert(n >= 1 && n <= FRAME_READER_BATCH);
     f.in_handler = true;
     for (size_t i = 0; i < n; i++) {
         Expected *want = &f.frames[f.n_seen + i];
 
         /* Also of those that are refused. */
-        CHECK(f.n_seen + i < f.n_frames);
-        CHECK(frames[i].size == want->size);
-        CHECK(frames[i].vnet_hdr_len == want->vnet_hdr_len);
-        CHECK(!memcmp(frames[i].payload, f.bytes + want->at, want->size));
+        assert(f.n_seen + i < f.n_frames);
+        assert(frames[i].size == want->size);
+        assert(frames[i].vnet_hdr_len == want->vnet_hdr_len);
+        assert(!memcmp(frames[i].payload, f.bytes + want->at, want->size));
     }
     done = MIN(n, f.accept);
     f.accept -= done;
@@ -222,10 +217,10 @@ static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
 
 static void check_room(void)
 {
-    CHECK(frame_reader_room(f.fr) ==
-          FRAME_READER_LIMIT - MIN(held(), FRAME_READER_LIMIT));
-    CHECK(frame_reader_empty(f.fr) == !held());
-    CHECK(errors == f.errors);
+    assert(frame_reader_room(f.fr) ==
+           FRAME_READER_LIMIT - MIN(held(), FRAME_READER_LIMIT));
+    assert(frame_reader_empty(f.fr) == !held());
+    assert(errors == f.errors);
 }
 
 static void resume(size_t accept)
@@ -242,8 +237,8 @@ static void finish(void)
     while (run_bh()) {
         check_room();
     }
-    CHECK(f.n_seen == f.n_frames);
-    CHECK(f.broken == f.bad);
+    assert(f.n_seen == f.n_frames);
+    assert(f.broken == f.bad);
 }
 
 static void push(const uint8_t *buf, size_t size)
@@ -265,7 +260,7 @@ static void push(const uint8_t *buf, size_t size)
             chunk = MIN(chunk, frame_reader_room(f.fr));
         }
         if (!chunk) {
-            CHECK(f.n_seen < f.n_frames);
+            assert(f.n_seen < f.n_frames);
             finish();
             continue;
         }
