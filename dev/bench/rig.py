@@ -6,7 +6,7 @@ of traffic.c that send to them and receive from them.
 Nothing of a guest runs: the firmware is a HLT.  It is there because the
 netdev needs a NIC, for its virtio-net header and to be running.  As with
 vhost somebody else reads the TAP: it has two queues, QEMU has the first one,
-and a BPF program steers all packets to the second one, which is ours.
+which is detached, so that all packets come to the second one, which is ours.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ import subprocess
 import time
 
 from lib import common, qemu
-from lib.common import BUILD, TOP, Failure, die_with_parent, libc, run
+from lib.common import BUILD, TOP, Failure, die_with_parent, run
 
 BENCH = BUILD / 'bench'
 TRAFFIC = BENCH / 'traffic'
 SOURCE = TOP / 'dev/bench/traffic.c'
 
-SYS_BPF = {'x86_64': 321, 'aarch64': 280}
 TUNSETIFF = 0x400454ca
 TUNSETOFFLOAD = 0x400454d0
-TUNSETSTEERINGEBPF = 0x800454e0
+TUNSETQUEUE = 0x400454d9
 TUN_F_CSUM_TSO = 0x1 | 0x2 | 0x4
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
+IFF_DETACH_QUEUE = 0x400
 
 # Of the kernel's headers; Python has no names for them.
 SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
@@ -78,22 +78,6 @@ def cpu_ns(pid):
     return total
 
 
-def steering_program():
-    """A BPF program that picks the second queue."""
-    # mov64 r0, 1; exit
-    code = struct.pack('<BBhiBBhi', 0xb7, 0, 0, 1, 0x95, 0, 0, 0)
-    code = ctypes.create_string_buffer(code, len(code))
-    license_text = ctypes.create_string_buffer(b'GPL')
-    attr = struct.pack('<IIQQ', 1, 2, ctypes.addressof(code),
-                       ctypes.addressof(license_text)).ljust(128, b'\0')
-    attr = ctypes.create_string_buffer(attr, len(attr))
-    fd = libc.syscall(SYS_BPF[os.uname().machine], 5, attr, 128)
-    if fd < 0:
-        raise Failure('the kernel takes no BPF program: '
-                      + os.strerror(ctypes.get_errno()))
-    return fd
-
-
 class Tap:
     """
     A TAP.  With STEER what is sent to it goes to the queue READER, that is
@@ -105,10 +89,8 @@ class Tap:
         self.qemu = self.open_queue(steer)
         self.reader = self.open_queue(steer) if steer else None
         if steer:
-            program = steering_program()
-            fcntl.ioctl(self.reader, TUNSETSTEERINGEBPF,
-                        struct.pack('i', program))
-            os.close(program)
+            fcntl.ioctl(self.qemu, TUNSETQUEUE,
+                        struct.pack('16xH22x', IFF_DETACH_QUEUE))
         run('ip', 'link', 'set', name, 'up')
 
     def open_queue(self, several):

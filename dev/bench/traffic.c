@@ -16,10 +16,10 @@
  */
 
 #define _GNU_SOURCE
+#include <err.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,19 +71,6 @@ typedef struct Record {
     uint64_t ns;            /* CLOCK_MONOTONIC, when it was sent */
 } Record;
 
-static void __attribute__((noreturn, format(printf, 1, 2)))
-die(const char *format, ...)
-{
-    va_list args;
-
-    va_start(args, format);
-    fprintf(stderr, "traffic: ");
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
-    va_end(args);
-    exit(1);
-}
-
 static uint64_t read_clock(clockid_t clock)
 {
     struct timespec ts;
@@ -131,7 +118,7 @@ static void write_stream(int fd, const struct mmsghdr *message, unsigned count)
         ssize_t len = writev(fd, at, left);
 
         if (len < 0) {
-            die("write to the stream: %s", strerror(errno));
+            err(1, "write to the stream");
         }
         while (left && (size_t)len >= at->iov_len) {
             len -= at++->iov_len;
@@ -219,7 +206,7 @@ static void send_messages(struct mmsghdr *message, uint64_t first,
             refused++;
             done++;
         } else if (errno != EAGAIN) {
-            die("send: %s", strerror(errno));
+            err(1, "send");
         }
     }
 }
@@ -356,7 +343,7 @@ static void receive(void (*drain)(unsigned))
         }
         if (told->revents) {
             if (scanf("%" SCNu64, &expected) != 1) {
-                die("how many frames were sent?");
+                errx(1, "how many frames were sent?");
             }
             told->fd = -1;
         }
@@ -391,7 +378,7 @@ static void drain_stream(unsigned i)
     size_t at = 0;
 
     if (len <= 0) {
-        die("the stream was closed");
+        errx(1, "the stream was closed");
     }
     stream->used += len;
     while (stream->used - at >= 8) {
@@ -399,7 +386,7 @@ static void drain_stream(unsigned i)
         uint32_t size = get32(frame - 8), vnet_hdr_len = get32(frame - 4);
 
         if (size > MAX_FRAME + 64 || vnet_hdr_len > size) {
-            die("invalid frame length %" PRIu32, size);
+            errx(1, "invalid frame length %" PRIu32, size);
         }
         if (stream->used - at - 8 < size) {
             break;
@@ -444,7 +431,7 @@ static void capture(void)
         }
         got = recvmmsg(o.fd[0], message, MESSAGES, MSG_DONTWAIT, NULL);
         if (got < 0) {
-            die("recvmmsg: %s", strerror(errno));
+            err(1, "recvmmsg");
         }
         for (int i = 0; i < got; i++) {
             iov[i].iov_len = message[i].msg_len;
@@ -488,7 +475,7 @@ int main(int argc, char **argv)
     } else if (!strcmp(program, "capture")) {
         capture();
     } else {
-        die("which program?  See the start of traffic.c");
+        errx(1, "which program?  See the start of traffic.c");
     }
     return 0;
 }
