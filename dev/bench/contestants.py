@@ -114,7 +114,7 @@ class QemuContestant(Contestant):
         self.queue = queue      # of the capture, or None: the default
         self.more = more        # properties of its own
         self.source = source
-        self.product = source == 'product'
+        self.where = ',packet-socket=on' if source == 'product' else ''
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
         self.taps = [Tap(f'{prefix}{i}', steer=steer and source != 'chain'
                          and not guest)
@@ -142,19 +142,16 @@ class QemuContestant(Contestant):
                 f'{f"queue={queue}," if queue else ""}{ends},'
                 'vnet_hdr_support=on']
 
-    def where(self):
-        return ',packet-socket=on' if self.product else ''
-
     def capture_options(self, i):
         return self.stream(f'out{i}', self.out[i]) + self.redirector(
             f'cap{i}', f'n{i}', self.queue,
-            f'outdev=out{i}{self.where()}{self.more}')
+            f'outdev=out{i}{self.where}{self.more}')
 
     def inject_options(self, i):
         # What the chain injects toward the guest needs a guest.
         queue = 'rx' if self.source == 'chain' else 'tx'
         return self.stream(f'in{i}', self.into[i]) + self.redirector(
-            f'inj{i}', f'n{i}', queue, f'indev=in{i}' + self.where())
+            f'inj{i}', f'n{i}', queue, f'indev=in{i}' + self.where)
 
     def end(self):
         self.qemu.end()
@@ -173,7 +170,7 @@ class QemuContestant(Contestant):
 
     def await_source(self, wanted):
         """Until the redirector has seen that its peer came or went."""
-        if self.product:
+        if self.source == 'product':
             wait_for(f'the source {wanted} of {self.name}', lambda: all(
                 self.qemu.get(f'cap{i}', 'source') == wanted
                 for i in range(len(self.taps))))
@@ -206,7 +203,7 @@ class QemuContestant(Contestant):
         drops = grown['tx_dropped'] if self.source == 'chain' else sum(
             grown[f'capture-{name}'] for name in CAPTURE_DROPS)
         return self.outcome(load, sender, tally, drops, grown['cpu'],
-                            grown['capture-packets'] if self.product else None)
+                            grown.get('capture-packets'))
 
     def inject(self, load):
         with all_closed([connect(path) for path in self.into]) as peers:
@@ -221,7 +218,7 @@ class QemuContestant(Contestant):
             value for name, value in grown.items()
             if name.startswith('inject-skipped'))
         return self.outcome(load, sender, tally, drops, grown['cpu'],
-                            grown['inject-packets'] if self.product else None)
+                            grown.get('inject-packets'))
 
     def inject_chain(self, load, peers):
         """
@@ -321,8 +318,8 @@ class Reuse(QemuContestant):
     def counters(self, kind):
         """QEMU counts nothing; the socket and the interface do."""
         self.drops += rig.packet_socket_drops(self.sockets[0])
-        return {'capture-kernel-drops': self.drops, 'inject-interface-drops':
-                self.taps[0].statistic('tx_dropped')}
+        return {'capture-kernel-drops': self.drops,
+                'inject-interface-drops': self.taps[0].statistic('tx_dropped')}
 
 
 class Tcpdump(Contestant):

@@ -14,7 +14,6 @@
 
 #include "qemu/osdep.h"
 #include "qemu/bswap.h"
-#include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "chardev/char-fe.h"
@@ -88,13 +87,6 @@ void qemu_chr_fe_disconnect(CharFrontend *be)
     if (f.resets_at_once) {
         reconnect();
     }
-}
-
-/* Nobody asks whether the character device is of the right kind. */
-void error_setg_internal(Error **errp, const char *src, int line,
-                         const char *func, const char *fmt, ...)
-{
-    abort();
 }
 
 void error_report(const char *fmt, ...)
