@@ -97,7 +97,7 @@ static void tell_ready(void)
     fflush(stdout);
 }
 
-/* Write frames, with their headers, as netfilters do; in as few calls. */
+/* Write frames as netfilters do, in as few calls as can be. */
 static void write_stream(int fd, const struct mmsghdr *message, unsigned count)
 {
     struct iovec iov[3 * MAX_BATCH], *at = iov;
@@ -258,7 +258,7 @@ static void generate(bool to_stream)
         uint64_t now;
 
         if (i == due) {
-            /* Else spin, so that a frame goes when it is due. */
+            /* Without it spin, so that a frame goes when it is due. */
             if (o.batch_us) {
                 sleep_until(tick);
             }
