@@ -29,7 +29,7 @@ ip link set eth0 up
 echo 1000000 > /sys/class/net/eth0/napi_defer_hard_irqs
 echo 20000000 > /sys/class/net/eth0/gro_flush_timeout
 arp -s {HOST_ADDRESS} {HOST_MAC}
-exec demo-packets receive {PORT} /dev/ttyS1
+demo-packets receive {PORT} &
 '''
 
 # The guest is booted without vhost: it must not be offered what vhost lacks.
@@ -91,10 +91,10 @@ class Packets:
         How many packets the guest's kernel dropped since its program got no
         time to take them, which happens on a very busy machine.
         """
-        return int(vm.ask("run awk 'NR == 2 { print $NF }' /proc/net/udp"))
+        return int(vm.ask("awk 'NR == 2 { print $NF }' /proc/net/udp"))
 
     def count(self, vm):
-        return int(vm.ask(f'count {self.number}'))
+        return int(vm.ask(f'demo-packets count {self.number}'))
 
     def await_more(self, vm, seconds=1):
         """Wait until the packets of so many SECONDS came to the guest."""
@@ -115,7 +115,7 @@ class Packets:
             return counts[-1] == counts[-2] == counts[-3]
         wait_for('the last packets', quiet, LIMIT, 1)
         return Result(sent, self.socket_drops(vm) - self.dropped, *map(
-            int, vm.ask(f'report {self.number} {sent}').split()))
+            int, vm.ask(f'demo-packets report {self.number} {sent}').split()))
 
     def end(self):
         if self.process.poll() is None:

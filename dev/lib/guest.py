@@ -6,9 +6,9 @@ To boot one in a machine within a machine takes two minutes, so it is booted
 on the host, without privilege or network, and its state is put aside in a
 file.  Each QEMU starts from a migration: the first one from that file.
 
-What runs in the guest reads requests from its second serial port, a line
-each, and writes an answer to each.  A number before the request comes back
-before the answer.  The answer to "hello" is "ready".
+A shell in the guest reads commands from its second serial port, a line each,
+and writes what each prints, as one line.  A number before the command comes
+back before the answer.  The answer to "hello" is "ready".
 """
 
 import argparse
@@ -32,6 +32,15 @@ MACHINE = ('-no-reboot', '-machine', 'pc', '-accel', 'tcg', '-cpu', 'qemu64',
 APPEND = 'console=ttyS0 panic=-1 nokaslr mitigations=off tsc=reliable ' \
          'random.trust_cpu=on loglevel=5'
 
+# The end of the guest's first program
+ANSWER = '''exec < /dev/ttyS1 > /dev/ttyS1
+stty raw -echo
+hello() { echo ready; }
+while read -r id request; do
+    echo "$id" $(eval "$request" 2>&1)
+done
+'''
+
 BOOT_LIMIT = 120
 # For a machine that is busy.  A guest that was just migrated is slow until
 # QEMU has translated its code.
@@ -49,7 +58,7 @@ class Line:
         self.socket.connect(str(path))
 
     def ask(self, request, limit=LIMIT):
-        """Send REQUEST to the program in the guest; return its answer."""
+        """Return what the command REQUEST prints in the guest."""
         # The number tells the answer from a late one to an earlier request.
         self.asked += 1
         end = time.monotonic() + limit
@@ -74,7 +83,7 @@ class Line:
         return line.decode(errors='replace').strip()
 
     def greeted(self):
-        """Is the program in the guest there?"""
+        """Does the guest answer?"""
         try:
             return self.ask('hello', 1) == 'ready'
         except Failure:
@@ -133,16 +142,16 @@ class Guest(Qemu):
 def make_state(kind, init, nic, append, extra, say, scratch):
     """
     Boot a guest unless its state is in build/KIND; return the path of that.
-    INIT is its first program and EXTRA what its file system has besides, as
-    in initramfs.make(), NIC its network device, APPEND what its kernel is told
-    besides.  SAY is called with a text before it is booted; SCRATCH is a
-    directory for the time of that.
+    INIT is how its first program begins, and EXTRA what its file system has
+    besides, as in initramfs.make(), NIC its network device, APPEND what its
+    kernel is told besides.  SAY is called with a text before it is booted;
+    SCRATCH is a directory for the time of that.
     """
     if not shutil.which(common.QEMU):
         raise Failure(f"no QEMU at {common.QEMU}: run 'make qemu'")
     version, kernel = initramfs.find_kernel()
     initrd = initramfs.cached(kind, version, ('virtio_pci', 'virtio_net'),
-                              init, extra)
+                              init + ANSWER, extra)
     append = f'{APPEND} {append}'
     release = subprocess.run([common.QEMU, '--version'], check=True,
                              stdout=subprocess.PIPE).stdout

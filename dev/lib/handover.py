@@ -152,10 +152,6 @@ class Vm(Guest):
     def taken(self):
         return self.get('cap0', 'capture-packets')
 
-    def guest_runs(self, command):
-        """Run COMMAND in the guest and return what it prints."""
-        return self.ask(f'run {command}')
-
     def statistic(self, name):
         # Not /sys/class/net, which may be that of another namespace.
         way, what = name.split('_')
@@ -231,7 +227,7 @@ class Lines(threading.Thread):
     def __init__(self, vm, period=0.1):
         super().__init__(daemon=True)
         self.period = period
-        vm.guest_runs(f'nc -ll -p {self.PORT} -e cat > /dev/null 2>&1 &')
+        vm.ask(f'nc -ll -p {self.PORT} -e cat > /dev/null 2>&1 &')
         self.connection = wait_for('the guest to listen', self.connect,
                                    LIMIT, 1)
         self.sent = []          # when
@@ -310,12 +306,12 @@ def add_second_bridge():
 def plug_second(vm, bridge):
     """Plug in the second NIC and have the guest use both of its queues."""
     vm.qmp('device_add', **SECOND_NIC)
-    wait_for('the guest to find its second NIC', lambda: vm.guest_runs(
+    wait_for('the guest to find its second NIC', lambda: vm.ask(
         'cat /sys/class/net/eth1/address') == SECOND_MAC, LIMIT, 1)
-    said = vm.guest_runs(' && '.join((
+    said = vm.ask(' && '.join((
         f'ip address add {SECOND_ADDRESS}/24 dev eth1', 'ip link set eth1 up',
         f'arp -s {SECOND_HOST} {HOST_MAC}', 'demo-packets queues eth1 2',
-        f'arping -q -U -c 1 -w 1 -I eth1 {SECOND_ADDRESS}')) + ' 2>&1')
+        f'arping -q -U -c 1 -w 1 -I eth1 {SECOND_ADDRESS}')))
     if said:
         raise Failure(f'the guest: {said}')
     bridge.await_port(vm.taps[1])
