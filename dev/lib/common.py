@@ -10,6 +10,7 @@ import ctypes
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ PACKAGES = ROOT / 'usr/lib/python3/dist-packages'
 sys.path.append(str(PACKAGES))
 
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -107,6 +109,15 @@ def enter_namespace():
         os.close(os.open('/dev/net/tun', os.O_RDWR))
     except OSError as err:
         raise Skip(f'/dev/net/tun: {err.strerror}') from err
+
+
+def force_buffer(sock, option, size):
+    """Set a size of SOCK; as far as we may, if we are not root."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, size)
+    except PermissionError:
+        # SO_SNDBUF or SO_RCVBUF
+        sock.setsockopt(socket.SOL_SOCKET, option - 25, size)
 
 
 def interface_statistics(name):

@@ -20,6 +20,7 @@ import termios
 import time
 
 from lib import common
+from lib.common import SO_RCVBUFFORCE, SO_SNDBUFFORCE, force_buffer
 from lib.qemu import Qemu, QMPError
 
 LIMIT = 10              # seconds that anything may take
@@ -34,7 +35,6 @@ FILL = memoryview(random.Random(1).randbytes(1 << 17))
 MIB = 1 << 20
 QUEUE_LEN = 8000        # of the TAP, in frames
 
-SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 SIOCSIFFLAGS, SIOCSIFMTU, SIOCSIFTXQLEN = 0x8914, 0x8922, 0x8943
 IFF_UP = 1
@@ -57,13 +57,6 @@ def enter_namespace():
     path = pathlib.Path('/proc/sys/net/unix/max_dgram_qlen')
     if path.exists():
         path.write_text(str(1 << 20))
-
-
-def force_buffer(sock, option, size):
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, option, size)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, option - 25, size)
 
 
 class Machine(Qemu):
