@@ -39,6 +39,8 @@ SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 SIOCSIFFLAGS, SIOCSIFMTU, SIOCSIFTXQLEN = 0x8914, 0x8922, 0x8943
 IFF_UP = 1
 
+# The steps after which captures may have other sources
+CHANGES = ('add', 'status', 'stop', 'cont', 'close', 'connect', 'up')
 COUNTERS = ('capture-kernel-drops', 'capture-peer-drops',
             'capture-skipped')
 INJECT_COUNTERS = ('inject-packets', 'inject-skipped',
@@ -97,10 +99,10 @@ class Interface:
             local={'type': 'fd', 'str': f'g{number}'})
         qmp('netdev_add', type='hubport', id=f'p{number}', hubid=number,
             netdev=f'd{number}')
+        self.host = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self.control(SIOCSIFTXQLEN, QUEUE_LEN)
         self.control(SIOCSIFMTU, MAX_MTU)
         self.control(SIOCSIFFLAGS, IFF_UP)
-        self.host = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self.host.bind((self.name, 0))
         force_buffer(self.host, SO_SNDBUFFORCE, 64 * MIB)
         # What leaves the TAP toward the network
@@ -112,7 +114,7 @@ class Interface:
         self.reset()
 
     def control(self, request, value):
-        fcntl.ioctl(self.world.any_socket, request,
+        fcntl.ioctl(self.host, request,
                     struct.pack('16si12x', self.name.encode(), value))
 
     def reset(self):
@@ -146,6 +148,9 @@ class Object:
         self.captures = spec['kind'] != 'inject'
         self.injects = spec['kind'] in ('inject', 'both')
         self.dump = spec['kind'] == 'dump'
+        # Of each record of the file or the stream
+        self.head = struct.Struct('<8xII' if self.dump else
+                                  '>II' if spec['vnet'] else '>I')
         self.takes = spec['kind'] == 'redirector' and not spec['running']
         self.chardevs = {}              # for 'out' and 'into'
         self.limit = spec['size'] or 8 * MIB
@@ -159,7 +164,7 @@ class Object:
         self.offered = 0
         self.ranges = collections.deque()
         self.got = self.got_size = 0
-        self.got_bytes = 0              # of the stream or file
+        self.got_bytes = 0              # of the stream
         self.peers = 0
         self.to_write = bytearray()
         self.written = 0                # frames to inject
@@ -185,6 +190,19 @@ class Object:
                           'it had before, or was not to get')
         self.ranges[0][0] = number + 1
 
+    def lengths(self, data, at):
+        """Of a record: what is behind its head, and the header in that"""
+        length, *more = self.head.unpack_from(data, at)
+        header = 0
+        if self.dump:
+            good = more == [length]
+        else:
+            header = more[0] if more else 0
+            good = header <= length <= 69632
+        if not good:
+            raise Failure('order', f'{self.id}: a record of {length}, {more}')
+        return length, header
+
     def account(self):
         return self.got + sum(self.counters[name] for name in COUNTERS)
 
@@ -194,7 +212,6 @@ class World:
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
-        self.any_socket = socket.socket(socket.AF_UNIX)
         self.qmp = None
         self.serial = 0
         self.taps = []
@@ -204,10 +221,8 @@ class World:
     # QEMU
 
     def start(self):
-        self.said = ''
         self.qmp = Machine('qemu', self.directory, '-machine', 'none',
                            '-accel', 'tcg')
-        self.log = open(self.qmp.log, errors='replace')
         try:
             self.qmp.connect(LIMIT)
         except common.Failure as err:
@@ -216,20 +231,15 @@ class World:
         self.taps = [Interface(self, number) for number in range(TAPS)]
         self.age = 0
 
-    @property
-    def process(self):
-        return self.qmp and self.qmp.process
-
     def quit(self):
         try:
             self.qmp.command('quit')
-            status = self.process.wait(LIMIT)
+            status = self.qmp.process.wait(LIMIT)
         except subprocess.TimeoutExpired:
             status = 'none'
-        self.said += self.log.read()
         if status:
             raise Failure('alive', f'after "quit", status {status}: '
-                          f'{self.said[-500:]}')
+                          f'{self.qmp.said()[-500:]}')
         self.stop()
 
     def stop(self):
@@ -239,22 +249,21 @@ class World:
         for tap in self.taps:
             for sock in tap.guest, tap.host, tap.network:
                 sock.close()
-        self.log.close()
         self.qmp = None
         self.taps = []
 
     def check_alive(self):
-        self.said += self.log.read()
-        bad = re.search(r'.*(assert|Sanitizer|runtime error|abort).*',
-                        self.said, re.I)
+        said = self.qmp.said()
+        bad = re.search(r'.*(assert|Sanitizer|runtime error|abort).*', said,
+                        re.I)
         if bad:
             raise Failure('alive', bad[0])
-        if self.process.poll() is not None:
+        if self.qmp.process.poll() is not None:
             raise Failure('alive', 'QEMU ended with status '
-                          f'{self.process.returncode}: {self.said[-500:]}')
+                          f'{self.qmp.process.returncode}: {said[-500:]}')
 
     def fds(self):
-        directory = f'/proc/{self.process.pid}/fd'
+        directory = f'/proc/{self.qmp.process.pid}/fd'
         found = []
         for name in os.listdir(directory):
             try:
@@ -269,7 +278,7 @@ class World:
         return len(set(common.hooked_sockets()) - ours)
 
     def expect_idle(self, when):
-        clock = (~self.process.pid << 3) | 2
+        clock = (~self.qmp.process.pid << 3) | 2
         # A short look is enough, nearly always.
         for window in 0.003, 0.01, 0.03, 0.1, 0.1, 0.1, 0.1, 0.1:
             used = time.clock_gettime(clock)
@@ -358,30 +367,13 @@ class World:
     def parse(self, o):
         """What a peer has read so far"""
         at, data = 0, memoryview(o.buffer)
-        if o.dump:
-            if not o.got_bytes and len(data) >= 24:
-                at = o.got_bytes = 24
-            while o.got_bytes and len(data) - at >= 16:
-                length, whole = struct.unpack_from('<8xII', data, at)
-                if length != whole:
-                    raise Failure('order', f'{o.id}: {length} of {whole}')
-                if len(data) - at - 16 < length:
-                    break
-                self.got_frame(o, data[at + 16:at + 16 + length])
-                at += 16 + length
-        else:
-            vnet = o.spec['vnet']
-            head = 8 if vnet else 4
-            while len(data) - at >= head:
-                length = struct.unpack_from('>I', data, at)[0]
-                header = vnet and struct.unpack_from('>I', data, at + 4)[0]
-                if length > 69632 or header > length:
-                    raise Failure('order', f'{o.id}: length {length}, header '
-                                  f'{header} in the stream')
-                if len(data) - at - head < length:
-                    break
-                self.got_frame(o, data[at + head + header:at + head + length])
-                at += head + length
+        while len(data) - at >= o.head.size:
+            length, header = o.lengths(data, at)
+            begin = at + o.head.size
+            if len(data) - begin < length:
+                break
+            self.got_frame(o, data[begin + header:begin + length])
+            at = begin + length
         data.release()
         del o.buffer[:at]
 
@@ -543,13 +535,13 @@ class World:
                          enable_when_stopped=spec['stopped'], **arguments)
         if o.dump:
             o.file = open(path, 'rb', buffering=0)
+            o.file.seek(24)             # behind the header
         self.objects[slot] = o
         if o.injects:
             self.injectors[o.key] = o
         for end in o.chardevs:
             if spec['connected']:
                 self.connect(o, end)
-        return True
 
     def look_counters(self, objects):
         if objects:
@@ -582,7 +574,7 @@ class World:
             if not fast:
                 self.look_counters([o])
             self.check_alive()
-            said = len(self.said)
+            said = len(self.qmp.said())
             self.qmp.command('object-del', id=o.id)
         o.exists, was = False, o.exists
         for chardev in o.chardevs.values():
@@ -607,7 +599,7 @@ class World:
         self.check_alive()
         lost = sum(map(int, re.findall(
             r'(\d+) packets (?:that the guest did not get )?are lost',
-            self.said[said:])))
+            self.qmp.said()[said:])))
         if o.takes:
             o.tap.lost += lost
         elif o.captures and not fast:
@@ -631,17 +623,14 @@ class World:
             o.status = on
             self.qmp.command('qom-set', path=f'/objects/{o.id}',
                              property='status', value='on' if on else 'off')
-            return True
 
     def do_stop(self):
         self.qmp.command('stop')
         self.running = False
-        return True
 
     def do_cont(self):
         self.qmp.command('cont')
         self.running = True
-        return True
 
     def offer(self, tap, origin, other_queue, count, size):
         """New numbers, for frames that those who capture are to get"""
@@ -692,7 +681,7 @@ class World:
                 o.peers == 1 and o.tap.up and o.queue != 'rx'):
             return
         size = min(size, o.tap.mtu + 14)
-        head = 8 if o.spec['vnet'] else 4
+        head = o.head.size
 
         def behind():
             self.look_counters([o])
@@ -741,7 +730,6 @@ class World:
         o = self.objects.get(slot)
         if o and getattr(o, end):
             self.disconnect(o, end)
-            return True
 
     def do_connect(self, slot, end, stalled):
         o = self.objects.get(slot)
@@ -749,7 +737,6 @@ class World:
             if end == 'out':
                 o.stalled = stalled
             self.connect(o, end)
-            return True
 
     def do_inject(self, slot, count, size):
         o = self.objects.get(slot)
@@ -784,7 +771,6 @@ class World:
         if not tap.up:
             tap.up = True
             tap.control(SIOCSIFFLAGS, IFF_UP)
-            return True
 
     def do_linger(self):
         """Wait until who does not capture is not hooked either."""
@@ -796,7 +782,7 @@ class World:
 
     def run(self, steps):
         """Of one sequence"""
-        if not self.process:
+        if not self.qmp:
             self.start()
         self.serial = (self.serial + 1) & 0xffffffff
         self.next_number = 1
@@ -810,8 +796,8 @@ class World:
         for name, *arguments in steps:
             if name == 'end':
                 continue
-            changed = getattr(self, f'do_{name}')(*arguments)
-            if changed:
+            getattr(self, f'do_{name}')(*arguments)
+            if name in CHANGES:
                 self.sync()
         self.settle()
         order, netdevs, quits = steps[-1][1:]
