@@ -16,7 +16,8 @@ import threading
 import time
 
 from lib import demo_guest
-from lib.common import Failure, run, silence_ipv6, wait_for
+from lib.common import (
+    Failure, interface_statistics, run, silence_ipv6, wait_for)
 from lib.demo_guest import GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC
 from lib.guest import LIMIT, Guest
 
@@ -118,11 +119,6 @@ class Vm(Guest):
             properties['packet-socket'] = 'on'
         super().add_filter(kind, name, netdev, **properties)
 
-    def set_capabilities(self, *names):
-        self.qmp('migrate-set-capabilities', capabilities=[
-            {'capability': name, 'state': name in names} for name in
-            ('postcopy-ram', 'multifd', 'pause-before-switchover')])
-
     def listen(self, redirector, while_stopped):
         """Be ready for a migration to here: step 2 of the user's page."""
         for i, _ in enumerate(self.taps if redirector else ()):
@@ -153,10 +149,7 @@ class Vm(Guest):
         return self.get('cap0', 'capture-packets')
 
     def statistic(self, name):
-        # Not /sys/class/net, which may be that of another namespace.
-        way, what = name.split('_')
-        return sum(json.loads(run('ip', '-j', '-s', 'link', 'show', tap))[0]
-                   ['stats64'][way][what] for tap in self.taps)
+        return sum(interface_statistics(tap)[name] for tap in self.taps)
 
     def end(self):
         super().end()
@@ -172,7 +165,9 @@ def begin(source, target, *capabilities, redirector=True, status='on',
     copied; WHILE_STOPPED has the target inject before its guest runs.
     """
     for vm in (source, target):
-        vm.set_capabilities(*capabilities)
+        vm.qmp('migrate-set-capabilities', capabilities=[
+            {'capability': name, 'state': name in capabilities} for name in
+            ('postcopy-ram', 'multifd', 'pause-before-switchover')])
     source.qmp('migrate-set-parameters', **{
         'max-bandwidth': (2 << 20) if slow else (1 << 30)})
     target.listen(redirector, while_stopped)
