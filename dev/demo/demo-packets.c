@@ -16,10 +16,6 @@
  *       numbers of the first and the last packet lost, or -1; LATE packets
  *       came after one with a higher number, by up to DEPTH.
  *
- *   demo-packets own INTERFACE
- *       In the background, print the EtherType of each packet that comes to
- *       INTERFACE from INTERFACE's own address.
- *
  *   demo-packets queues INTERFACE NUMBER
  *       Have INTERFACE use NUMBER pairs of queues.
  *
@@ -31,8 +27,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/ethtool.h>
-#include <linux/if_ether.h>
-#include <linux/if_packet.h>
 #include <linux/sockios.h>
 #include <net/if.h>
 #include <signal.h>
@@ -224,50 +218,14 @@ static void report(const struct run *run, uint32_t sent)
            run->depth);
 }
 
-static int open_interface(const char *name, struct ifreq *request)
-{
-    int fd = socket(AF_PACKET, SOCK_RAW, 0);
-
-    snprintf(request->ifr_name, sizeof(request->ifr_name), "%s", name);
-    if (fd < 0 || ioctl(fd, SIOCGIFHWADDR, request) < 0) {
-        die(name);
-    }
-    return fd;
-}
-
-static void show_own(const char *interface)
-{
-    struct ifreq request = { 0 };
-    int fd = open_interface(interface, &request);
-    struct sockaddr_ll address = {
-        .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_ALL),
-        .sll_ifindex = if_nametoindex(interface),
-    };
-    socklen_t size = sizeof(address);
-    struct ethhdr header;
-
-    if (bind(fd, (struct sockaddr *)&address, size) < 0 || daemon(1, 1) < 0) {
-        die(interface);
-    }
-    while (recvfrom(fd, &header, sizeof(header), 0,
-                    (struct sockaddr *)&address, &size) >= 0) {
-        if (address.sll_pkttype != PACKET_OUTGOING &&
-            !memcmp(header.h_source, request.ifr_hwaddr.sa_data, ETH_ALEN)) {
-            printf("%04x\n", ntohs(header.h_proto));
-            fflush(stdout);
-        }
-    }
-    die("recvfrom");
-}
-
 static void set_queues(const char *interface, int number)
 {
-    struct ifreq request = { 0 };
     struct ethtool_channels channels = { .cmd = ETHTOOL_GCHANNELS };
-    int fd = open_interface(interface, &request);
+    struct ifreq request = { .ifr_data = (char *)&channels };
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
 
-    request.ifr_data = (char *)&channels;
-    if (ioctl(fd, SIOCETHTOOL, &request) < 0) {
+    snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", interface);
+    if (fd < 0 || ioctl(fd, SIOCETHTOOL, &request) < 0) {
         die(interface);
     }
     channels.cmd = ETHTOOL_SCHANNELS;
@@ -295,9 +253,6 @@ int main(int argc, char **argv)
     if (argc == 4 && !strcmp(argv[1], "report") && run < RUNS) {
         report(&open_runs()[run], atoi(argv[3]));
         return 0;
-    }
-    if (argc == 3 && !strcmp(argv[1], "own")) {
-        show_own(argv[2]);
     }
     if (argc == 4 && !strcmp(argv[1], "queues")) {
         set_queues(argv[2], atoi(argv[3]));

@@ -48,11 +48,11 @@ def compile_program():
         part.rename(PROGRAM)
 
 
-def make_state(kind, say, scratch, append='ipv6.disable=1'):
+def make_state(say, scratch):
     """Boot the guest unless its state is there; return the state's path."""
     compile_program()
     return guest.make_state(
-        kind, INIT, NIC, append,
+        'demo', INIT, NIC, 'ipv6.disable=1',
         {'bin/demo-packets': PROGRAM.read_bytes()}, say, scratch)
 
 

@@ -6,8 +6,7 @@ come to it, in the test machine.
     sender -- br0 -+- tap0 -- vhost -- QEMU 0 (source)
                    +- tap1 -- vhost -- QEMU 1 (target)
 
-The guest is that of the demonstration, with IPv6, which is off at first.
-Each QEMU is the target of one migration and the source of the next one.
+The guest is that of the demonstration.  Each QEMU is the target of one migration and the source of the next one.
 """
 
 import json
@@ -35,11 +34,11 @@ SECOND_NIC = {
 
 
 class Bridge:
-    """A bridge that floods to a TAP only if it is told to."""
+    """A bridge that does not flood to TAPs."""
 
     def __init__(self, name, address, guest_mac, guest_address):
         self.name = name
-        self.guest_address = guest_address
+        self.mac = guest_mac
         run('ip', 'link', 'add', name, 'type', 'bridge', 'stp_state', '0',
             'forward_delay', '0', 'mcast_snooping', '0',
             # An address that is forgotten would be flooded.
@@ -48,24 +47,15 @@ class Bridge:
             'vlan_default_pvid', '0')
         run('ip', 'address', 'add', f'{address}/24', 'dev', name)
         run('ip', 'link', 'set', name, 'address', HOST_MAC, 'up')
-        self.expect(guest_mac)
-
-    def expect(self, mac):
-        """The guest's address is MAC."""
-        self.mac = mac
-        run('ip', 'neighbour', 'replace', self.guest_address, 'lladdr', mac,
-            'dev', self.name, 'nud', 'permanent')
+        run('ip', 'neighbour', 'replace', guest_address, 'lladdr', guest_mac,
+            'dev', name, 'nud', 'permanent')
 
     def add(self, tap, *options):
         run('ip', 'tuntap', 'add', tap, 'mode', 'tap', 'vnet_hdr', *options)
         run('ip', 'link', 'set', tap, 'txqueuelen', str(QUEUE),
             'master', self.name, 'up')
-        self.flood(tap, False)
-
-    def flood(self, tap, on):
-        value = 'on' if on else 'off'
-        run('bridge', 'link', 'set', 'dev', tap, 'flood', value,
-            'mcast_flood', value, 'bcast_flood', value)
+        run('bridge', 'link', 'set', 'dev', tap, 'flood', 'off',
+            'mcast_flood', 'off', 'bcast_flood', 'off')
 
     def move(self, tap):
         """Send what is for the guest to TAP, as if it had announced itself
