@@ -182,8 +182,7 @@ def run_parts(parser, make, inside, timeout, kernels=(None,), host=False):
     """
     The main() of a program of two parts.  The one on the host has
     MAKE(scratch) boot the guest, and runs the program again in the test
-    machine, on each of KERNELS; that part is INSIDE(options).  TIMEOUT may be
-    a function of the options.
+    machine, on each of KERNELS; that part is INSIDE(options).
 
     With HOST the second part can also run on the host's kernel, where guests
     are ten times as fast, with options.vhost 'off'.
@@ -211,8 +210,6 @@ def run_parts(parser, make, inside, timeout, kernels=(None,), host=False):
             print(f'1..1\nok 1 - on the host # SKIP {err}')
             return 0
         return inside(options)
-    if callable(timeout):
-        timeout = timeout(options)
     status = 0
     for kernel in kernels:
         print(f'# starting the test machine, kernel {kernel or "6.1"}',
