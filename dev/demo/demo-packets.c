@@ -16,9 +16,6 @@
  *       numbers of the first and the last packet lost, or -1; LATE packets
  *       came after one with a higher number, by up to DEPTH.
  *
- *   demo-packets queues INTERFACE NUMBER
- *       Have INTERFACE use NUMBER pairs of queues.
- *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
@@ -26,15 +23,11 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/ethtool.h>
-#include <linux/sockios.h>
-#include <net/if.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -218,23 +211,6 @@ static void report(const struct run *run, uint32_t sent)
            run->depth);
 }
 
-static void set_queues(const char *interface, int number)
-{
-    struct ethtool_channels channels = { .cmd = ETHTOOL_GCHANNELS };
-    struct ifreq request = { .ifr_data = (char *)&channels };
-    int fd = socket(AF_INET, SOCK_DGRAM, 0);
-
-    snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", interface);
-    if (fd < 0 || ioctl(fd, SIOCETHTOOL, &request) < 0) {
-        die(interface);
-    }
-    channels.cmd = ETHTOOL_SCHANNELS;
-    channels.combined_count = number;
-    if (ioctl(fd, SIOCETHTOOL, &request) < 0) {
-        die(interface);
-    }
-}
-
 int main(int argc, char **argv)
 {
     uint32_t run = argc > 2 ? atoi(argv[2]) : 0;
@@ -252,10 +228,6 @@ int main(int argc, char **argv)
     }
     if (argc == 4 && !strcmp(argv[1], "report") && run < RUNS) {
         report(&open_runs()[run], atoi(argv[3]));
-        return 0;
-    }
-    if (argc == 4 && !strcmp(argv[1], "queues")) {
-        set_queues(argv[2], atoi(argv[3]));
         return 0;
     }
     fprintf(stderr, "demo-packets: for usage see the head of its source\n");

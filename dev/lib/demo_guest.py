@@ -64,13 +64,13 @@ class Packets:
 
     runs = 0
 
-    def __init__(self, address=GUEST_ADDRESS, rate=100):
+    def __init__(self, rate=100):
         self.number = Packets.runs
         Packets.runs += 1
         self.rate = rate
         self.dropped = 0
         self.process = subprocess.Popen(
-            [PROGRAM, 'send', address, str(PORT), str(rate),
+            [PROGRAM, 'send', GUEST_ADDRESS, str(PORT), str(rate),
              str(self.number)], stdout=subprocess.PIPE, text=True,
             preexec_fn=die_with_parent)
 
