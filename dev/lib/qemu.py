@@ -77,7 +77,7 @@ class Qemu:
         self.alive()
         try:
             return self.monitor.cmd(command, **arguments)
-        except (QMPError, TimeoutError) as err:
+        except (QMPError, OSError, EOFError) as err:
             raise self.failure(f'{command} on QEMU {self.name}: '
                                f'{str(err) or "no answer"}') from err
 

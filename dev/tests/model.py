@@ -21,7 +21,7 @@ import time
 
 from lib import common
 from lib.common import SO_RCVBUFFORCE, SO_SNDBUFFORCE, force_buffer
-from lib.qemu import Qemu, QMPError
+from lib.qemu import Qemu
 
 LIMIT = 10              # seconds that anything may take
 SOON = 1.0              # the same, where QEMU is to be quick
@@ -61,20 +61,6 @@ def enter_namespace():
         path.write_text(str(1 << 20))
 
 
-class Machine(Qemu):
-    ANSWER_LIMIT = LIMIT
-
-    def command(self, name, *fds, **arguments):
-        """Pass file descriptors, and run a command."""
-        try:
-            for fd in fds:
-                self.monitor.send_fd_scm(fd.fileno())
-            return self.monitor.cmd(name, **arguments)
-        except (QMPError, OSError, EOFError) as err:
-            raise Failure('alive', f'{name} {arguments}: '
-                          f'{err or type(err).__name__}') from None
-
-
 class Interface:
     """A TAP, its hub, and what stands for the guest."""
 
@@ -83,13 +69,13 @@ class Interface:
         self.name = f'mt{number}'
         self.up = True
         self.mtu = MAX_MTU
-        qmp = world.qmp.command
+        qmp = world.qemu.qmp
         self.guest, other = socket.socketpair(socket.AF_UNIX,
                                               socket.SOCK_DGRAM)
         for end in self.guest, other:
             force_buffer(end, SO_SNDBUFFORCE, 256 * MIB)
         self.guest.setblocking(False)
-        qmp('getfd', other, fdname=f'g{number}')
+        world.pass_fd(other, 'getfd', fdname=f'g{number}')
         other.close()
         qmp('netdev_add', type='tap', id=f'n{number}', ifname=self.name,
             script='no', downscript='no', vhost=False)
@@ -134,7 +120,7 @@ class Interface:
     def close(self):
         """Take the netdev away, with its filters."""
         for kind in 'nhpd':
-            self.world.qmp.command('netdev_del', id=f'{kind}{self.number}')
+            self.world.qemu.qmp('netdev_del', id=f'{kind}{self.number}')
         for sock in self.guest, self.host, self.network:
             sock.close()
 
@@ -212,7 +198,7 @@ class World:
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
-        self.qmp = None
+        self.qemu = None
         self.serial = 0
         self.taps = []
         self.objects = {}
@@ -221,49 +207,47 @@ class World:
     # QEMU
 
     def start(self):
-        self.qmp = Machine('qemu', self.directory, '-machine', 'none',
-                           '-accel', 'tcg')
-        try:
-            self.qmp.connect(LIMIT)
-        except common.Failure as err:
-            raise Failure('alive', str(err)) from None
+        self.qemu = Qemu('qemu', self.directory, '-machine', 'none',
+                         '-accel', 'tcg')
+        self.qemu.ANSWER_LIMIT = LIMIT
+        self.qemu.connect(LIMIT)
         self.running = True
         self.taps = [Interface(self, number) for number in range(TAPS)]
         self.age = 0
 
     def quit(self):
         try:
-            self.qmp.command('quit')
-            status = self.qmp.process.wait(LIMIT)
+            self.qemu.qmp('quit')
+            status = self.qemu.process.wait(LIMIT)
         except subprocess.TimeoutExpired:
             status = 'none'
         if status:
             raise Failure('alive', f'after "quit", status {status}: '
-                          f'{self.qmp.said()[-500:]}')
+                          f'{self.qemu.said()[-500:]}')
         self.stop()
 
     def stop(self):
-        if not self.qmp:
+        if not self.qemu:
             return
-        self.qmp.end()
+        self.qemu.end()
         for tap in self.taps:
             for sock in tap.guest, tap.host, tap.network:
                 sock.close()
-        self.qmp = None
+        self.qemu = None
         self.taps = []
 
     def check_alive(self):
-        said = self.qmp.said()
+        said = self.qemu.said()
         bad = re.search(r'.*(assert|Sanitizer|runtime error|abort).*', said,
                         re.I)
         if bad:
             raise Failure('alive', bad[0])
-        if self.qmp.process.poll() is not None:
+        if self.qemu.process.poll() is not None:
             raise Failure('alive', 'QEMU ended with status '
-                          f'{self.qmp.process.returncode}: {said[-500:]}')
+                          f'{self.qemu.process.returncode}: {said[-500:]}')
 
     def fds(self):
-        directory = f'/proc/{self.qmp.process.pid}/fd'
+        directory = f'/proc/{self.qemu.process.pid}/fd'
         found = []
         for name in os.listdir(directory):
             try:
@@ -278,7 +262,7 @@ class World:
         return len(set(common.hooked_sockets()) - ours)
 
     def expect_idle(self, when):
-        clock = (~self.qmp.process.pid << 3) | 2
+        clock = (~self.qemu.process.pid << 3) | 2
         # A short look is enough, nearly always.
         for window in 0.003, 0.01, 0.03, 0.1, 0.1, 0.1, 0.1, 0.1:
             used = time.clock_gettime(clock)
@@ -303,6 +287,10 @@ class World:
                 raise Failure(kind, f'{what}: {wrong}')
             time.sleep(pause)
             pause = min(2 * pause, 0.005)
+
+    def pass_fd(self, sock, command, **arguments):
+        self.qemu.monitor.send_fd_scm(sock.fileno())
+        return self.qemu.qmp(command, **arguments)
 
     # Frames
 
@@ -431,13 +419,13 @@ class World:
 
     def add_chardev(self, o, end):
         o.chardevs[end] = f'{o.key}{end}'
-        self.qmp.add_socket(
+        self.qemu.add_socket(
             o.chardevs[end], self.directory / o.chardevs[end],
             o.spec['server'], **{} if o.spec['server'] else
             {'reconnect-ms': 20})
 
     def is_connected(self, o, end, want):
-        for chardev in self.qmp.command('query-chardev'):
+        for chardev in self.qemu.qmp('query-chardev'):
             if chardev['label'] == o.chardevs[end]:
                 if chardev['filename'].startswith('disconnected') == want:
                     return f'{o.id} {end}: {chardev["filename"]}'
@@ -491,9 +479,9 @@ class World:
                 sock.bind((o.tap.name, 0))
             if way == 'getfd':
                 arguments['packet-fd'] = f'{o.key}socket'
-                self.qmp.command('getfd', sock, fdname=f'{o.key}socket')
+                self.pass_fd(sock, 'getfd', fdname=f'{o.key}socket')
             else:
-                number = self.qmp.command('add-fd', sock)['fdset-id']
+                number = self.pass_fd(sock, 'add-fd')['fdset-id']
                 self.fdsets.append(number)
                 arguments['packet-fd'] = f'/dev/fdset/{number}'
 
@@ -522,17 +510,16 @@ class World:
                     self.add_chardev(o, end)
                     arguments['outdev' if end == 'out' else 'indev'] = \
                         o.chardevs[end]
-        kind = {'dump': 'filter-dump', 'mirror': 'filter-mirror'}.get(
-            spec['kind'], 'filter-redirector')
+        kind = spec['kind'] if spec['kind'] in ('dump', 'mirror') else \
+            'redirector'
         if spec['pass']:
             self.pass_socket(o, arguments)
         if spec['size']:
             arguments['buffer-size'] = spec['size']
-        arguments |= {'qom-type': kind, 'packet-socket': 'on'}
-        self.qmp.command('object-add', id=o.id, queue=o.queue,
-                         netdev=f'n{tap.number}',
-                         enable_when_running=spec['running'],
-                         enable_when_stopped=spec['stopped'], **arguments)
+        arguments['packet-socket'] = 'on'
+        self.qemu.add_filter(kind, o.id, f'n{tap.number}', queue=o.queue,
+                             enable_when_running=spec['running'],
+                             enable_when_stopped=spec['stopped'], **arguments)
         if o.dump:
             o.file = open(path, 'rb', buffering=0)
             o.file.seek(24)             # behind the header
@@ -545,7 +532,7 @@ class World:
 
     def look_counters(self, objects):
         if objects:
-            answer = self.qmp.command(
+            answer = self.qemu.qmp(
                 'qom-list-get', paths=[f'/objects/{o.id}' for o in objects])
             for o, listed in zip(objects, answer):
                 o.counters = {p['name']: p.get('value')
@@ -574,11 +561,11 @@ class World:
             if not fast:
                 self.look_counters([o])
             self.check_alive()
-            said = len(self.qmp.said())
-            self.qmp.command('object-del', id=o.id)
+            said = len(self.qemu.said())
+            self.qemu.qmp('object-del', id=o.id)
         o.exists, was = False, o.exists
         for chardev in o.chardevs.values():
-            self.qmp.command('chardev-remove', id=chardev)
+            self.qemu.qmp('chardev-remove', id=chardev)
         o.stalled = False
         if o.out:
             end = time.monotonic() + LIMIT
@@ -599,7 +586,7 @@ class World:
         self.check_alive()
         lost = sum(map(int, re.findall(
             r'(\d+) packets (?:that the guest did not get )?are lost',
-            self.qmp.said()[said:])))
+            self.qemu.said()[said:])))
         if o.takes:
             o.tap.lost += lost
         elif o.captures and not fast:
@@ -621,15 +608,14 @@ class World:
         o = self.objects.get(slot)
         if o:
             o.status = on
-            self.qmp.command('qom-set', path=f'/objects/{o.id}',
-                             property='status', value='on' if on else 'off')
+            self.qemu.set(o.id, 'status', 'on' if on else 'off')
 
     def do_stop(self):
-        self.qmp.command('stop')
+        self.qemu.qmp('stop')
         self.running = False
 
     def do_cont(self):
-        self.qmp.command('cont')
+        self.qemu.qmp('cont')
         self.running = True
 
     def offer(self, tap, origin, other_queue, count, size):
@@ -782,7 +768,7 @@ class World:
 
     def run(self, steps):
         """Of one sequence"""
-        if not self.qmp:
+        if not self.qemu:
             self.start()
         self.serial = (self.serial + 1) & 0xffffffff
         self.next_number = 1
@@ -914,7 +900,7 @@ class World:
         self.wait('sockets', 'after the last object', lambda: self.hooked() and
                   f'{self.hooked()} packet sockets are hooked', SOON)
         for fdset in self.fdsets:
-            self.qmp.command('remove-fd', **{'fdset-id': fdset})
+            self.qemu.qmp('remove-fd', **{'fdset-id': fdset})
         self.expect_idle('without objects')
 
         def wrong():
