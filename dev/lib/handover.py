@@ -104,11 +104,11 @@ class Vm(Guest):
     def uri(self):
         return f'unix:{self.path("migration")}'
 
-    def add_capture(self, target, status='on'):
+    def add_capture(self, target):
         """Step 3."""
         self.add_redirector('cap', 'out', target.path('stream'), False,
                             enable_when_running=False,
-                            enable_when_stopped=True, status=status)
+                            enable_when_stopped=True)
 
     def remove(self, name, device):
         self.qmp('object-del', id=f'{name}0')
@@ -125,8 +125,8 @@ class Vm(Guest):
         attempt('ip', 'link', 'delete', self.tap)   # may be gone already
 
 
-def begin(source, target, *capabilities, redirector=True, status='on',
-          slow=False, while_stopped=True):
+def begin(source, target, *capabilities, redirector=True, slow=False,
+          while_stopped=True):
     """
     Steps 2 to 4 of the user's page.  SLOW leaves time while the memory is
     copied; WHILE_STOPPED has the target inject before its guest runs.
@@ -139,7 +139,7 @@ def begin(source, target, *capabilities, redirector=True, status='on',
         'max-bandwidth': (2 << 20) if slow else (1 << 30)})
     target.listen(redirector, while_stopped)
     if redirector:
-        source.add_capture(target, status)
+        source.add_capture(target)
     source.qmp('migrate', uri=target.uri())
 
 
