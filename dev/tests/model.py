@@ -75,7 +75,8 @@ class Interface:
         for end in self.guest, other:
             force_buffer(end, SO_SNDBUFFORCE, 256 * MIB)
         self.guest.setblocking(False)
-        world.pass_fd(other, 'getfd', fdname=f'g{number}')
+        world.qemu.monitor.send_fd_scm(other.fileno())
+        qmp('getfd', fdname=f'g{number}')
         other.close()
         qmp('netdev_add', type='tap', id=f'n{number}', ifname=self.name,
             script='no', downscript='no', vhost=False)
@@ -288,10 +289,6 @@ class World:
             time.sleep(pause)
             pause = min(2 * pause, 0.005)
 
-    def pass_fd(self, sock, command, **arguments):
-        self.qemu.monitor.send_fd_scm(sock.fileno())
-        return self.qemu.qmp(command, **arguments)
-
     # Frames
 
     def frame(self, number, size):
@@ -471,20 +468,6 @@ class World:
 
     # Objects
 
-    def pass_socket(self, o, arguments):
-        """Open a packet socket, and pass it."""
-        way = o.spec['pass']
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
-            if o.spec['bound']:
-                sock.bind((o.tap.name, 0))
-            if way == 'getfd':
-                arguments['packet-fd'] = f'{o.key}socket'
-                self.pass_fd(sock, 'getfd', fdname=f'{o.key}socket')
-            else:
-                number = self.pass_fd(sock, 'add-fd')['fdset-id']
-                self.fdsets.append(number)
-                arguments['packet-fd'] = f'/dev/fdset/{number}'
-
     def do_add(self, slot, spec):
         tap = self.taps[spec['tap']]
         if slot in self.objects:
@@ -512,8 +495,6 @@ class World:
                         o.chardevs[end]
         kind = spec['kind'] if spec['kind'] in ('dump', 'mirror') else \
             'redirector'
-        if spec['pass']:
-            self.pass_socket(o, arguments)
         if spec['size']:
             arguments['buffer-size'] = spec['size']
         arguments['packet-socket'] = 'on'
@@ -775,7 +756,6 @@ class World:
         self.origins = [(0, '', 0)]
         self.objects = {}
         self.injectors = {}
-        self.fdsets = []
         for tap in self.taps:
             tap.reset()
         fds = self.fds()
@@ -899,8 +879,6 @@ class World:
             self.do_mtu(tap.number, MAX_MTU)
         self.wait('sockets', 'after the last object', lambda: self.hooked() and
                   f'{self.hooked()} packet sockets are hooked', SOON)
-        for fdset in self.fdsets:
-            self.qemu.qmp('remove-fd', **{'fdset-id': fdset})
         self.expect_idle('without objects')
 
         def wrong():
