@@ -27,7 +27,8 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 '''
 
-DIRECTORIES = ('bin', 'dev', 'lib', 'mnt', 'proc', 'run', 'sys', 'tmp')
+DIRECTORIES = ('bin', 'dev', 'lib', 'lib/modules', 'mnt', 'proc', 'run',
+               'sys', 'tmp')
 
 
 def find_kernel(version=None):
@@ -93,19 +94,6 @@ def firmware_options():
             for option in ('-L', str(ROOT / 'usr/share' / name))]
 
 
-def busybox():
-    path = ROOT / 'bin/busybox'
-    if not path.exists():
-        raise Failure(f'no busybox in {ROOT}/bin: run '
-                      'dev/build/apt-other-suites to fetch it')
-    return path.read_bytes()
-
-
-def read_module(path):
-    contents = path.read_bytes()
-    return lzma.decompress(contents) if path.suffix == '.xz' else contents
-
-
 def directory_of(version):
     """The directory of the modules of the kernel VERSION."""
     for root in (ROOT, KERNELS):
@@ -129,7 +117,9 @@ def modules(version, wanted):
     def load(name):
         if name in loaded or name not in files:
             return
-        contents = read_module(files[name])
+        contents = files[name].read_bytes()
+        if files[name].suffix == '.xz':
+            contents = lzma.decompress(contents)
         depends = re.search(rb'\0depends=([^\0]*)\0', contents)
         for other in (depends.group(1).decode() if depends else '').split(','):
             load(other.replace('-', '_'))
@@ -171,32 +161,30 @@ def cpio(entries):
     return bytes(out)
 
 
-def make(version, wanted_modules, init, extra=None):
+def make(version, wanted_modules, init, extra):
     """
     Return a cpio archive for the kernel VERSION: busybox, the modules with
     a list of them in load order, INIT (the rest of a shell script) as /init,
     and the entries of EXTRA.
     """
-    entries = dict.fromkeys(DIRECTORIES)
-    entries['bin/busybox'] = busybox()
-    entries['bin/sh'] = 'busybox'
-    entries['lib/modules'] = None
     found = modules(version, wanted_modules)
-    for name, contents in found.items():
-        entries[f'lib/modules/{name}.ko'] = contents
-    entries['lib/modules/order'] = '\n'.join([*found, '']).encode()
-    entries['init'] = (INIT + init).encode()
-    entries.update(extra or {})
-    return cpio(entries)
+    return cpio({
+        **dict.fromkeys(DIRECTORIES),
+        'bin/busybox': (ROOT / 'bin/busybox').read_bytes(),
+        'bin/sh': 'busybox',
+        **{f'lib/modules/{name}.ko': contents
+           for name, contents in found.items()},
+        'lib/modules/order': '\n'.join([*found, '']).encode(),
+        'init': (INIT + init).encode(),
+        **extra})
 
 
-def cached(kind, version, wanted_modules, init, extra=None):
+def cached(kind, version, wanted_modules, init, extra):
     """Like make(), but return the path of a file below build/."""
     # Everything that decides the contents decides the name.
     key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
     for part in (version, *wanted_modules, init,
-                 *(f'{name}={value!r}' for name, value in
-                   (extra or {}).items()),
+                 *(f'{name}={value!r}' for name, value in extra.items()),
                  *(str(path.stat().st_mtime_ns) for path in
                    (ROOT / '.list', directory_of(version)))):
         key.update(part.encode() + b'\0')
