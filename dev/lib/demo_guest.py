@@ -9,7 +9,8 @@ import signal
 import subprocess
 
 from lib import guest
-from lib.common import BUILD, TOP, Failure, die_with_parent, run, wait_for
+from lib.common import (
+    BUILD, TOP, Failure, die_with_parent, run, wait_for, wait_steady)
 from lib.guest import LIMIT
 
 PROGRAM = BUILD / 'demo/demo-packets'
@@ -108,12 +109,7 @@ class Packets:
         sent = int(self.process.communicate(timeout=20)[0] or -1)
         if self.process.returncode:
             raise Failure('the sender failed')
-        counts = [-1, -2]
-
-        def quiet():
-            counts.append(self.count(vm))
-            return counts[-1] == counts[-2] == counts[-3]
-        wait_for('the last packets', quiet, LIMIT, 1)
+        wait_steady('the last packets', lambda: self.count(vm), LIMIT)
         return Result(sent, self.socket_drops(vm) - self.dropped, *map(
             int, vm.ask(f'demo-packets report {self.number} {sent}').split()))
 
