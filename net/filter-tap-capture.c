@@ -107,6 +107,7 @@ struct FilterTapCapture {
     QEMUBH *bh;                 /* write, and go on draining */
     QEMUTimer *linger;
     uint64_t kernel_drops_seen;
+    uint64_t read;              /* bytes of all frames of the socket */
     MACAddr nic_address;        /* in TAKE; all 0 if it is not known */
     uint64_t *counters;         /* of the user */
 };
@@ -146,11 +147,8 @@ void filter_tap_capture_update_drops(FilterTapCapture *fc)
 
 static void filter_tap_capture_stage(FilterTapCapture *fc, size_t size)
 {
-    size_t hdr_len = fc->nf->netdev->vnet_hdr_len;
-
-    frame_writer_commit(fc->writer, hdr_len, size);
+    frame_writer_commit(fc->writer, fc->nf->netdev->vnet_hdr_len, size);
     fc->counters[CAPTURE_PACKETS]++;
-    fc->counters[CAPTURE_BYTES] += size - hdr_len;
 }
 
 static void filter_tap_capture_to_sink(FilterTapCapture *fc,
@@ -163,7 +161,6 @@ static void filter_tap_capture_to_sink(FilterTapCapture *fc,
     frame_offload_to_guest(hdr, frame, len, NULL, 0, false);
     if (fc->config.sink(fc->config.opaque, &time, frame, len)) {
         fc->counters[CAPTURE_PACKETS]++;
-        fc->counters[CAPTURE_BYTES] += len;
     } else {
         fc->counters[CAPTURE_PEER_DROPS]++;
     }
@@ -202,6 +199,7 @@ static int filter_tap_capture_one(FilterTapCapture *fc, bool swap)
     ssize_t len;
 
     len = packet_socket_recv(fc->socket, &hdr, frame, room - hdr_len);
+    fc->read += MAX(len, 0);
     if (len == -EAGAIN) {
         return len;
     } else if (len == -EMSGSIZE || len == -EINVAL) {
@@ -228,13 +226,13 @@ static unsigned filter_tap_capture_read(FilterTapCapture *fc,
                                         unsigned max_frames, size_t max_bytes,
                                         int *err)
 {
-    uint64_t end = fc->counters[CAPTURE_BYTES] + MIN(max_bytes, INT64_MAX);
+    uint64_t end = fc->read + MIN(max_bytes, INT64_MAX);
     bool swap = filter_tap_link_swapped(fc->user->link);
     unsigned frames = 0;
     bool down = false;
 
     *err = 0;
-    while (frames < max_frames && fc->counters[CAPTURE_BYTES] < end &&
+    while (frames < max_frames && fc->read < end &&
            !filter_tap_capture_full(fc)) {
         *err = filter_tap_capture_one(fc, swap);
         if (*err == -ENETDOWN && !down) {
@@ -264,7 +262,8 @@ static void filter_tap_capture_flush(FilterTapCapture *fc, bool now)
     /*
      * If the character device is still open after an error, as on a full
      * disk, a frame cannot be written.  Copies are dropped, or the capture
-     * would be stuck.  What was taken is kept, and the TAP is held.
+     * would be stuck.  What was taken is kept; the TAP is held when that fills
+     * the buffer.
      */
     if (ret < 0 && fc->socket) {
         trace_filter_tap_peer_error(fc->user->link->ifname, -ret);
@@ -466,12 +465,12 @@ static unsigned filter_tap_capture_poll(PacketPollEntry *entry,
                                         size_t *bytes, bool *more)
 {
     FilterTapCapture *fc = container_of(entry, FilterTapCapture, poll);
-    uint64_t before = fc->counters[CAPTURE_BYTES];
+    uint64_t before = fc->read;
     unsigned frames;
     int err;
 
     frames = filter_tap_capture_read(fc, max_frames, max_bytes, &err);
-    *bytes = fc->counters[CAPTURE_BYTES] - before;
+    *bytes = fc->read - before;
     *more = err != -EAGAIN;
     filter_tap_capture_flush(fc, false);
     filter_tap_capture_update(fc);
@@ -576,13 +575,14 @@ FilterTapCapture *filter_tap_capture_new(NetFilterState *nf,
 
 void filter_tap_capture_free(FilterTapCapture *fc)
 {
-    uint64_t lost = 0, drops;
+    uint64_t lost;
 
     if (!fc) {
         return;
     }
     filter_tap_capture_update_drops(fc);
-    drops = fc->counters[CAPTURE_KERNEL_DROPS];
+    lost = -fc->counters[CAPTURE_KERNEL_DROPS] -
+           fc->counters[CAPTURE_PEER_DROPS];
     filter_tap_capture_set_active(fc, false);
     filter_tap_capture_flush(fc, true);
     while (fc->state == CAPTURE_DRAIN && filter_tap_capture_can_stage(fc)) {
@@ -592,14 +592,15 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     if (fc->config.chr_out) {
         qemu_chr_fe_set_handlers(fc->config.chr_out, NULL, NULL, NULL, NULL,
                                  NULL, NULL, true);
-        lost = frame_writer_close(fc->writer);
+        lost += frame_writer_close(fc->writer);
     }
     if (fc->state == CAPTURE_DRAIN) {
         lost += packet_socket_discard(fc->socket);
     }
-    /* To read the socket may have shown more drops. */
+    /* Reading and writing may have shown more drops than there were before. */
     filter_tap_capture_update_drops(fc);
-    lost += fc->counters[CAPTURE_KERNEL_DROPS] - drops;
+    lost += fc->counters[CAPTURE_KERNEL_DROPS] +
+            fc->counters[CAPTURE_PEER_DROPS];
     if (lost) {
         warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "
                     "filter", fc->nf->netdev_id, lost,

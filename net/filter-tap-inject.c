@@ -56,8 +56,7 @@
 struct FilterTapInject {
     NetFilterState *nf;
     FilterTapUser *user;
-    CharFrontend *chr;
-    bool vnet_hdr;
+    FilterTapConfig config;
     bool active;
     FrameReader *reader;
     PacketSocket *socket;       /* NULL if nothing goes to the guest */
@@ -71,7 +70,8 @@ struct FilterTapInject {
 static size_t filter_tap_inject_hdr_len(const FilterTapInject *fi,
                                         const StreamFrame *frame)
 {
-    return fi->vnet_hdr ? frame->vnet_hdr_len : fi->nf->netdev->vnet_hdr_len;
+    return fi->config.vnet_hdr ? frame->vnet_hdr_len :
+                                 fi->nf->netdev->vnet_hdr_len;
 }
 
 /* The frame is not sent. */
@@ -192,9 +192,6 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
         return 1;
     }
     fi->counters[INJECT_PACKETS] += ret;
-    for (int i = 0; i < ret; i++) {
-        fi->counters[INJECT_BYTES] += frames[i].len;
-    }
     return ret;
 }
 
@@ -240,7 +237,6 @@ static void filter_tap_inject_along_chain(FilterTapInject *fi,
         filter_tap_inject_failed(fi, err);
     } else {
         fi->counters[INJECT_PACKETS]++;
-        fi->counters[INJECT_BYTES] += iov[1].iov_len;
     }
 }
 
@@ -367,8 +363,7 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
     fi->nf = nf;
     fi->user = user;
     fi->counters = user->counters;
-    fi->chr = config->chr_in;
-    fi->vnet_hdr = config->vnet_hdr;
+    fi->config = *config;
     if (nf->direction != NET_FILTER_DIRECTION_RX) {
         fi->socket = packet_socket_new_inject(user->link->ifname,
                                               user->link->ifindex, fd, errp);
@@ -377,11 +372,11 @@ FilterTapInject *filter_tap_inject_new(NetFilterState *nf,
             return NULL;
         }
     }
-    fi->reader = frame_reader_new(fi->chr, fi->vnet_hdr,
+    fi->reader = frame_reader_new(fi->config.chr_in, fi->config.vnet_hdr,
                                   &fi->counters[INJECT_STREAM_ERRORS],
                                   filter_tap_inject_frames, fi);
     fi->retry = timer_new_ms(QEMU_CLOCK_REALTIME, filter_tap_inject_retry, fi);
-    qemu_chr_fe_set_handlers(fi->chr, filter_tap_inject_can_read,
+    qemu_chr_fe_set_handlers(fi->config.chr_in, filter_tap_inject_can_read,
                              filter_tap_inject_read, filter_tap_inject_event,
                              NULL, fi, NULL, true);
     return fi;
@@ -392,8 +387,8 @@ void filter_tap_inject_free(FilterTapInject *fi)
     if (!fi) {
         return;
     }
-    qemu_chr_fe_set_handlers(fi->chr, NULL, NULL, NULL, NULL, NULL, NULL,
-                             true);
+    qemu_chr_fe_set_handlers(fi->config.chr_in, NULL, NULL, NULL, NULL, NULL,
+                             NULL, true);
     timer_free(fi->retry);
     if (filter_tap_inject_pending(fi)) {
         warn_report("netdev '%s': frames that were not injected yet are lost "
@@ -413,7 +408,7 @@ void filter_tap_inject_set_active(FilterTapInject *fi, bool active)
     if (active) {
         frame_reader_resume(fi->reader);
     }
-    qemu_chr_fe_accept_input(fi->chr);
+    qemu_chr_fe_accept_input(fi->config.chr_in);
 }
 
 bool filter_tap_inject_pending(const FilterTapInject *fi)

@@ -30,6 +30,7 @@ typedef struct FilterTapLink {
     char ifname[IFNAMSIZ];
     unsigned ifindex;
     bool running;                       /* the VM */
+    bool can_swap;                      /* headers, to the guest's order */
     bool held;                          /* the TAP is not read */
     QLIST_HEAD(, FilterTapUser) users;
     VMChangeStateEntry *vm_state;
@@ -39,12 +40,10 @@ typedef struct FilterTapLink {
 /* What a filter counts; net/filter-tap.c has a property for each. */
 typedef enum FilterTapCounter {
     CAPTURE_PACKETS,
-    CAPTURE_BYTES,
     CAPTURE_KERNEL_DROPS,
     CAPTURE_PEER_DROPS,
     CAPTURE_SKIPPED,
     INJECT_PACKETS,
-    INJECT_BYTES,
     INJECT_SKIPPED,
     INJECT_INTERFACE_DROPS,
     INJECT_STREAM_ERRORS,
@@ -52,8 +51,8 @@ typedef enum FilterTapCounter {
 } FilterTapCounter;
 
 /*
- * A filter on the TAP.  It sets @wants_tx and @changed, capture and inject
- * count, and the link sets the rest.
+ * A filter on the TAP.  filter-tap.c sets @wants_tx and @changed, capture and
+ * inject write @counters, and the link owns the rest.
  */
 struct FilterTapUser {
     uint64_t counters[FILTER_TAP_COUNTERS];
@@ -128,7 +127,7 @@ const char *filter_tap_capture_source(const FilterTapCapture *fc);
 /* Returns whether captured frames wait for the peer. */
 bool filter_tap_capture_pending(const FilterTapCapture *fc);
 
-/* Count the kernel's drops, but only of frames that the peer would have got. */
+/* Bring CAPTURE_KERNEL_DROPS up to date; drops count in COPY and DRAIN. */
 void filter_tap_capture_update_drops(FilterTapCapture *fc);
 
 /* Write what the peer accepts at once, and warn if frames are lost. */

@@ -125,15 +125,19 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 
 /*
  * If this fails, the kernel has no headers in the other order: QEMU swaps them
- * by itself, and does not use vhost.
+ * by itself, and does not use vhost.  Then do not ask again, as the kernel
+ * waits for a lock (RTNL) to answer.
  */
 bool filter_tap_link_swapped(FilterTapLink *link)
 {
-    int value;
+    int value = 0;
 
-    return ioctl(tap_get_fd(link->netdev),
-                 HOST_BIG_ENDIAN ? TUNGETVNETLE : TUNGETVNETBE,
-                 &value) == 0 && value;
+    if (link->can_swap) {
+        link->can_swap = ioctl(tap_get_fd(link->netdev),
+                               HOST_BIG_ENDIAN ? TUNGETVNETLE : TUNGETVNETBE,
+                               &value) == 0;
+    }
+    return value;
 }
 
 /* Put the TAP's queues to @ncs, of MAX_QUEUE_NUM.  Returns their number. */
@@ -220,6 +224,7 @@ static FilterTapLink *filter_tap_link_new(NetClientState *netdev)
 
     link->netdev = netdev;
     link->running = runstate_is_live(runstate_get());
+    link->can_swap = true;
     link->vm_state =
         qemu_add_vm_change_state_handler_prio(filter_tap_link_vm_state, link,
                                               FILTER_TAP_VM_STATE_PRIORITY);

@@ -86,7 +86,7 @@ static bool filter_tap_reaches(NetFilterState *nf, NetClientState *netdev)
 /* Whether the filter captures from the TAP, and not with a packet socket */
 static bool filter_tap_takes(const FilterTap *ft, const FilterTapConfig *config)
 {
-    return config->takes && config->chr_out &&
+    return config->can_take && config->chr_out &&
            ft->when_running == ON_OFF_AUTO_OFF;
 }
 
@@ -152,9 +152,8 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
 }
 
 /*
- * Create the endpoints.  The number of a packet socket may be wrong, and that
- * of anything else in QEMU: the file descriptor is closed only when an endpoint
- * has found that it is a packet socket.
+ * Create the endpoints.  On failure, close what getfd or an fd set gave.  A
+ * number stays open: if it is wrong, it may be any file of QEMU's.
  */
 static bool filter_tap_open(FilterTapEndpoints *ep,
                             const FilterTapConfig *config, Error **errp)
@@ -408,8 +407,6 @@ static void filter_tap_class_init(ObjectClass *oc, const void *data)
 
     filter_tap_add_counter(oc, "capture-packets", CAPTURE_PACKETS,
         "Packets that were captured");
-    filter_tap_add_counter(oc, "capture-bytes", CAPTURE_BYTES,
-        "Bytes of their frames");
     filter_tap_add_counter(oc, "capture-kernel-drops", CAPTURE_KERNEL_DROPS,
         "Packets that the kernel did not copy because the packet socket was "
         "full");
@@ -428,8 +425,6 @@ void filter_tap_add_inject_properties(ObjectClass *oc)
         "Whether frames have been read that are not injected yet");
     filter_tap_add_counter(oc, "inject-packets", INJECT_PACKETS,
         "Packets that were injected");
-    filter_tap_add_counter(oc, "inject-bytes", INJECT_BYTES,
-        "Bytes of their frames");
     filter_tap_add_counter(oc, "inject-skipped", INJECT_SKIPPED,
         "Frames that are invalid, too long, or of a kind that cannot be "
         "injected");

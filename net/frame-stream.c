@@ -32,7 +32,7 @@
 #define FRAME_WRITER_RETRY_MS 10
 
 /* A larger buffer is freed when it has become empty. */
-#define FRAME_WRITER_KEEP (1 << 20)
+#define FRAME_WRITER_KEEP (1 * MiB)
 
 /* How many batches are handed out before others get their turn. */
 #define FRAME_READER_BATCHES 4
@@ -83,8 +83,8 @@ bool frame_stream_check(CharFrontend *chr, Error **errp)
     if (object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_HUB) ||
         object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_MUX) ||
         object_dynamic_cast(OBJECT(chr->chr), TYPE_CHARDEV_UDP)) {
-        error_setg(errp, "chardev '%s' is a hub or a udp one, or has mux=on, "
-                   "and cannot carry frames; use a socket", chr->chr->label);
+        error_setg(errp, "chardev '%s' cannot carry frames (it is a hub, udp, "
+                   "or has mux=on); use a socket", chr->chr->label);
         return false;
     }
     return true;
@@ -155,7 +155,7 @@ void frame_writer_commit(FrameWriter *fw, uint32_t vnet_hdr_len, size_t size)
 {
     FrameBuffer *buf = &fw->buf;
 
-    /* The user has to see to it. */
+    /* The caller has checked this. */
     assert(size <= FRAME_STREAM_MAX_PAYLOAD);
     stl_be_p(buf->data + buf->tail, size);
     if (fw->vnet_hdr) {

@@ -43,7 +43,7 @@ typedef struct PacketRing {
     unsigned slots;             /* 0: there is no ring */
     unsigned next;              /* to be read; the one before is not free yet */
     uint64_t drops;             /* when the ring was last found empty */
-    unsigned dropped;           /* how often they have grown without a frame */
+    unsigned dropped;           /* how often in a row they grew although empty */
 } PacketRing;
 
 /*
@@ -68,8 +68,8 @@ void packet_ring_release(PacketRing *ring);
 /*
  * Call this when packet_ring_next() has returned NULL, with the number of
  * frames that the kernel has dropped up to now.  Returns true when that has
- * grown two times in a row although there was room.  (Once may be a frame that
- * a kernel whose rings do not get stuck has no header for.)
+ * grown two times in a row although there was room.  (One drop proves nothing:
+ * newer kernels drop a frame without a header, and go on.)
  */
 bool packet_ring_stuck(PacketRing *ring, uint64_t drops);
 
@@ -89,7 +89,6 @@ typedef unsigned PacketPollRead(PacketPollEntry *entry, unsigned max_frames,
 struct PacketPollEntry {
     int fd;
     PacketPollRead *read;
-    unsigned room;
     bool enabled;
     QTAILQ_ENTRY(PacketPollEntry) next;     /* of those that are ready */
 };

@@ -3,9 +3,9 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * A QEMU without CAP_NET_RAW gets its packet sockets from outside.  Here is
- * found out whether one of them can be used.  None of this needs a privilege,
- * and nothing of the socket is changed.
+ * A QEMU without CAP_NET_RAW gets its packet sockets from outside.  This file
+ * checks whether one of them can be used.  It needs no privilege, and changes
+ * nothing of the socket.
  */
 
 #include "qemu/osdep.h"

@@ -113,7 +113,6 @@ static void packet_poll_readable(void *opaque)
     size_t bytes = 0;
     int64_t wait;
 
-    packet_poll.pace.max_frames = POLL_MAX_FRAMES;
     while (ready-- && (entry = QTAILQ_FIRST(&packet_poll.ready)) &&
            frames < POLL_BATCH && bytes < POLL_BATCH_BYTES) {
         size_t read = 0;
@@ -122,8 +121,6 @@ static void packet_poll_readable(void *opaque)
         frames += entry->read(entry, POLL_BATCH - frames,
                               POLL_BATCH_BYTES - bytes, &read, &more);
         bytes += read;
-        packet_poll.pace.max_frames = MIN(packet_poll.pace.max_frames,
-                                          entry->room / 2);
         packet_poll_set_ready(entry, more && entry->enabled);
     }
     wait = frame_pace(&packet_poll.pace, now, frames, bytes);
@@ -153,6 +150,7 @@ static bool packet_poll_open(Error **errp)
         return false;
     }
     packet_poll.paced = false;
+    packet_poll.pace.max_frames = POLL_MAX_FRAMES;
     qemu_set_fd_handler(packet_poll.timer_fd, packet_poll_readable, NULL, NULL);
     qemu_set_fd_handler(packet_poll.epoll_fd, packet_poll_readable, NULL, NULL);
     return true;
@@ -174,9 +172,9 @@ bool packet_poll_add(PacketPollEntry *entry, int fd, unsigned room,
     if (!packet_poll.entries && !packet_poll_open(errp)) {
         return false;
     }
+    packet_poll.pace.max_frames = MIN(packet_poll.pace.max_frames, room / 2);
     entry->fd = fd;
     entry->read = read;
-    entry->room = room;
     packet_poll.entries++;
     if (epoll_ctl(packet_poll.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0) {
         error_setg_errno(errp, errno, "could not poll a packet socket");

@@ -28,7 +28,6 @@
 
 #include "qemu/osdep.h"
 #include <net/if.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <linux/filter.h>
 #include <linux/if_ether.h>
@@ -200,17 +199,23 @@ static bool packet_socket_set_filter(PacketSocket *ps, unsigned directions,
 static void packet_socket_set_queue(PacketSocket *ps, size_t memory)
 {
     /* The kernel doubles the number. */
-    int size = MIN(memory / 2, INT_MAX);
+    int size = MIN(memory / 2, INT_MAX), any;
 
-    /*
-     * To exceed net.core.rmem_max takes CAP_NET_ADMIN.  Without, take what we
-     * get, but do not reduce what somebody has set who had it.
-     */
     if (setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUFFORCE,
-                   &size, sizeof(size)) < 0 &&
-        packet_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF) / 2 < size) {
+                   &size, sizeof(size)) == 0) {
+        return;
+    }
+    /*
+     * To exceed net.core.rmem_max takes CAP_NET_ADMIN.  Without, take what any
+     * socket gets, but do not reduce what somebody has set who had it.
+     */
+    any = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    setsockopt(any, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+    if (packet_get_option(any, SOL_SOCKET, SO_RCVBUF) >
+        packet_get_option(ps->fd, SOL_SOCKET, SO_RCVBUF)) {
         setsockopt(ps->fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
     }
+    close(any);
 }
 
 /*

@@ -50,7 +50,7 @@ typedef struct FilterTapConfig {
     CharFrontend *chr_in;       /* where frames to inject come from, or NULL */
     CharFrontend *chr_out;      /* where captured frames go, or NULL */
     bool vnet_hdr;              /* the streams tell the header's length */
-    bool takes;                 /* packets, if it works only while stopped */
+    bool can_take;              /* packets, if it works only while stopped */
     FilterTapSink *sink;        /* gets captured frames, or NULL */
     void *opaque;               /* for @sink */
 } FilterTapConfig;

@@ -75,9 +75,9 @@ bool frame_writer_full(const FrameWriter *fw);
 bool frame_writer_empty(const FrameWriter *fw);
 
 /*
- * Write what the peer accepts now; the rest follows as it accepts more.  If it
- * had no room before, this waits until the character device tells that there is
- * some; with @now it tries at once.
+ * Write what the peer accepts now; the rest follows as it accepts more.  Once
+ * it had no room, a call does nothing until the character device has told that
+ * there is some, unless @now is set.
  * Returns 0, or a negative errno if the character device cannot write and will
  * not tell when it can.  What is staged stays until it is written or discarded.
  */

@@ -43,9 +43,9 @@ typedef struct PacketSocket PacketSocket;
  * can widen it any more.  On failure (NULL) @fd stays the caller's, but its
  * options may have changed.
  *
- * Frames that wait may use @memory bytes.  A part of that is a ring, which is
- * there all the time: two thirds of a little, and a sixth of much, but no less
- * than 4.5 MiB.  The rest is for frames of more than 1522 bytes; without
+ * Frames that wait may use @memory bytes.  A ring, which is there all the time,
+ * gets a sixth of it, but at least 4.5 MiB, or two thirds of @memory if that is
+ * less.  The rest is for frames of more than 1522 bytes; without
  * CAP_NET_ADMIN it is limited to twice net.core.rmem_max, unless whoever opened
  * @fd has set more (SO_RCVBUFFORCE).
  *

@@ -829,8 +829,6 @@ static void test_interface_down_network(Fixture *f)
         in_send(f, 0, 3);
         wait_counter(f, "inj", "inject-interface-drops", 3 * (i + 1));
         expect_injected(f, 5 * i, 3 * (i + 1), 0);
-        g_assert_cmpuint(counter(f, "inj", "inject-bytes"), ==,
-                         5 * i * FRAME_LEN);
         interface_up(f);
         in_send(f, 10 * i, 5);
         expect_host(f, 10 * i, 5);
@@ -1145,8 +1143,6 @@ static void test_error_inject_network(Fixture *f)
     uint32_t n = check_errors(f, &path, cases, ARRAY_SIZE(cases));
 
     expect_injected(f, n - 60, 60, 0);
-    g_assert_cmpuint(counter(f, "inj", "inject-bytes"), ==,
-                     (n - 60) * FRAME_LEN);
 }
 
 /* GSO frames toward the guest */

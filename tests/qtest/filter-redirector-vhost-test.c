@@ -105,8 +105,6 @@ static void test_capture(const void *data)
         expect_out(&f, n + 25, d->rx ? 25 : 0);
     }
     g_assert_cmpuint(counter(&f, "cap", "capture-packets"), ==, captured);
-    g_assert_cmpuint(counter(&f, "cap", "capture-bytes"), ==,
-                     captured * FRAME_LEN);
     /* The TAP is held no longer than the filter is there. */
     vm_stop(&f);
     del_object(&f, "cap");
@@ -724,7 +722,6 @@ static void test_inject(const void *data)
     guest_send(&f, 51, 1);
     expect_host(&f, 51, 1);
     g_assert_cmpuint(counter(&f, "inj", "inject-packets"), ==, 50);
-    g_assert_cmpuint(counter(&f, "inj", "inject-bytes"), ==, 50 * FRAME_LEN);
     /* The packet socket is for the guest's frames, and receives nothing. */
     g_assert_cmpint(packet_sockets(f.ifname, 0, 0), ==, d->tx);
     g_assert_cmpint(hooked(&f), ==, 0);
@@ -1285,10 +1282,10 @@ static void test_errors(Fixture *f)
         { "netdev=n0", "at least one property" },
         { "netdev=n0", "filter-redirector 'bad': " },
         { "netdev=n0,outdev=out,indev=out", "could not be same" },
-        { "netdev=n0,outdev=both", "chardev 'both' is a hub" },
-        { "netdev=n0,queue=tx,indev=both", "chardev 'both' is a hub" },
-        { "netdev=n0,queue=tx,indev=mux", "cannot carry frames" },
-        { "netdev=n0,outdev=udp", "chardev 'udp' is a hub or a udp one" },
+        { "netdev=n0,outdev=both", "chardev 'both' cannot carry frames" },
+        { "netdev=n0,queue=tx,indev=both", "'both' cannot carry frames" },
+        { "netdev=n0,queue=tx,indev=mux", "'mux' cannot carry frames" },
+        { "netdev=n0,outdev=udp", "'udp' cannot carry frames" },
         { "netdev=n0,outdev=out,position=id=io", "'io' is not a filter" },
         /* So that no peer can make a loop of it */
         { "netdev=n0,indev=in,outdev=out", "only 'queue=tx' is possible" },

@@ -323,7 +323,8 @@ static void test_fifo_gone(Dump *d, const void *data)
     close(fd);
     for (int i = 1; i < 4; i++) {
         send_packets(d, 1);
-        g_assert_cmpuint(dropped(d), ==, before + i);
+        /* One more if it was written in part */
+        g_assert_cmpuint(dropped(d), ==, before + i + (*count > 1));
     }
     /* Nothing more is written, also if there is another reader. */
     fd = open_fifo(d);
