@@ -43,7 +43,7 @@ typedef struct PacketRing {
     unsigned slots;             /* 0: there is no ring */
     unsigned next;              /* to be read; the one before is not free yet */
     uint64_t drops;             /* when the ring was last found empty */
-    unsigned dropped;           /* how often in a row they grew although empty */
+    unsigned dropped;           /* how often they grew, in a row, while empty */
 } PacketRing;
 
 /*
