@@ -543,7 +543,7 @@ static void switch_once(Load *l, unsigned i)
 
 static void test_switch(Load *l)
 {
-    int count = rounds(l->test->switches, 1000);
+    int count = rounds(l->test->switches, 3 * l->test->switches);
 
     load_traffic_start(l);
     wait_vhost(&l->f);
@@ -816,7 +816,7 @@ static void test_continued(Fixture *f)
 static void test_stop_cont(Load *l)
 {
     load_traffic_start(l);
-    for (int i = 0; i < rounds(20, 200); i++) {
+    for (int i = 0; i < rounds(20, 60); i++) {
         object_add(&l->f, REWRITER);
         way_wait(&l->to_guest);
         vm_stop(&l->f);
@@ -1020,7 +1020,7 @@ static void test_migrated(void)
     load_driver_start(&l);
     load_traffic_start(&l);
     wait_vhost(&l.f);
-    for (int i = 0; i < rounds(1, 10); i++) {
+    for (int i = 0; i < rounds(1, 3); i++) {
         migrate_once(&l, path, REWRITER, REWRITER, true);
         migrate_once(&l, path, REWRITER, REWRITER, false);
         migrate_once(&l, path, REWRITER, "", false);

@@ -187,7 +187,7 @@ static void expect_idle(Fixture *f, const char *what)
         /* An emulated CPU that has to wait for a real one counts that, too. */
         used = clock_ns(cpu);
         passed = clock_ns(CLOCK_MONOTONIC);
-        g_usleep(amount(500, 5000) * 1000);
+        g_usleep(amount(500, 1500) * 1000);
         used = clock_ns(cpu) - used;
         passed = clock_ns(CLOCK_MONOTONIC) - passed;
         percent = 100.0 * used / passed;
@@ -551,8 +551,8 @@ static void test_peer_all(Fixture *f)
     g_autofree Traffic *t = traffic_begin(f);
     size_t before = memory(f), most = 0, cut_off = 0;
 
-    traffic_run(t, amount(1000, 10000), 4096, true);
-    for (int i = 0; i < amount(6, 120) ||
+    traffic_run(t, amount(1000, 3000), 4096, true);
+    for (int i = 0; i < amount(6, 20) ||
          !counter(f, "cap", "capture-kernel-drops"); i++) {
         traffic_run(t, 500, 0, true);
         most = MAX(most, memory(f));
@@ -561,7 +561,7 @@ static void test_peer_all(Fixture *f)
     }
     traffic_settle(t);
 
-    for (int i = 0; i < amount(3, 30); i++) {
+    for (int i = 0; i < amount(3, 10); i++) {
         traffic_run(t, 300, 0, true);
         /*
          * So much room that QEMU writes again, all that is staged, of which
@@ -614,7 +614,7 @@ static void expect_client(Fixture *f, int listener)
 /* QEMU connects: in vain at first, and then again and again. */
 static void test_peer_reconnect(Fixture *f)
 {
-    const int rounds = amount(50, 1000);
+    const int rounds = amount(50, 150);
     int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct sockaddr_un addr = { .sun_family = AF_UNIX };
     uint8_t part[100];
@@ -786,7 +786,7 @@ static void interface_up(Fixture *f)
 
 static void test_interface_down(Fixture *f)
 {
-    int rounds = amount(2, 20);
+    int rounds = amount(2, 6);
 
     for (int i = 0; i < rounds; i++) {
         set_interface_up(f->ifname, false);
@@ -824,7 +824,7 @@ static void expect_injected(Fixture *f, uint64_t packets, uint64_t drops,
 /* Toward the network: what the TAP refuses has not been injected. */
 static void test_interface_down_network(Fixture *f)
 {
-    for (int i = 0; i < amount(2, 20); i++) {
+    for (int i = 0; i < amount(2, 6); i++) {
         set_interface_up(f->ifname, false);
         in_send(f, 0, 3);
         wait_counter(f, "inj", "inject-interface-drops", 3 * (i + 1));
@@ -1315,7 +1315,7 @@ static void test_guest_reset(Fixture *f)
 {
     uint32_t n = 0;
 
-    for (int i = 0; i < amount(3, 50); i++) {
+    for (int i = 0; i < amount(3, 10); i++) {
         guest_begin(f);
         host_send(f, n, 10);
         expect_out(f, n, 10);
@@ -1396,7 +1396,7 @@ static void test_guest_vhost_fails(Fixture *f)
         expect_datapath(f, "vhost", "");
         expect_working(f);
         guest_stop(f);
-        skip += amount(5, 1);
+        skip += amount(5, 2);
     } while (count);
     g_test_message("one of %u calls failed; %u times vhost was not started",
                    skip, userspace);

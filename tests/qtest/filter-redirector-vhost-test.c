@@ -858,7 +858,7 @@ static void test_no_leak(Fixture *f)
 {
     int fds = 0;
 
-    for (int i = 0; i <= (g_test_slow() ? 1000 : 100); i++) {
+    for (int i = 0; i <= (g_test_slow() ? 300 : 100); i++) {
         add_capture(f);
         add_inject(f);
         del_object(f, "cap");
@@ -1211,7 +1211,7 @@ static void test_mixed(Fixture *f)
     m.mirror = add_peer(f, "mir");
     m.chain = add_peer(f, "chn");
     guest_map(f);
-    for (int i = 0; i < orders; i += g_test_slow() ? 1 : 31) {
+    for (int i = 0; i < orders; i += g_test_slow() ? 11 : 31) {
         mixed_order(i, order);
         for (int j = 0; j < MIXED; j++) {
             mixed_add(&m, order[j]);

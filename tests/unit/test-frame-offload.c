@@ -695,7 +695,7 @@ static void test_segments_kernel(gconstpointer data)
         plan_fill(&plan, &plans[i / 4], i & 1 ? 6 : 4, i & 2);
         lab_compare(&lab, &plan);
     }
-    for (int i = 0; i < (g_test_slow() ? 20000 : 250); i++) {
+    for (int i = 0; i < (g_test_slow() ? 1000 : 250); i++) {
         plan_random(&plan, tunnel);
         lab_compare(&lab, &plan);
     }
@@ -1044,7 +1044,7 @@ static void test_tunnel_capture(void)
                                    PACKET_SOCKET_INCOMING, 4 * MiB, false,
                                    &error_abort);
     g_assert_true(packet_socket_hook(ps, &error_abort));
-    for (int i = 0; i < (g_test_slow() ? 20000 : 600); i++) {
+    for (int i = 0; i < (g_test_slow() ? 2000 : 600); i++) {
         FrameSegments fs;
         Plan plan;
 

@@ -684,7 +684,7 @@ static void test_capture_foreign(Lab *lab)
     Flood f;
 
     flood_start(&f);
-    for (int i = 0; i < (g_test_slow() ? 1000 : 100); i++) {
+    for (int i = 0; i < (g_test_slow() ? 300 : 100); i++) {
         PacketSocket *ps = capture_new(&lab->tap, -1, lab->way->directions);
 
         flood_pass(&f);
@@ -1144,7 +1144,7 @@ static void test_capture_drops(Lab *lab)
         g_assert_cmpuint(packet_socket_drops(ps), ==, drops);
 
         /* With reads in between, so that the queue is full now and then */
-        for (int round = 0; round < (g_test_slow() ? 1000 : 25); round++) {
+        for (int round = 0; round < (g_test_slow() ? 60 : 25); round++) {
             flow_pass(&flow, g_rand_int_range(rand, 0, 100));
             if (round == 10) {
                 /* What is queued stays. */
@@ -1183,7 +1183,7 @@ static void test_capture_order(Lab *lab)
         size_t waiting = 0;
 
         g_test_message("%s", makers[i].name);
-        while (flow.sent < (g_test_slow() ? 40000 : 1500)) {
+        while (flow.sent < (g_test_slow() ? 4000 : 1500)) {
             for (int j = g_rand_int_range(rand, 0, 60);
                  j && waiting < room; j--) {
                 flow.make(frame, flow.sent++);
@@ -1450,7 +1450,7 @@ static void test_inject_queue_full(Tap *tap)
 
         g_test_message("queue of %d, %d at a time", cases[i].queue_len, batch);
         set_queue_len(tap, cases[i].queue_len);
-        while (sent < (g_test_slow() ? 20000 : 500) || !refused ||
+        while (sent < (g_test_slow() ? 1500 : 500) || !refused ||
                (!partly && batch > 1)) {
             g_autofree Frame *frames = frames_make(make_for_guest, sent, batch);
             int ret = inject_frames(ps, frames, batch);
@@ -1624,7 +1624,7 @@ static void test_errors_leak(Tap *tap)
     size_t before = address_space();
 
     /* Each close waits for the kernel's RCU. */
-    for (int i = 0; i < (g_test_slow() ? 1000 : 100); i++) {
+    for (int i = 0; i < (g_test_slow() ? 300 : 100); i++) {
         PacketSocket *ps = capture_new(tap, -1, 1 + i % BOTH);
 
         if (i & 1) {
@@ -1690,7 +1690,7 @@ static void test_passed_capture(Lab *lab)
     Flood flood;
 
     flood_start(&flood);
-    for (int round = 0; round < (g_test_slow() ? 100 : 10); round++) {
+    for (int round = 0; round < (g_test_slow() ? 30 : 10); round++) {
         int fd = others_new(&flood, round & 1);
         PacketSocket *ps = capture_new(&lab->tap, fd, lab->way->directions);
 
