@@ -119,10 +119,33 @@ static void test_fifo_gone(Fixture *f)
     del_object(f, "dump");
 }
 
+/* A filter that is refused leaves the file as it is. */
+static void test_refused(Fixture *f)
+{
+    static const char *const wrong[] = {
+        "packet-fd=1000", "enable_when_running=off",
+        "packet-socket=off,buffer-size=2M",
+    };
+    g_autofree char *path = g_build_filename(f->dir, "file", NULL);
+
+    g_assert_true(g_file_set_contents(path, "precious", -1, NULL));
+    for (int i = 0; i < ARRAY_SIZE(wrong); i++) {
+        g_autofree char *said = qtest_hmp(f->qts, "object_add filter-dump,"
+                                          "id=dump,netdev=n0,file=%s,%s", path,
+                                          wrong[i]);
+        g_autofree char *content = NULL;
+
+        g_assert_nonnull(strstr(said, "Error: "));
+        g_assert_true(g_file_get_contents(path, &content, NULL, NULL));
+        g_assert_cmpstr(content, ==, "precious");
+    }
+}
+
 int main(int argc, char **argv)
 {
     rig_init(&argc, &argv, "filter-dump");
     rig_add_vm("fifo/stalled", "", test_fifo_stalled);
     rig_add_vm("fifo/gone", "", test_fifo_gone);
+    rig_add_vm("refused", "", test_refused);
     return g_test_run();
 }

@@ -254,17 +254,23 @@ static Link *link_new_on(Chardev *chr, bool vnet_hdr)
     return link;
 }
 
-static Link *link_new(bool vnet_hdr)
+static Link *link_new_logged(bool vnet_hdr, const char *log)
 {
     char *dir = g_dir_make_tmp("frame-stream-XXXXXX", NULL);
     char *path = g_strdup_printf("%s/socket", dir);
-    g_autofree char *spec = g_strdup_printf("unix:%s,server=on,wait=off",
-                                            path);
+    g_autofree char *spec = g_strdup_printf(
+        "unix:%s,server=on,wait=off%s%s", path, log ? ",logfile=" : "",
+        log ?: "");
     Link *link = link_new_on(qemu_chr_new("stream", spec, NULL), vnet_hdr);
 
     link->dir = dir;
     link->path = path;
     return link;
+}
+
+static Link *link_new(bool vnet_hdr)
+{
+    return link_new_logged(vnet_hdr, NULL);
 }
 
 /* Returns: how many frames the peer has not got. */
@@ -595,6 +601,21 @@ static void test_writer_unconnected(void)
     }
     link_connect(link);
     link_flush(link);
+    peer_expect(link);
+}
+
+/* That the log cannot be written is no error of the connection. */
+static void test_writer_log_full(void)
+{
+    g_autoptr(Link) link = link_new_logged(true, "/dev/full");
+
+    link_add_writer(link, WRITER_LIMIT);
+    link_connect_narrow(link);
+    for (int i = 0; i < 10; i++) {
+        link_stage(link, 50000);
+        g_assert_cmpint(link_flush(link), ==, 0);
+    }
+    g_assert_false(frame_writer_empty(link->fw));
     peer_expect(link);
 }
 
@@ -1412,6 +1433,7 @@ int main(int argc, char **argv)
     TEST("writer/closed-in-flush", test_writer_closed_in_flush);
     TEST("writer/discard", test_writer_discard);
     TEST("writer/flush-now", test_writer_flush_now);
+    TEST("writer/log-full", test_writer_log_full);
     TEST("writer/close", test_writer_close);
 #if !defined(QEMU_SANITIZE_ADDRESS) && defined(CONFIG_LINUX)
     TEST("writer/memory", test_writer_memory);
