@@ -375,7 +375,6 @@ static void load_driver_start(Load *l)
         queues[0] = l->f.guest.rx;
         queues[1] = l->f.guest.tx;
     }
-    guest_map_ram(&l->f);
     for (int i = 0; i < l->pairs; i++) {
         rx_init(l, &l->rx[i], queues[2 * i]);
         tx_init(l, &l->tx[i], queues[2 * i + 1]);
@@ -487,7 +486,7 @@ static void load_open_host(Fixture *f)
 static void run_load_test(const void *data)
 {
     const LoadTest *test = data;
-    g_autofree char *args = g_strconcat(GUEST_MAP_ARGS SINK, test->args, NULL);
+    g_autofree char *args = g_strconcat(SINK, test->args, NULL);
     g_autofree char *nic_opts = g_strconcat(
         test->pairs > 1 ? ",mq=on" : "", test->nic_opts, NULL);
     Load l;

@@ -316,8 +316,7 @@ static void vm_start(Fixture *f, const FaultTest *test)
     }
     netdev = g_strdup_printf("ifname=%s,script=no,downscript=no,vhost=on",
                              f->ifname);
-    args = g_strdup_printf(GUEST_MAP_ARGS
-                           "-chardev socket,id=mon,fd=%d "
+    args = g_strdup_printf("-chardev socket,id=mon,fd=%d "
                            "-mon chardev=mon,mode=control "
                            "-netdev tap,id=other,ifname=" OTHER_TAP ","
                            "script=no,downscript=no %s %s", monitor.fd[1],

@@ -763,11 +763,8 @@ static void pass_record(const Side *s, int from, int to, const Packet *want)
 static void side_open(Side *s, const char *netdev_opts, const char *nic_opts,
                       const char *args)
 {
-    g_autofree char *all_args = g_strconcat(GUEST_MAP_ARGS, args, NULL);
-
     memset(s, 0, sizeof(*s));
-    fixture_init(&s->f, netdev_opts, nic_opts, all_args);
-    guest_map_ram(&s->f);
+    fixture_init(&s->f, netdev_opts, nic_opts, args);
     run_command("ip link set %s mtu %d txqueuelen 5000", s->f.ifname, MTU);
     s->host = host_open(s->f.ifname);
     s->no_header = strstr(netdev_opts, "vnet_hdr=off");

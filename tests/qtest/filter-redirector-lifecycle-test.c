@@ -816,7 +816,7 @@ static void test_random(void)
 
     g_test_message("seed %u", seed);
     rng = g_rand_new_with_seed(seed);
-    fixture_start(&f, GUEST_MAP_ARGS);
+    fixture_start(&f, "");
     run_command("ip link set %s txqueuelen %d", f.ifname, QUEUE_LEN);
     guest_start(&f);
     guest_map(&f);

@@ -458,90 +458,6 @@ void guest_stop(Fixture *f)
     f->guest.rx = f->guest.tx = NULL;
 }
 
-void guest_post(Fixture *f, int count)
-{
-    for (int i = 0; i < count; i++) {
-        uint64_t addr = guest_alloc(&f->alloc, BUFFER_LEN);
-        uint32_t head = qvirtqueue_add(f->qts, f->guest.rx, addr, BUFFER_LEN,
-                                       true, false);
-
-        /* libqos uses each descriptor once. */
-        g_assert_cmpuint(head, <, ARRAY_SIZE(f->guest.buffer));
-        f->guest.buffer[head] = addr;
-        qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.rx, head);
-    }
-}
-
-size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size)
-{
-    uint32_t head, len;
-
-    WAIT_UNTIL(qvirtqueue_get_buf(f->qts, f->guest.rx, &head, &len));
-    g_assert_cmpuint(len, >=, 12);
-    g_assert_cmpuint(len - 12, <=, size);
-    qtest_memread(f->qts, f->guest.buffer[head] + 12, frame, len - 12);
-    guest_free(&f->alloc, f->guest.buffer[head]);
-    return len - 12;
-}
-
-void expect_guest(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint8_t frame[BUFFER_LEN];
-
-    for (uint32_t i = 0; i < count; i++) {
-        g_assert_cmpuint(guest_read_frame(f, frame, sizeof(frame)), ==,
-                         FRAME_LEN);
-        g_assert_cmpuint(frame_number(frame), ==, first + i);
-    }
-}
-
-/* Returns the packet's address. */
-static uint64_t guest_add_packet(Fixture *f, const uint8_t *packet, size_t size)
-{
-    uint64_t addr = guest_alloc(&f->alloc, size);
-    uint32_t head;
-
-    qtest_memwrite(f->qts, addr, packet, size);
-    head = qvirtqueue_add(f->qts, f->guest.tx, addr, size, false, false);
-    qvirtqueue_kick(f->qts, &f->dev->vdev, f->guest.tx, head);
-    return addr;
-}
-
-void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size)
-{
-    uint64_t addr = guest_add_packet(f, packet, size);
-    uint32_t head, len;
-
-    WAIT_UNTIL(qvirtqueue_get_buf(f->qts, f->guest.tx, &head, &len));
-    guest_free(&f->alloc, addr);
-}
-
-void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size)
-{
-    g_autofree uint8_t *packet = g_malloc0(12 + size);
-
-    memcpy(packet + 12, frame, size);
-    guest_send_packet(f, packet, 12 + size);
-}
-
-void guest_send(Fixture *f, uint32_t first, uint32_t count)
-{
-    uint8_t frame[FRAME_LEN];
-
-    for (uint32_t i = 0; i < count; i++) {
-        make_frame(frame, first + i);
-        guest_send_frame(f, frame, sizeof(frame));
-    }
-}
-
-void guest_send_begin(Fixture *f, uint32_t number)
-{
-    uint8_t packet[12 + FRAME_LEN] = { };
-
-    make_frame(packet + 12, number);
-    guest_add_packet(f, packet, sizeof(packet));
-}
-
 static int open_guest_memory(pid_t pid)
 {
     g_autofree char *path = g_strdup_printf("/proc/%d/fd", pid);
@@ -559,19 +475,15 @@ static int open_guest_memory(pid_t pid)
     g_assert_not_reached();
 }
 
-void guest_map_ram(Fixture *f)
+static void guest_map_ram(Fixture *f)
 {
-    Guest *guest = &f->guest;
-    int fd;
+    int fd = open_guest_memory(qtest_pid(f->qts));
 
-    if (!guest->ram) {
-        fd = open_guest_memory(qtest_pid(f->qts));
-        g_assert_cmpint(fd, >=, 0);
-        guest->ram = mmap(NULL, GUEST_RAM, PROT_READ | PROT_WRITE, MAP_SHARED,
-                          fd, 0);
-        g_assert_true(guest->ram != MAP_FAILED);
-        close(fd);
-    }
+    g_assert_cmpint(fd, >=, 0);
+    f->guest.ram = mmap(NULL, GUEST_RAM, PROT_READ | PROT_WRITE, MAP_SHARED,
+                        fd, 0);
+    g_assert_true(f->guest.ram != MAP_FAILED);
+    close(fd);
 }
 
 uint16_t guest_used_idx(Guest *guest, QVirtQueue *vq)
@@ -601,13 +513,129 @@ void guest_notify(Fixture *f, QVirtQueue *vq)
     }
 }
 
+/* Fill a descriptor; libqos, too, uses each of them once. */
+static uint16_t guest_describe(Fixture *f, QVirtQueue *vq, uint64_t addr,
+                               uint32_t len, uint16_t flags)
+{
+    struct vring_desc *desc = (void *)(f->guest.ram + vq->desc);
+    uint16_t head = vq->free_head++;
+
+    g_assert_cmpuint(head, <, vq->size);
+    desc[head].addr = cpu_to_le64(addr);
+    desc[head].len = cpu_to_le32(len);
+    desc[head].flags = cpu_to_le16(flags);
+    return head;
+}
+
+/* Wait until the device has used a descriptor. */
+static uint32_t guest_wait_used(Fixture *f, QVirtQueue *vq, uint32_t *len)
+{
+    struct vring_used *used = (void *)(f->guest.ram + vq->used);
+    uint16_t at = vq->last_used_idx % vq->size;
+
+    WAIT_UNTIL(guest_used_idx(&f->guest, vq) != vq->last_used_idx);
+    vq->last_used_idx++;
+    *len = le32_to_cpu(used->ring[at].len);
+    return le32_to_cpu(used->ring[at].id);
+}
+
+void guest_post(Fixture *f, int count)
+{
+    for (int i = 0; i < count; i++) {
+        uint64_t addr = guest_alloc(&f->alloc, BUFFER_LEN);
+        uint16_t head = guest_describe(f, f->guest.rx, addr, BUFFER_LEN,
+                                       VRING_DESC_F_WRITE);
+
+        f->guest.buffer[head] = addr;
+        guest_make_available(&f->guest, f->guest.rx, head);
+    }
+    guest_notify(f, f->guest.rx);
+}
+
+size_t guest_read_frame(Fixture *f, uint8_t *frame, size_t size)
+{
+    uint32_t len, head = guest_wait_used(f, f->guest.rx, &len);
+
+    g_assert_cmpuint(len, >=, 12);
+    g_assert_cmpuint(len - 12, <=, size);
+    memcpy(frame, f->guest.ram + f->guest.buffer[head] + 12, len - 12);
+    guest_free(&f->alloc, f->guest.buffer[head]);
+    return len - 12;
+}
+
+void expect_guest(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t frame[BUFFER_LEN];
+
+    for (uint32_t i = 0; i < count; i++) {
+        g_assert_cmpuint(guest_read_frame(f, frame, sizeof(frame)), ==,
+                         FRAME_LEN);
+        g_assert_cmpuint(frame_number(frame), ==, first + i);
+    }
+}
+
+/* Returns the packet's address. */
+static uint64_t guest_add_packet(Fixture *f, const uint8_t *packet, size_t size)
+{
+    uint64_t addr = guest_alloc(&f->alloc, size);
+
+    memcpy(f->guest.ram + addr, packet, size);
+    guest_make_available(&f->guest, f->guest.tx,
+                         guest_describe(f, f->guest.tx, addr, size, 0));
+    return addr;
+}
+
+void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size)
+{
+    uint64_t addr = guest_add_packet(f, packet, size);
+    uint32_t len;
+
+    guest_notify(f, f->guest.tx);
+    guest_wait_used(f, f->guest.tx, &len);
+    guest_free(&f->alloc, addr);
+}
+
+void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size)
+{
+    g_autofree uint8_t *packet = g_malloc0(12 + size);
+
+    memcpy(packet + 12, frame, size);
+    guest_send_packet(f, packet, 12 + size);
+}
+
+void guest_send(Fixture *f, uint32_t first, uint32_t count)
+{
+    uint8_t packet[12 + FRAME_LEN] = { };
+    uint64_t addr[RING_LEN];
+    uint32_t len;
+
+    g_assert_cmpuint(count, <=, RING_LEN);
+    for (uint32_t i = 0; i < count; i++) {
+        make_frame(packet + 12, first + i);
+        addr[i] = guest_add_packet(f, packet, sizeof(packet));
+    }
+    guest_notify(f, f->guest.tx);
+    for (uint32_t i = 0; i < count; i++) {
+        guest_wait_used(f, f->guest.tx, &len);
+        guest_free(&f->alloc, addr[i]);
+    }
+}
+
+void guest_send_begin(Fixture *f, uint32_t number)
+{
+    uint8_t packet[12 + FRAME_LEN] = { };
+
+    make_frame(packet + 12, number);
+    guest_add_packet(f, packet, sizeof(packet));
+    guest_notify(f, f->guest.tx);
+}
+
 void guest_map(Fixture *f)
 {
     Guest *guest = &f->guest;
     QVirtQueue *rx = guest->rx;
     struct vring_desc *desc;
 
-    guest_map_ram(f);
     desc = (void *)(guest->ram + rx->desc);
     g_assert_cmpuint(rx->size, ==, RING_LEN);
     for (int i = 0; i < RING_LEN; i++) {
@@ -618,9 +646,9 @@ void guest_map(Fixture *f)
         guest_make_available(guest, rx, i);
     }
     guest_notify(f, rx);
-    guest->tx_head = qvirtqueue_add(f->qts, guest->tx,
+    guest->tx_head = guest_describe(f, guest->tx,
                                     guest_alloc(&f->alloc, BUFFER_LEN),
-                                    12 + FRAME_LEN, false, false);
+                                    12 + FRAME_LEN, 0);
 }
 
 unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
@@ -647,12 +675,11 @@ unsigned guest_take(Fixture *f, void (*func)(void *opaque, uint32_t number),
 
 void guest_send_head(Fixture *f, uint16_t head)
 {
-    QVirtQueue *tx = f->guest.tx;
+    uint32_t len;
 
-    guest_make_available(&f->guest, tx, head);
-    guest_notify(f, tx);
-    WAIT_UNTIL(guest_used_idx(&f->guest, tx) != tx->last_used_idx);
-    tx->last_used_idx++;
+    guest_make_available(&f->guest, f->guest.tx, head);
+    guest_notify(f, f->guest.tx);
+    guest_wait_used(f, f->guest.tx, &len);
 }
 
 void guest_put(Fixture *f, uint32_t number)
@@ -919,15 +946,22 @@ void fixture_name(Fixture *f)
 void fixture_init_named(Fixture *f, const char *netdev, const char *nic_opts,
                         const char *args)
 {
-    f->qts = qtest_initf("-nodefaults -machine pc "
+    bool own_memory = strstr(args, "memory-backend=");
+
+    f->qts = qtest_initf("-nodefaults -machine pc %s"
                          "-netdev tap,id=n0,%s "
                          "-device virtio-net-pci,id=nic,netdev=n0,addr=0x%x,"
                          "mac=52:54:00:12:34:56%s "
                          "-chardev socket,id=out,path=%s/out,server=on,"
                          "wait=off "
                          "-chardev socket,id=in,path=%s/in,server=on,wait=off "
-                         "%s", netdev, NIC_SLOT, nic_opts, f->dir, f->dir,
-                         args);
+                         "%s", own_memory ? "" :
+                         "-object memory-backend-memfd,id=ram0,size=128M,"
+                         "share=on -machine memory-backend=ram0 ",
+                         netdev, NIC_SLOT, nic_opts, f->dir, f->dir, args);
+    if (!own_memory) {
+        guest_map_ram(f);
+    }
     set_interface_up(f->ifname, true);
     f->host = open_host(f->ifname);
     f->out = connect_to(f, "out");

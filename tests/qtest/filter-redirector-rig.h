@@ -36,7 +36,7 @@
         gint64 end_ = g_get_monotonic_time() + TIMEOUT_US;      \
         while (!(condition)) {                                  \
             g_assert_cmpint(g_get_monotonic_time(), <, end_);   \
-            g_thread_yield();                                   \
+            g_usleep(200);                                      \
         }                                                       \
     } while (0)
 
@@ -46,7 +46,7 @@ typedef struct Guest {
     QVirtQueue *tx;
     uint64_t buffer[RING_LEN];
     uint32_t high_features;     /* from bit 64 on, for the driver's start */
-    uint8_t *ram;               /* see guest_map() */
+    uint8_t *ram;               /* its memory, which we share */
     uint32_t tx_head;
 } Guest;
 
@@ -97,7 +97,8 @@ bool rig_has(const char *option, const char *property);
 
 /*
  * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
- * whose peers are connected.  @args come behind.  There may be several.
+ * whose peers are connected.  @args come behind.  There may be several.  We map
+ * the guest's memory, unless @args have a memory-backend of their own.
  */
 void fixture_init(Fixture *f, const char *netdev_opts, const char *nic_opts,
                   const char *args);
@@ -206,14 +207,10 @@ void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size);
 void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size);
 
 /*
- * A faster driver, in mapped memory, for a guest that was started and has
- * nothing posted.  All buffers are posted, and posted again when taken.
+ * For a guest that was started and has nothing posted.  All buffers are posted, and posted again when taken.
  */
-#define GUEST_MAP_ARGS "-object memory-backend-memfd,id=ram0,size=128M," \
-                       "share=on -machine memory-backend=ram0 "
 void guest_map(Fixture *f);
-/* ... or only the memory, with what is needed for a driver of one's own */
-void guest_map_ram(Fixture *f);
+/* What a driver of one's own needs, in the mapped memory */
 uint16_t guest_used_idx(Guest *guest, QVirtQueue *vq);
 void guest_make_available(Guest *guest, QVirtQueue *vq, uint16_t head);
 void guest_notify(Fixture *f, QVirtQueue *vq);

@@ -1423,7 +1423,7 @@ int main(int argc, char **argv)
         rig_add_vm("capture/dump-full", "", test_capture_dump_full);
     }
     if (HAS_FALLBACK) {
-        rig_add_guest("mixed", GUEST_MAP_ARGS, test_mixed);
+        rig_add_guest("mixed", "", test_mixed);
     }
     rig_add_guest("status/on-off", CAPTURE "tx", test_on_off);
     rig_add_guest("status/on-off-mirror", MIRROR "tx", test_on_off);
