@@ -81,17 +81,6 @@ def wait_for(what, condition, limit=60, pause=0.2):
     return result
 
 
-def wait_steady(what, sample, limit):
-    """Wait until SAMPLE() has given the same three times; return that."""
-    last = []
-
-    def same():
-        last.append(sample())
-        return len(last) > 2 and last[-1] == last[-2] == last[-3]
-    wait_for(what, same, limit, 1)
-    return last[-1]
-
-
 def die_with_parent(signum=signal.SIGKILL):
     """In a child: get SIGNUM when the parent ends, however it does."""
     pr_set_pdeathsig = 1

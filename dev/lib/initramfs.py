@@ -4,9 +4,8 @@ Kernels of the cache, and initial file systems for them.
 
 Shared by the tools that boot a virtual machine.  Both are made uncompressed,
 because under TCG to unpack costs more than to copy: a kernel that unpacks
-itself takes 6 s longer to boot, and most of a minute in a machine within a
-machine.  An initial file system holds busybox, kernel modules and what the
-caller adds.
+itself takes 6 s longer to boot.  An initial file system holds busybox and
+kernel modules.
 """
 
 import hashlib
@@ -161,11 +160,11 @@ def cpio(entries):
     return bytes(out)
 
 
-def make(version, wanted_modules, init, extra):
+def make(version, wanted_modules, init):
     """
     Return a cpio archive for the kernel VERSION: busybox, the modules with
-    a list of them in load order, INIT (the rest of a shell script) as /init,
-    and the entries of EXTRA.
+    a list of them in load order, and INIT (the rest of a shell script) as
+    /init.
     """
     found = modules(version, wanted_modules)
     return cpio({
@@ -175,16 +174,14 @@ def make(version, wanted_modules, init, extra):
         **{f'lib/modules/{name}.ko': contents
            for name, contents in found.items()},
         'lib/modules/order': '\n'.join([*found, '']).encode(),
-        'init': (INIT + init).encode(),
-        **extra})
+        'init': (INIT + init).encode()})
 
 
-def cached(kind, version, wanted_modules, init, extra):
+def cached(kind, version, wanted_modules, init):
     """Like make(), but return the path of a file below build/."""
     # Everything that decides the contents decides the name.
     key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
     for part in (version, *wanted_modules, init,
-                 *(f'{name}={value!r}' for name, value in extra.items()),
                  *(str(path.stat().st_mtime_ns) for path in
                    (ROOT / '.list', directory_of(version)))):
         key.update(part.encode() + b'\0')
@@ -192,5 +189,5 @@ def cached(kind, version, wanted_modules, init, extra):
     if not target.exists():
         for old in target.parent.glob(f'initramfs-{version}-*.cpio'):
             old.unlink(missing_ok=True)
-        store(target, make(version, wanted_modules, init, extra))
+        store(target, make(version, wanted_modules, init))
     return target
