@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import textwrap
 
-from lib.common import BUILD, CACHE, TOP, Failure, attempt, run, say
+from lib.common import CACHE, TOP, Failure, attempt, run, say
 
 # With the sums of their files.  The first is the base, and the next one to use
 # if it cannot be had.  The last is what Debian's index names as the newest; its
@@ -76,10 +76,6 @@ def file_name(release):
     return f'qemu_{release}+ds.orig.tar.xz'
 
 
-def in_cache(release):
-    return (CACHE / file_name(release)).exists()
-
-
 def tarball(release):
     """The release's file, downloaded at need."""
     return fetch(file_name(release), RELEASES[release])
@@ -87,12 +83,6 @@ def tarball(release):
 
 def unpack(tar, tree):
     run('tar', '-xf', tar, '-C', tree, '--strip-components=1')
-
-
-def is_base(release):
-    """Is build/base the release?"""
-    stamp = BUILD / 'base/.base'
-    return stamp.exists() and stamp.read_text() == f'release {release}'
 
 
 def find_release():
@@ -108,14 +98,7 @@ def find_release():
 
 
 def release_files(release, names, target):
-    """
-    Put the files NAMES of the release into TARGET: from build/base, if that is
-    it, since to unpack a release takes seconds.
-    """
-    if is_base(release):
-        for name in names:
-            copy(BUILD / 'base' / name, target / name)
-        return
+    """Put the files NAMES of the release into TARGET."""
     with tarfile.open(tarball(release)) as archive:
         for member in archive:
             member.name = member.name.partition('/')[2]

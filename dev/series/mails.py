@@ -135,43 +135,35 @@ def commit_all(series, repository, seconds):
                           f'{patch.subject}\n\n{patch.message}')
 
 
-def make(target=SERIES):
-    """Write all series to TARGET; return the patches of each, by its name."""
+def make():
+    """Write all series; return the patches of each, by its name."""
     series = overlay.patches()
     letters = covers(series)
     total = len(series)
     seconds = int(run('git', '-C', TOP, 'log', '-1', '--format=%ct'))
     made = {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent,
-                                     prefix='series-') as tmp:
-        new = pathlib.Path(tmp, 'series')
-        tree = pathlib.Path(tmp, 'tree')
-        tree.mkdir()
-        repository = Repository(tree)
+    shutil.rmtree(SERIES, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as tree:
+        repository = Repository(pathlib.Path(tree))
         commit_all(series, repository, seconds)
 
         def mails(name, *arguments):
             repository.git('format-patch', '-q', '--zero-commit',
-                           '--no-signature', '-o', new / name, *arguments)
-            return sorted((new / name).glob('*.patch'))
+                           '--no-signature', '-o', SERIES / name, *arguments)
+            return sorted((SERIES / name).glob('*.patch'))
 
         below = None
         ends = [cover.start for cover in letters[1:]] + [total]
         for cover, end in zip(letters, ends):
-            letter, *patches = mails(
+            letter, *made[cover.name] = mails(
                 cover.name, '--cover-letter',
                 f'HEAD~{total - cover.start}..HEAD~{total - end}')
             message_id = cover.message_id(series[0].sender, seconds)
             letter.write_text(cover.fill_in(letter.read_text(), message_id,
                                             seconds + cover.start, below))
             below = message_id, cover.subject
-            made[cover.name] = [target / cover.name / path.name
-                                for path in patches]
-        (new / 'debian/series').write_text(''.join(
+        (SERIES / 'debian/series').write_text(''.join(
             f'{path.name}\n' for path in mails('debian', f'HEAD~{total}')))
-        shutil.rmtree(target, ignore_errors=True)
-        new.rename(target)
     return made
 
 
