@@ -143,7 +143,7 @@ def make_state(kind, init, nic, append, extra, say, scratch):
     """
     Boot a guest unless its state is in build/KIND; return the path of that.
     INIT is how its first program begins, and EXTRA what its file system has
-    besides, as in initramfs.make(), NIC its network device, APPEND what its
+    besides, as in initramfs.cached(), NIC its network device, APPEND what its
     kernel is told besides.  SAY is called with a text before it is booted;
     SCRATCH is a directory for the time of that.
     """

@@ -34,22 +34,19 @@ DIRECTORIES = ('bin', 'dev', 'lib', 'lib/modules', 'mnt', 'proc', 'run',
 def find_kernel(version=None):
     """
     Return (VERSION, path of its file): the kernel that all tools use, or the
-    newest of those whose version begins with the numbers of VERSION, or the
-    newest of all if VERSION is 'newest', which is none that all tools use.
+    newest of the others whose version begins with the numbers of VERSION, or
+    the newest of all those if VERSION is 'newest'.
     """
     def numbers(name):
         return [int(number) for number in re.findall(r'\d+', name)]
 
-    images = {}
-    roots = {None: (ROOT,), 'newest': (KERNELS,)}
-    for root in roots.get(version, (ROOT, KERNELS)):
-        images.update((path.name.partition('-')[2], path)
-                      for path in root.glob('boot/vmlinuz-*'))
-        # Where Debian has it since 7.2.
-        images.update((path.parent.name, path)
-                      for path in root.glob('usr/lib/modules/*/vmlinuz'))
-    found = [name for name in images
-             if version in (None, 'newest', name)
+    root = KERNELS if version else ROOT
+    images = {path.name.partition('-')[2]: path
+              for path in root.glob('boot/vmlinuz-*')}
+    # Where Debian has it since 7.2.
+    images.update((path.parent.name, path)
+                  for path in root.glob('usr/lib/modules/*/vmlinuz'))
+    found = [name for name in images if version in (None, 'newest')
              or re.match(re.escape(version) + r'\b', name)]
     if not found:
         option = ' --kernels' if version else ''
@@ -95,12 +92,10 @@ def firmware_options():
 
 
 def directory_of(version):
-    """The directory of the modules of the kernel VERSION."""
-    for root in (ROOT, KERNELS):
-        for place in ('lib/modules', 'usr/lib/modules'):
-            if (root / place / version).exists():
-                return root / place / version
-    raise Failure(f'no modules of the kernel {version} in the cache')
+    """The directory of the modules of the kernel VERSION, which is there."""
+    return next(path for root in (ROOT, KERNELS)
+                for place in ('lib/modules', 'usr/lib/modules')
+                for path in root.glob(f'{place}/{version}'))
 
 
 def modules(version, wanted):
@@ -161,14 +156,25 @@ def cpio(entries):
     return bytes(out)
 
 
-def make(version, wanted_modules, init, extra):
+def cached(kind, version, wanted_modules, init, extra):
     """
-    Return a cpio archive for the kernel VERSION: busybox, the modules with
-    a list of them in load order, INIT (the rest of a shell script) as /init,
-    and the entries of EXTRA.
+    Return the path of a cpio archive for the kernel VERSION, in build/KIND:
+    busybox, the modules with a list of them in load order, INIT (the rest of a
+    shell script) as /init, and the entries of EXTRA.
     """
+    # Everything that decides the contents decides the name.
+    key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+    key.update(repr((version, wanted_modules, init, extra, *(
+        path.stat().st_mtime_ns for path in (ROOT / '.list',
+                                             directory_of(version))
+    ))).encode())
+    target = BUILD / kind / f'initramfs-{version}-{key.hexdigest()[:16]}.cpio'
+    if target.exists():
+        return target
+    for old in target.parent.glob(f'initramfs-{version}-*.cpio'):
+        old.unlink(missing_ok=True)
     found = modules(version, wanted_modules)
-    return cpio({
+    store(target, cpio({
         **dict.fromkeys(DIRECTORIES),
         'bin/busybox': (ROOT / 'bin/busybox').read_bytes(),
         'bin/sh': 'busybox',
@@ -176,21 +182,5 @@ def make(version, wanted_modules, init, extra):
            for name, contents in found.items()},
         'lib/modules/order': '\n'.join([*found, '']).encode(),
         'init': (INIT + init).encode(),
-        **extra})
-
-
-def cached(kind, version, wanted_modules, init, extra):
-    """Like make(), but return the path of a file below build/."""
-    # Everything that decides the contents decides the name.
-    key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
-    for part in (version, *wanted_modules, init,
-                 *(f'{name}={value!r}' for name, value in extra.items()),
-                 *(str(path.stat().st_mtime_ns) for path in
-                   (ROOT / '.list', directory_of(version)))):
-        key.update(part.encode() + b'\0')
-    target = BUILD / kind / f'initramfs-{version}-{key.hexdigest()[:16]}.cpio'
-    if not target.exists():
-        for old in target.parent.glob(f'initramfs-{version}-*.cpio'):
-            old.unlink(missing_ok=True)
-        store(target, make(version, wanted_modules, init, extra))
+        **extra}))
     return target
