@@ -15,6 +15,8 @@ import os
 import pathlib
 import re
 import struct
+import subprocess
+import tempfile
 
 from lib.common import BUILD, KERNELS, ROOT, Failure
 
@@ -127,33 +129,24 @@ def modules(version, wanted):
 
 def cpio(entries):
     """
-    Return a cpio archive ("newc") of ENTRIES: {name: contents}, where
-    contents is bytes (a file, executable), str (the target of a symbolic
-    link) or None (a directory).
+    Return a cpio archive of ENTRIES: {name: contents}, where contents is bytes
+    (a file, executable), str (the target of a symbolic link) or None (a
+    directory, before what is in it).
     """
-    out = bytearray()
-    inode = 0
-
-    def add(name, mode, contents):
-        nonlocal inode
-        inode += 1
-        fields = (inode, mode, 0, 0, 1, 0, len(contents), 0, 0, 0, 0,
-                  len(name) + 1, 0)
-        out.extend(b'070701' + b''.join(b'%08x' % field for field in fields))
-        out.extend(name.encode() + b'\0')
-        out.extend(bytes(-len(out) % 4))
-        out.extend(contents)
-        out.extend(bytes(-len(out) % 4))
-
-    for name, contents in entries.items():
-        if contents is None:
-            add(name, 0o040755, b'')
-        elif isinstance(contents, str):
-            add(name, 0o120777, contents.encode())
-        else:
-            add(name, 0o100755, contents)
-    add('TRAILER!!!', 0, b'')
-    return bytes(out)
+    with tempfile.TemporaryDirectory() as top:
+        for name, contents in entries.items():
+            path = pathlib.Path(top, name)
+            if contents is None:
+                path.mkdir()
+            elif isinstance(contents, str):
+                path.symlink_to(contents)
+            else:
+                path.write_bytes(contents)
+                path.chmod(0o755)
+        return subprocess.run(
+            [ROOT / 'bin/busybox', 'cpio', '-o', '-H', 'newc'], cwd=top,
+            input='\n'.join(entries).encode(), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, check=True).stdout
 
 
 def cached(kind, version, wanted_modules, init, extra):
