@@ -14,6 +14,8 @@ import os
 import pathlib
 import re
 import struct
+import subprocess
+import tempfile
 
 from lib.common import BUILD, KERNELS, ROOT, Failure
 
@@ -33,22 +35,19 @@ DIRECTORIES = ('bin', 'dev', 'lib', 'lib/modules', 'mnt', 'proc', 'run',
 def find_kernel(version=None):
     """
     Return (VERSION, path of its file): the kernel that all tools use, or the
-    newest of those whose version begins with the numbers of VERSION, or the
-    newest of all if VERSION is 'newest', which is none that all tools use.
+    newest of the others whose version begins with the numbers of VERSION, or
+    the newest of all those if VERSION is 'newest'.
     """
     def numbers(name):
         return [int(number) for number in re.findall(r'\d+', name)]
 
-    images = {}
-    roots = {None: (ROOT,), 'newest': (KERNELS,)}
-    for root in roots.get(version, (ROOT, KERNELS)):
-        images.update((path.name.partition('-')[2], path)
-                      for path in root.glob('boot/vmlinuz-*'))
-        # Where Debian has it since 7.2.
-        images.update((path.parent.name, path)
-                      for path in root.glob('usr/lib/modules/*/vmlinuz'))
-    found = [name for name in images
-             if version in (None, 'newest', name)
+    root = KERNELS if version else ROOT
+    images = {path.name.partition('-')[2]: path
+              for path in root.glob('boot/vmlinuz-*')}
+    # Where Debian has it since 7.2.
+    images.update((path.parent.name, path)
+                  for path in root.glob('usr/lib/modules/*/vmlinuz'))
+    found = [name for name in images if version in (None, 'newest')
              or re.match(re.escape(version) + r'\b', name)]
     if not found:
         option = ' --kernels' if version else ''
@@ -94,12 +93,10 @@ def firmware_options():
 
 
 def directory_of(version):
-    """The directory of the modules of the kernel VERSION."""
-    for root in (ROOT, KERNELS):
-        for place in ('lib/modules', 'usr/lib/modules'):
-            if (root / place / version).exists():
-                return root / place / version
-    raise Failure(f'no modules of the kernel {version} in the cache')
+    """The directory of the modules of the kernel VERSION, which is there."""
+    return next(path for root in (ROOT, KERNELS)
+                for place in ('lib/modules', 'usr/lib/modules')
+                for path in root.glob(f'{place}/{version}'))
 
 
 def modules(version, wanted):
@@ -131,63 +128,50 @@ def modules(version, wanted):
 
 def cpio(entries):
     """
-    Return a cpio archive ("newc") of ENTRIES: {name: contents}, where
-    contents is bytes (a file, executable), str (the target of a symbolic
-    link) or None (a directory).
+    Return a cpio archive of ENTRIES: {name: contents}, where contents is bytes
+    (a file, executable), str (the target of a symbolic link) or None (a
+    directory, before what is in it).
     """
-    out = bytearray()
-    inode = 0
-
-    def add(name, mode, contents):
-        nonlocal inode
-        inode += 1
-        fields = (inode, mode, 0, 0, 1, 0, len(contents), 0, 0, 0, 0,
-                  len(name) + 1, 0)
-        out.extend(b'070701' + b''.join(b'%08x' % field for field in fields))
-        out.extend(name.encode() + b'\0')
-        out.extend(bytes(-len(out) % 4))
-        out.extend(contents)
-        out.extend(bytes(-len(out) % 4))
-
-    for name, contents in entries.items():
-        if contents is None:
-            add(name, 0o040755, b'')
-        elif isinstance(contents, str):
-            add(name, 0o120777, contents.encode())
-        else:
-            add(name, 0o100755, contents)
-    add('TRAILER!!!', 0, b'')
-    return bytes(out)
+    with tempfile.TemporaryDirectory() as top:
+        for name, contents in entries.items():
+            path = pathlib.Path(top, name)
+            if contents is None:
+                path.mkdir()
+            elif isinstance(contents, str):
+                path.symlink_to(contents)
+            else:
+                path.write_bytes(contents)
+                path.chmod(0o755)
+        return subprocess.run(
+            [ROOT / 'bin/busybox', 'cpio', '-o', '-H', 'newc'], cwd=top,
+            input='\n'.join(entries).encode(), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, check=True).stdout
 
 
-def make(version, wanted_modules, init):
+def cached(kind, version, wanted_modules, init):
     """
-    Return a cpio archive for the kernel VERSION: busybox, the modules with
-    a list of them in load order, and INIT (the rest of a shell script) as
-    /init.
+    Return the path of a cpio archive for the kernel VERSION, in build/KIND:
+    busybox, the modules with a list of them in load order, and INIT (the rest
+    of a shell script) as /init.
     """
+    # Everything that decides the contents decides the name.
+    key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+    key.update(repr((version, wanted_modules, init, *(
+        path.stat().st_mtime_ns for path in (ROOT / '.list',
+                                             directory_of(version))
+    ))).encode())
+    target = BUILD / kind / f'initramfs-{version}-{key.hexdigest()[:16]}.cpio'
+    if target.exists():
+        return target
+    for old in target.parent.glob(f'initramfs-{version}-*.cpio'):
+        old.unlink(missing_ok=True)
     found = modules(version, wanted_modules)
-    return cpio({
+    store(target, cpio({
         **dict.fromkeys(DIRECTORIES),
         'bin/busybox': (ROOT / 'bin/busybox').read_bytes(),
         'bin/sh': 'busybox',
         **{f'lib/modules/{name}.ko': contents
            for name, contents in found.items()},
         'lib/modules/order': '\n'.join([*found, '']).encode(),
-        'init': (INIT + init).encode()})
-
-
-def cached(kind, version, wanted_modules, init):
-    """Like make(), but return the path of a file below build/."""
-    # Everything that decides the contents decides the name.
-    key = hashlib.sha256(pathlib.Path(__file__).read_bytes())
-    for part in (version, *wanted_modules, init,
-                 *(str(path.stat().st_mtime_ns) for path in
-                   (ROOT / '.list', directory_of(version)))):
-        key.update(part.encode() + b'\0')
-    target = BUILD / kind / f'initramfs-{version}-{key.hexdigest()[:16]}.cpio'
-    if not target.exists():
-        for old in target.parent.glob(f'initramfs-{version}-*.cpio'):
-            old.unlink(missing_ok=True)
-        store(target, make(version, wanted_modules, init))
+        'init': (INIT + init).encode()}))
     return target

@@ -144,23 +144,15 @@ def apply(patch, tree, added):
 
 
 def apply_all(base, scratch):
-    """Apply the series to copies of BASE's files in SCRATCH.
-
-    Return the names of the files that QEMU has, and of our own; both are
-    changed in SCRATCH, and BASE is only read.
+    """
+    Apply the series to copies of BASE's files in SCRATCH.  Return the names
+    of all files that are there then; BASE is only read.
     """
     series = patches()
-    names = edited(series)
-    for name in names:
-        if not (base / name).exists():
-            raise Failure(f'patches/ edits {name}, which the base lacks: is '
-                          'it a QEMU of another version?')
-        copy(base / name, scratch / name)
+    for name in edited(series):
+        if (base / name).exists():
+            copy(base / name, scratch / name)
     added = set()
     for patch in series:
         apply(patch, scratch, added)
-    clash = sorted(name for name in added if (base / name).exists())
-    if clash:
-        raise Failure(f'the base already has {", ".join(clash)}: is it patched '
-                      'with this series already?')
-    return names, added
+    return edited(series) | added

@@ -3,7 +3,6 @@
 The commands in a page of the documentation.
 """
 
-import dataclasses
 import re
 import textwrap
 
@@ -17,15 +16,8 @@ COMMAND = re.compile(
     r'(\(\w+\) )?\{ *"execute"|\(qemu\) |# \w+[-=]|-netdev ')
 
 
-@dataclasses.dataclass
-class Block:
-    """A literal block: its lines without indentation, and where it is."""
-    line: int
-    text: str
-
-
 def read_page(path):
-    """The blocks of each section that are commands, by its title."""
+    """The literal blocks of each section that are commands, by its title."""
     page = path.read_text()
     titles = list(re.finditer(r'^(.+)\n([-~=^])\2{3,}\n', page, re.M))
     sections = {}
@@ -36,6 +28,5 @@ def read_page(path):
             text = match['inline'] or textwrap.dedent(match['block']).strip()
             if match['language'] in ('shell', 'python') or \
                     COMMAND.match(text):
-                line = page.count('\n', 0, match.start()) + 1
-                blocks.append(Block(line, text))
+                blocks.append(text)
     return sections

@@ -8,9 +8,8 @@ import hashlib
 import re
 import shutil
 import tarfile
-import textwrap
 
-from lib.common import BUILD, CACHE, TOP, Failure, attempt, run, say
+from lib.common import CACHE, TOP, Failure, attempt, run, say
 
 # With the sums of their files.  The first is the base, and the next one to use
 # if it cannot be had.  The last is what Debian's index names as the newest; its
@@ -25,12 +24,6 @@ RELEASES = {
 }
 PINNED = next(iter(RELEASES))
 
-# What Debian packages PINNED with.
-DEBIAN = (
-    'qemu_11.1.1+ds-1.debian.tar.xz',
-    '870a1193f28ce522ac91f68100d75dce5527e08d8958344b389c9fa24b44968f')
-
-
 def archive_uri():
     """The address of the Debian archive that apt is set up with, or ''"""
     return attempt('bash', '-c', '. "$0"; archive_uri',
@@ -42,9 +35,10 @@ def sha256(path):
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-def fetch(name, wanted):
-    """Return the path of NAME in the cache, downloading it at need."""
-    target = CACHE / name
+def tarball(release):
+    """Return the path of the release's file, downloading it at need."""
+    wanted = RELEASES[release]
+    target = CACHE / file_name(release)
     if target.exists():
         if sha256(target) == wanted:
             return target
@@ -52,17 +46,16 @@ def fetch(name, wanted):
         target.unlink()
     uri = archive_uri()
     if not uri:
-        raise Failure(f'{name} is not in {CACHE}, and apt knows no Debian '
+        raise Failure(f'{target} is not there, and apt knows no Debian '
                       'archive to fetch it from')
-    say(f'fetching {name}')
+    say(f'fetching {target.name}')
     CACHE.mkdir(parents=True, exist_ok=True)
     status, said = attempt(
         '/usr/lib/apt/apt-helper', '-qq', '-o', 'APT::Sandbox::User=',
-        'download-file', f'{uri}/pool/main/q/qemu/{name}', target,
+        'download-file', f'{uri}/pool/main/q/qemu/{target.name}', target,
         f'SHA256:{wanted}')
     if status:
-        raise Failure(f'could not fetch {name}:\n' +
-                      textwrap.indent(said.rstrip(), '    '))
+        raise Failure(f'could not fetch {target.name}: {said.strip()}')
     return target
 
 
@@ -76,23 +69,8 @@ def file_name(release):
     return f'qemu_{release}+ds.orig.tar.xz'
 
 
-def in_cache(release):
-    return (CACHE / file_name(release)).exists()
-
-
-def tarball(release):
-    """The release's file, downloaded at need."""
-    return fetch(file_name(release), RELEASES[release])
-
-
 def unpack(tar, tree):
     run('tar', '-xf', tar, '-C', tree, '--strip-components=1')
-
-
-def is_base(release):
-    """Is build/base the release?"""
-    stamp = BUILD / 'base/.base'
-    return stamp.exists() and stamp.read_text() == f'release {release}'
 
 
 def find_release():
@@ -108,14 +86,7 @@ def find_release():
 
 
 def release_files(release, names, target):
-    """
-    Put the files NAMES of the release into TARGET: from build/base, if that is
-    it, since to unpack a release takes seconds.
-    """
-    if is_base(release):
-        for name in names:
-            copy(BUILD / 'base' / name, target / name)
-        return
+    """Put the files NAMES of the release into TARGET."""
     with tarfile.open(tarball(release)) as archive:
         for member in archive:
             member.name = member.name.partition('/')[2]

@@ -30,7 +30,6 @@ from lib.common import BUILD, TOP, Failure, run  # noqa: E402
 from lib.qemu_source import PINNED, release_files  # noqa: E402
 
 SERIES = BUILD / 'series'
-COVERS = overlay.PATCHES / 'cover'
 RESULTS = TOP / 'docs/devel/filter-redirector-vhost.rst'
 
 
@@ -77,52 +76,38 @@ def results(title):
     return '\n'.join([found[1], '', *lines])
 
 
-class Cover:
-    """A file of patches/cover: what a series begins with."""
-
-    def __init__(self, path, series):
-        self.name = path.name
-        head, _, self.text = path.read_text().partition('\n\n')
+def letters(series):
+    """
+    For each series that is mailed: its name, the place of its first patch, and
+    the subject and the text of its cover letter.
+    """
+    places = {patch.subject: i for i, patch in enumerate(series)}
+    found = []
+    for path in sorted((overlay.PATCHES / 'cover').iterdir()):
+        head, _, text = path.read_text().partition('\n\n')
         match = re.fullmatch('First patch: (.*)\nSubject: (.*)', head)
-        if not match:
-            raise Failure(f'{self} is not in the form of the others: First '
-                          'patch, Subject, text')
-        first, self.subject = match.groups()
-        subjects = [patch.subject for patch in series]
-        if first not in subjects:
-            raise Failure(f'{self}: no patch has the subject "{first}": name '
-                          'the first patch of this series')
-        self.start = subjects.index(first)
-
-    def __str__(self):
-        return f'patches/cover/{self.name}'
-
-    def message_id(self, sender, seconds):
-        """As git makes them, but the next series can tell it before."""
-        address = email.utils.parseaddr(sender)[1]
-        return f'<cover.{seconds}.{self.name}.{address}>'
-
-    def fill_in(self, generated, message_id, seconds, below):
-        """What git has made: the subject, the text, and the date."""
-        text = re.sub('^@results (.*)@$', lambda match: results(match[1]),
-                      self.text, flags=re.M).rstrip()
-        if below:
-            text += f'\n\nBased-on: {below[0]}\n("{below[1]}")'
-        stamp = email.utils.formatdate(seconds)
-        mail = re.sub('^Date: .*', f'Message-ID: {message_id}\nDate: {stamp}',
-                      generated, count=1, flags=re.M)
-        return mail.replace('*** SUBJECT HERE ***', self.subject).replace(
-            '*** BLURB HERE ***', text)
-
-
-def covers(series):
-    """The cover letters, in order; together they are about all patches."""
-    found = [Cover(path, series) for path in sorted(COVERS.iterdir())]
-    starts = [cover.start for cover in found]
+        if not match or match[1] not in places:
+            raise Failure(f'patches/cover/{path.name} must begin with "First '
+                          'patch:" and the subject of one, and "Subject:"')
+        found.append((path.name, places[match[1]], match[2], text))
+    starts = [start for _, start, *_ in found]
     if starts[:1] != [0] or starts != sorted(set(starts)):
         raise Failure('the first patches that patches/cover names are not in '
                       'the order of patches/series, from its first one on')
     return found
+
+
+def fill_in(path, subject, text, message_id, seconds, below):
+    """Complete the cover letter that git has made."""
+    text = re.sub('^@results (.*)@$', lambda match: results(match[1]), text,
+                  flags=re.M).rstrip()
+    if below:
+        text += f'\n\nBased-on: {below[0]}\n("{below[1]}")'
+    stamp = email.utils.formatdate(seconds)
+    mail = re.sub('^Date: .*', f'Message-ID: {message_id}\nDate: {stamp}',
+                  path.read_text(), count=1, flags=re.M)
+    path.write_text(mail.replace('*** SUBJECT HERE ***', subject).replace(
+        '*** BLURB HERE ***', text))
 
 
 def commit_all(series, repository, seconds):
@@ -135,43 +120,36 @@ def commit_all(series, repository, seconds):
                           f'{patch.subject}\n\n{patch.message}')
 
 
-def make(target=SERIES):
-    """Write all series to TARGET; return the patches of each, by its name."""
+def make():
+    """Write all series; return the patches of each, by its name."""
     series = overlay.patches()
-    letters = covers(series)
+    covers = letters(series)
     total = len(series)
+    address = email.utils.parseaddr(series[0].sender)[1]
     seconds = int(run('git', '-C', TOP, 'log', '-1', '--format=%ct'))
     made = {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent,
-                                     prefix='series-') as tmp:
-        new = pathlib.Path(tmp, 'series')
-        tree = pathlib.Path(tmp, 'tree')
-        tree.mkdir()
-        repository = Repository(tree)
+    shutil.rmtree(SERIES, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as tree:
+        repository = Repository(pathlib.Path(tree))
         commit_all(series, repository, seconds)
 
         def mails(name, *arguments):
             repository.git('format-patch', '-q', '--zero-commit',
-                           '--no-signature', '-o', new / name, *arguments)
-            return sorted((new / name).glob('*.patch'))
+                           '--no-signature', '-o', SERIES / name, *arguments)
+            return sorted((SERIES / name).glob('*.patch'))
 
         below = None
-        ends = [cover.start for cover in letters[1:]] + [total]
-        for cover, end in zip(letters, ends):
-            letter, *patches = mails(
-                cover.name, '--cover-letter',
-                f'HEAD~{total - cover.start}..HEAD~{total - end}')
-            message_id = cover.message_id(series[0].sender, seconds)
-            letter.write_text(cover.fill_in(letter.read_text(), message_id,
-                                            seconds + cover.start, below))
-            below = message_id, cover.subject
-            made[cover.name] = [target / cover.name / path.name
-                                for path in patches]
-        (new / 'debian/series').write_text(''.join(
+        ends = [start for _, start, *_ in covers[1:]] + [total]
+        for (name, start, subject, text), end in zip(covers, ends):
+            letter, *made[name] = mails(
+                name, '--cover-letter', f'HEAD~{total - start}..'
+                f'HEAD~{total - end}')
+            # As git makes them, but the next series can tell it before.
+            message_id = f'<cover.{seconds}.{name}.{address}>'
+            fill_in(letter, subject, text, message_id, seconds + start, below)
+            below = message_id, subject
+        (SERIES / 'debian/series').write_text(''.join(
             f'{path.name}\n' for path in mails('debian', f'HEAD~{total}')))
-        shutil.rmtree(target, ignore_errors=True)
-        new.rename(target)
     return made
 
 
