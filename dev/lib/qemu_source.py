@@ -8,6 +8,7 @@ import hashlib
 import re
 import shutil
 import tarfile
+import textwrap
 
 from lib.common import CACHE, TOP, Failure, attempt, run, say
 
@@ -24,6 +25,12 @@ RELEASES = {
 }
 PINNED = next(iter(RELEASES))
 
+# What Debian packages PINNED with.
+DEBIAN = (
+    'qemu_11.1.1+ds-1.debian.tar.xz',
+    '870a1193f28ce522ac91f68100d75dce5527e08d8958344b389c9fa24b44968f')
+
+
 def archive_uri():
     """The address of the Debian archive that apt is set up with, or ''"""
     return attempt('bash', '-c', '. "$0"; archive_uri',
@@ -35,10 +42,9 @@ def sha256(path):
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-def tarball(release):
-    """Return the path of the release's file, downloading it at need."""
-    wanted = RELEASES[release]
-    target = CACHE / file_name(release)
+def fetch(name, wanted):
+    """Return the path of NAME in the cache, downloading it at need."""
+    target = CACHE / name
     if target.exists():
         if sha256(target) == wanted:
             return target
@@ -46,16 +52,17 @@ def tarball(release):
         target.unlink()
     uri = archive_uri()
     if not uri:
-        raise Failure(f'{target} is not there, and apt knows no Debian '
+        raise Failure(f'{name} is not in {CACHE}, and apt knows no Debian '
                       'archive to fetch it from')
-    say(f'fetching {target.name}')
+    say(f'fetching {name}')
     CACHE.mkdir(parents=True, exist_ok=True)
     status, said = attempt(
         '/usr/lib/apt/apt-helper', '-qq', '-o', 'APT::Sandbox::User=',
-        'download-file', f'{uri}/pool/main/q/qemu/{target.name}', target,
+        'download-file', f'{uri}/pool/main/q/qemu/{name}', target,
         f'SHA256:{wanted}')
     if status:
-        raise Failure(f'could not fetch {target.name}: {said.strip()}')
+        raise Failure(f'could not fetch {name}:\n' +
+                      textwrap.indent(said.rstrip(), '    '))
     return target
 
 
@@ -67,6 +74,11 @@ def copy(source, target):
 
 def file_name(release):
     return f'qemu_{release}+ds.orig.tar.xz'
+
+
+def tarball(release):
+    """The release's file, downloaded at need."""
+    return fetch(file_name(release), RELEASES[release])
 
 
 def unpack(tar, tree):
