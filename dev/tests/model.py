@@ -214,7 +214,7 @@ class World:
 
     def start(self):
         self.qemu = Qemu('qemu', self.directory, '-machine', 'none',
-                         '-accel', 'tcg')
+                         '-accel', 'qtest')
         self.qemu.connect()
         self.running = True
         self.taps = [Interface(self.qemu, number) for number in range(TAPS)]
