@@ -13,7 +13,8 @@
  *
  * Headers that are converted must come back the same; a checksum is what a
  * plain sum says; and segments must hold the payload, once and in order, with
- * checksums that are right and with headers that differ only where they may.
+ * checksums and lengths that are right.  What the kernel has in each field of
+ * their headers is compared in test-frame-offload.
  */
 
 #include "qemu/osdep.h"
@@ -30,14 +31,6 @@ static uint32_t sum(const uint8_t *data, size_t size, uint32_t start)
         start = (start & 0xffff) + (start >> 16);
     }
     return start;
-}
-
-static void swap_header(struct virtio_net_hdr *hdr)
-{
-    hdr->hdr_len = bswap16(hdr->hdr_len);
-    hdr->gso_size = bswap16(hdr->gso_size);
-    hdr->csum_start = bswap16(hdr->csum_start);
-    hdr->csum_offset = bswap16(hdr->csum_offset);
 }
 
 /* Finish the checksum as the kernel would; returns whether it can be. */
@@ -62,18 +55,13 @@ static bool finish_checksum(const struct virtio_net_hdr *hdr, uint8_t *frame,
 static bool check_from_guest(const uint8_t *guest, size_t guest_len, bool swap)
 {
     g_autofree uint8_t *copy = g_memdup2(guest, guest_len);
-    struct virtio_net_hdr hdr, want = { };
-    bool good = !guest_len || (guest_len >= sizeof(want) &&
+    struct virtio_net_hdr hdr;
+    bool good = !guest_len || (guest_len >= sizeof(hdr) &&
                                guest_len <= FRAME_OFFLOAD_MAX_HEADER);
 
     assert(frame_offload_from_guest(&hdr, copy, guest_len, swap) == good);
-    if (good) {
-        memcpy(&want, guest, MIN(guest_len, sizeof(want)));
-        if (swap) {
-            swap_header(&want);
-        }
-        assert(!memcmp(&hdr, &want, sizeof(want)));
-    }
+    /* What is swapped is checked on its way back. */
+    assert(!good || !guest_len || swap || !memcmp(&hdr, guest, sizeof(hdr)));
     return good;
 }
 
@@ -121,42 +109,13 @@ static bool checksum_is_right(const uint8_t *frame, size_t l3, size_t l4,
     return sum(frame + l4, len - l4, value) == 0xffff;
 }
 
-/* Check the header at @l3 and let what may differ be as in the original. */
-static void check_ip(uint8_t *seg, const uint8_t *frame, size_t len, size_t l3,
-                     size_t l4, bool ip6, unsigned index)
+/* The length and, with IPv4, the checksum of the header at @l3 */
+static void check_ip(const uint8_t *seg, size_t len, size_t l3, size_t l4,
+                     bool ip6)
 {
-    if (ip6) {
-        assert(lduw_be_p(seg + l3 + 4) == (uint16_t)(len - l3 - 40));
-        memcpy(seg + l3 + 4, frame + l3 + 4, 2);
-        return;
-    }
-    assert(lduw_be_p(seg + l3 + 2) == (uint16_t)(len - l3));
-    assert(lduw_be_p(seg + l3 + 4) ==
-           (uint16_t)(lduw_be_p(frame + l3 + 4) + index));
-    assert(sum(seg + l3, l4 - l3, 0) == 0xffff);
-    memcpy(seg + l3 + 2, frame + l3 + 2, 4);
-    memcpy(seg + l3 + 10, frame + l3 + 10, 2);
-}
-
-static void check_udp(uint8_t *seg, const uint8_t *frame, size_t len, size_t l4)
-{
-    assert(lduw_be_p(seg + l4 + 4) == (uint16_t)(len - l4));
-    memcpy(seg + l4 + 4, frame + l4 + 4, 4);
-}
-
-static void check_tcp(uint8_t *seg, const uint8_t *frame, size_t l4,
-                      size_t offset, bool first, bool last)
-{
-    uint8_t flags = frame[l4 + 13];
-
-    assert((uint32_t)ldl_be_p(seg + l4 + 4) ==
-           (uint32_t)(ldl_be_p(frame + l4 + 4) + offset));
-    flags &= first ? 0xff : 0x7f;               /* CWR */
-    flags &= last ? 0xff : ~0x09;               /* PSH, FIN */
-    assert(seg[l4 + 13] == flags);
-    memcpy(seg + l4 + 4, frame + l4 + 4, 4);
-    seg[l4 + 13] = frame[l4 + 13];
-    memcpy(seg + l4 + 16, frame + l4 + 16, 2);
+    assert(lduw_be_p(seg + l3 + (ip6 ? 4 : 2)) ==
+           (uint16_t)(len - l3 - (ip6 ? 40 : 0)));
+    assert(ip6 || sum(seg + l3, l4 - l3, 0) == 0xffff);
 }
 
 static void check_segments(const struct virtio_net_hdr *hdr,
@@ -197,17 +156,10 @@ static void check_segments(const struct virtio_net_hdr *hdr,
                 assert(checksum_is_right(seg, fs.tunnel.l3, fs.tunnel.l4,
                                          seg_len, fs.tunnel.ip6, 17));
             }
-            check_ip(seg, frame, seg_len, fs.tunnel.l3, fs.tunnel.l4,
-                     fs.tunnel.ip6, i);
-            check_udp(seg, frame, seg_len, fs.tunnel.l4);
+            check_ip(seg, seg_len, fs.tunnel.l3, fs.tunnel.l4, fs.tunnel.ip6);
         }
-        check_ip(seg, frame, seg_len, fs.at.l3, fs.at.l4, fs.at.ip6, i);
-        if (fs.at.tcp) {
-            check_tcp(seg, frame, fs.at.l4, offset, i == 0, last);
-        } else {
-            check_udp(seg, frame, seg_len, fs.at.l4);
-        }
-        assert(!memcmp(seg, frame, fs.at.headers));
+        check_ip(seg, seg_len, fs.at.l3, fs.at.l4, fs.at.ip6);
+        assert(!memcmp(seg, frame, fs.tunnel.l3 ?: fs.at.l3));
         assert(!memcmp(seg + fs.at.headers, frame + fs.at.headers + offset,
                        payload));
         offset += payload;

@@ -5,8 +5,8 @@
  *
  * The input is a program that writes to connections, in chunks of any size,
  * and that says when the handler refuses frames, when it goes on, and when a
- * connection ends.  What the reader hands out is compared with what a trivial
- * parser finds in all bytes of each connection together.
+ * connection ends.  What the reader hands out is compared with the bytes that
+ * were written, frame by frame.
  *
  * The character device and the main loop are replaced by what is below.  What
  * only the writer calls does not exist.
@@ -25,15 +25,8 @@
  */
 #define MAX_BYTES (5 * MiB / 4)
 #define MAX_BYTES_MOSTLY (3 * FRAME_STREAM_MAX_PAYLOAD)
-#define MAX_FRAMES 400
 #define MAX_PART (8 + FRAME_STREAM_MAX_PAYLOAD + 1)
 #define MAX_CHUNKS 16           /* of a part */
-
-typedef struct Expected {
-    size_t at;                  /* of the payload in bytes[] */
-    size_t size;
-    uint32_t vnet_hdr_len;
-} Expected;
 
 static struct {
     FrameReader *fr;
@@ -43,18 +36,12 @@ static struct {
     size_t chunk;
     size_t max_bytes;
 
-    /* What the reference knows: all bytes that the reader took ... */
-    uint8_t bytes[MAX_BYTES];
+    uint8_t bytes[MAX_BYTES];   /* all that were written */
     size_t total;
-    size_t start;               /* of the last frame, not complete yet */
-    bool bad;                   /* its length is too large, ... */
-    bool broken;                /* ... and the reader has seen that */
+    size_t at;                  /* the frame that the handler takes next */
+    bool broken;                /* the reader has seen an invalid length */
     unsigned connection;        /* counts them */
-    uint64_t errors;            /* connections with a bad length */
-    /* ... and the frames that are in them */
-    Expected frames[MAX_FRAMES];
-    size_t n_frames;
-    size_t n_seen;
+    uint64_t errors;            /* connections with an invalid length */
 
     size_t accept;              /* before it refuses */
     bool refused;
@@ -63,12 +50,36 @@ static struct {
 
 static uint64_t errors;         /* as the readers count them */
 
+/* The reference */
+
+/* The length of the frame at @at; 0: it is not complete; -1: it is invalid. */
+static ssize_t frame_len(size_t at)
+{
+    size_t prefix = f.vnet_hdr ? 8 : 4;
+    uint32_t size;
+
+    if (f.total - at < prefix) {
+        return 0;
+    }
+    size = ldl_be_p(f.bytes + at);
+    if (size > FRAME_STREAM_MAX_PAYLOAD) {
+        return -1;
+    }
+    return f.total - at < prefix + size ? 0 : prefix + size;
+}
+
 /* What the peer had written of a frame is lost with the connection. */
 static void reconnect(void)
 {
+    size_t at = f.at;
+    ssize_t len;
+
     frame_reader_reset(f.fr);
-    f.total = f.start;
-    f.bad = f.broken = false;
+    while ((len = frame_len(at)) > 0) {
+        at += len;
+    }
+    f.total = at;
+    f.broken = false;
     f.connection++;
 }
 
@@ -79,11 +90,10 @@ static Chardev fuzz_chardev = { .label = (char *)"fuzz" };
 void qemu_chr_fe_disconnect(CharFrontend *be)
 {
     assert(!f.in_handler);
-    assert(f.bad && !f.broken);
-    assert(f.n_seen == f.n_frames);
+    assert(!f.broken && frame_len(f.at) < 0);
     f.broken = true;
     f.errors++;
-    f.total = f.start;
+    f.total = f.at;
     if (f.resets_at_once) {
         reconnect();
     }
@@ -140,64 +150,29 @@ static bool run_bh(void)
     return bh != NULL;
 }
 
-/* The reference */
-
-static size_t prefix_len(void)
-{
-    return f.vnet_hdr ? 8 : 4;
-}
-
-/* Find the frames that are complete with the bytes that have come. */
-static void parse(void)
-{
-    size_t prefix = prefix_len();
-
-    while (!f.bad && f.total - f.start >= prefix) {
-        uint32_t size = ldl_be_p(f.bytes + f.start);
-
-        if (size > FRAME_STREAM_MAX_PAYLOAD) {
-            f.bad = true;
-        } else if (f.total - f.start < prefix + size) {
-            break;
-        } else {
-            assert(f.n_frames < MAX_FRAMES);
-            f.frames[f.n_frames++] = (Expected) {
-                .at = f.start + prefix,
-                .size = size,
-                .vnet_hdr_len = f.vnet_hdr ? ldl_be_p(f.bytes + f.start + 4)
-                                           : 0,
-            };
-            f.start += prefix + size;
-        }
-    }
-}
-
-/* The bytes that the reader must hold. */
-static size_t held(void)
-{
-    return f.total - (f.n_seen < f.n_frames ?
-                      f.frames[f.n_seen].at - prefix_len() : f.start);
-}
-
 static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
 {
-    size_t done = 0;
+    size_t done = MIN(n, f.accept), at = f.at;
 
     assert(opaque == &f && !f.in_handler && !f.refused);
     assert(n >= 1 && n <= FRAME_READER_BATCH);
     f.in_handler = true;
     for (size_t i = 0; i < n; i++) {
-        Expected *want = &f.frames[f.n_seen + i];
+        const uint8_t *want = f.bytes + at;
+        ssize_t len = frame_len(at);
+        size_t prefix = f.vnet_hdr ? 8 : 4;
 
         /* Also of those that are refused. */
-        assert(f.n_seen + i < f.n_frames);
-        assert(frames[i].size == want->size);
-        assert(frames[i].vnet_hdr_len == want->vnet_hdr_len);
-        assert(!memcmp(frames[i].payload, f.bytes + want->at, want->size));
+        assert(len > 0 && frames[i].size == len - prefix);
+        assert(frames[i].vnet_hdr_len ==
+               (f.vnet_hdr ? ldl_be_p(want + 4) : 0));
+        assert(!memcmp(frames[i].payload, want + prefix, frames[i].size));
+        at += len;
+        if (i < done) {
+            f.at = at;
+        }
     }
-    done = MIN(n, f.accept);
     f.accept -= done;
-    f.n_seen += done;
     f.refused = done < n;
     /* It may be called from within. */
     frame_reader_resume(f.fr);
@@ -209,9 +184,11 @@ static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
 
 static void check_room(void)
 {
+    size_t held = f.total - f.at;
+
     assert(frame_reader_room(f.fr) ==
-           FRAME_READER_LIMIT - MIN(held(), FRAME_READER_LIMIT));
-    assert(frame_reader_empty(f.fr) == !held());
+           FRAME_READER_LIMIT - MIN(held, FRAME_READER_LIMIT));
+    assert(frame_reader_empty(f.fr) == !held);
     assert(errors == f.errors);
 }
 
@@ -229,38 +206,31 @@ static void finish(void)
     while (run_bh()) {
         check_room();
     }
-    assert(f.n_seen == f.n_frames);
-    assert(f.broken == f.bad);
+    assert(!frame_len(f.at));
 }
 
 static void push(const uint8_t *buf, size_t size)
 {
-    /* Bytes are pushed from its end, so that a read behind them is seen. */
-    static uint8_t *room;
     unsigned connection = f.connection;
     size_t max_chunk = MAX(f.chunk, DIV_ROUND_UP(size, MAX_CHUNKS));
 
-    room = room ?: g_malloc(MAX_PART);
-    while (size && connection == f.connection &&
-           f.total < f.max_bytes && f.n_frames < MAX_FRAMES) {
+    while (size && connection == f.connection && f.total < f.max_bytes) {
+        /* A copy, so that a read behind its end is seen */
+        g_autofree uint8_t *copy = NULL;
         size_t chunk = MIN(MIN(size, max_chunk), f.max_bytes - f.total);
-        uint8_t *copy;
 
-        /* No more frames than there is room for the expectation. */
-        chunk = MIN(chunk, (MAX_FRAMES - f.n_frames) * prefix_len());
         if (!f.over_room) {
             chunk = MIN(chunk, frame_reader_room(f.fr));
         }
         if (!chunk) {
-            assert(f.n_seen < f.n_frames);
+            assert(frame_len(f.at) > 0);
             finish();
             continue;
         }
-        copy = memcpy(room + MAX_PART - chunk, buf, chunk);
+        copy = g_memdup2(buf, chunk);
         if (!f.broken) {
             memcpy(f.bytes + f.total, buf, chunk);
             f.total += chunk;
-            parse();
         }
         frame_reader_push(f.fr, copy, chunk);
         check_room();
@@ -273,7 +243,7 @@ static void push_frame(size_t size)
 {
     static uint8_t frame[MAX_PART];
     static uint32_t number;
-    size_t prefix = prefix_len();
+    size_t prefix = f.vnet_hdr ? 8 : 4;
 
     stl_be_p(frame, size);
     stl_be_p(frame + 4, number++);
@@ -347,14 +317,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     f.over_room = (*data & 0x1c) == 0x18;
     f.max_bytes = (*data & 0xe0) == 0xe0 ? MAX_BYTES : MAX_BYTES_MOSTLY;
     f.chunk = f.accept = SIZE_MAX;
-    f.total = f.start = f.n_frames = f.n_seen = 0;
-    f.bad = f.broken = f.refused = false;
+    f.total = f.at = 0;
+    f.broken = f.refused = false;
+    f.errors = errors;
     if (!readers[f.vnet_hdr]) {
         readers[f.vnet_hdr] = frame_reader_new(&chr, f.vnet_hdr, &errors,
                                                handler, &f);
     }
     f.fr = readers[f.vnet_hdr];
-    f.errors = errors;
     run(data + 1, size - 1);
     if ((*data & 0x1c) == 0x1c) {
         frame_reader_reset(f.fr);
@@ -363,7 +333,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     } else {
         finish();
         reconnect();
-        resume(0);
     }
     return 0;
 }
