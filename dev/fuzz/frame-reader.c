@@ -31,6 +31,7 @@
 static struct {
     FrameReader *fr;
     bool vnet_hdr;
+    size_t prefix;              /* what is before a payload */
     bool resets_at_once;        /* whether a disconnect is seen at once */
     bool over_room;             /* whether more is pushed than there is room */
     size_t chunk;
@@ -55,17 +56,16 @@ static uint64_t errors;         /* as the readers count them */
 /* The length of the frame at @at; 0: it is not complete; -1: it is invalid. */
 static ssize_t frame_len(size_t at)
 {
-    size_t prefix = f.vnet_hdr ? 8 : 4;
     uint32_t size;
 
-    if (f.total - at < prefix) {
+    if (f.total - at < f.prefix) {
         return 0;
     }
     size = ldl_be_p(f.bytes + at);
     if (size > FRAME_STREAM_MAX_PAYLOAD) {
         return -1;
     }
-    return f.total - at < prefix + size ? 0 : prefix + size;
+    return f.total - at < f.prefix + size ? 0 : f.prefix + size;
 }
 
 /* What the peer had written of a frame is lost with the connection. */
@@ -160,13 +160,12 @@ static size_t handler(void *opaque, const StreamFrame *frames, size_t n)
     for (size_t i = 0; i < n; i++) {
         const uint8_t *want = f.bytes + at;
         ssize_t len = frame_len(at);
-        size_t prefix = f.vnet_hdr ? 8 : 4;
 
         /* Also of those that are refused. */
-        assert(len > 0 && frames[i].size == len - prefix);
+        assert(len > 0 && frames[i].size == len - f.prefix);
         assert(frames[i].vnet_hdr_len ==
                (f.vnet_hdr ? ldl_be_p(want + 4) : 0));
-        assert(!memcmp(frames[i].payload, want + prefix, frames[i].size));
+        assert(!memcmp(frames[i].payload, want + f.prefix, frames[i].size));
         at += len;
         if (i < done) {
             f.at = at;
@@ -243,14 +242,13 @@ static void push_frame(size_t size)
 {
     static uint8_t frame[MAX_PART];
     static uint32_t number;
-    size_t prefix = f.vnet_hdr ? 8 : 4;
 
     stl_be_p(frame, size);
     stl_be_p(frame + 4, number++);
     for (size_t i = 0; i + 4 <= size; i += 512) {
-        stl_be_p(frame + prefix + i, number * 0x9e3779b1 + i);
+        stl_be_p(frame + f.prefix + i, number * 0x9e3779b1 + i);
     }
-    push(frame, prefix + size);
+    push(frame, f.prefix + size);
 }
 
 static void run(const uint8_t *data, size_t size)
@@ -313,6 +311,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     }
     f.vnet_hdr = *data & 1;
+    f.prefix = f.vnet_hdr ? 8 : 4;
     f.resets_at_once = *data & 2;
     f.over_room = (*data & 0x1c) == 0x18;
     f.max_bytes = (*data & 0xe0) == 0xe0 ? MAX_BYTES : MAX_BYTES_MOSTLY;

@@ -260,15 +260,6 @@ class World:
                 pass
         return found
 
-    def expect_hooked(self, want):
-        """Packet sockets that get frames, other than ours"""
-        ours = {os.fstat(tap.network.fileno()).st_ino for tap in self.taps}
-
-        def wrong():
-            got = len(set(common.hooked_sockets()) - ours)
-            return got != want and f'{got} packet sockets are hooked'
-        self.wait('sockets', f'{want} captures', wrong)
-
     def expect_idle(self, when):
         clock = (~self.qemu.process.pid << 3) | 2
         # A short look is enough, nearly always.
@@ -624,11 +615,9 @@ class World:
         if o and getattr(o, end):
             self.disconnect(o, end)
 
-    def do_connect(self, slot, end, stalled):
+    def do_connect(self, slot, end):
         o = self.objects.get(slot)
         if o and end in o.chardevs and not getattr(o, end):
-            if end == 'out':
-                o.stalled = stalled
             self.connect(o, end)
 
     def do_inject(self, slot, count, size, wild):
@@ -655,11 +644,6 @@ class World:
 
     def do_link(self, number, up):
         self.taps[number].set_link(up)
-
-    def do_linger(self):
-        """Wait until who does not capture is not hooked either."""
-        self.expect_hooked(sum(self.copies(o) and o.tap.up
-                               for o in self.objects.values()))
 
     # Sequences
 
@@ -756,7 +740,9 @@ class World:
         return None
 
     def check_leftovers(self, fds):
-        self.expect_hooked(0)
+        ours = {os.fstat(tap.network.fileno()).st_ino for tap in self.taps}
+        self.wait('sockets', 'packet sockets that are hooked',
+                  lambda: set(common.hooked_sockets()) - ours)
         self.expect_idle('without objects')
 
         def wrong():
