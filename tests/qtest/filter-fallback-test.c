@@ -747,7 +747,7 @@ static void expect_guest_at(Fixture *target, Fixture *source, uint32_t first,
 {
     Fixture at = *source;
 
-    at.qts = target->qts;
+    at.guest.ram = target->guest.ram;
     expect_guest(&at, first, count);
 }
 

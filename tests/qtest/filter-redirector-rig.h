@@ -207,7 +207,8 @@ void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size);
 void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size);
 
 /*
- * For a guest that was started and has nothing posted.  All buffers are posted, and posted again when taken.
+ * For a guest that was started and has nothing posted.  All buffers are
+ * posted, and posted again when taken.
  */
 void guest_map(Fixture *f);
 /* What a driver of one's own needs, in the mapped memory */
