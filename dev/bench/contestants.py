@@ -106,18 +106,16 @@ class QemuContestant(Contestant):
     """
 
     def __init__(self, name, directory, source, taps=1, inject=True,
-                 options=(), guest=None, queue=None, steer=True, more=''):
+                 options=(), guest=None, queue=None,):
         binary = PRODUCT if source == 'product' else PEER
         if not os.access(binary, os.X_OK):
             raise Failure(f'there is no {binary}: run "make bench"')
         self.name = name
         self.queue = queue      # of the capture, or None: the default
-        self.more = more        # properties of its own
         self.source = source
         self.where = ',packet-socket=on' if source == 'product' else ''
         prefix = re.sub('[^a-z0-9]', '', name)[:8]
-        self.taps = [Tap(f'{prefix}{i}', steer=steer and source != 'chain'
-                         and not guest)
+        self.taps = [Tap(f'{prefix}{i}', steer=source != 'chain' and not guest)
                      for i in range(taps)]
         self.out = [f'{directory}/{name}.out{i}' for i in range(taps)]
         self.into = [f'{directory}/{name}.in{i}' for i in range(taps)]
@@ -145,7 +143,7 @@ class QemuContestant(Contestant):
     def capture_options(self, i):
         return self.stream(f'out{i}', self.out[i]) + self.redirector(
             f'cap{i}', f'n{i}', self.queue,
-            f'outdev=out{i}{self.where}{self.more}')
+            f'outdev=out{i}{self.where}')
 
     def inject_options(self, i):
         # What the chain injects toward the guest needs a guest.
@@ -262,11 +260,10 @@ class Dump(QemuContestant):
             grown['cpu'])
 
 
-class Reuse(QemuContestant):
+class Straightforward(QemuContestant):
     """
-    Upstream's redirectors on a packet socket: by themselves, or behind a
-    netdev or a character device; see the patches.  The socket is opened here,
-    as by management software, with its BPF filter.
+    Upstream's redirector on a packet socket; see straightforward.patch.  The
+    socket is opened here, with its BPF filter.
     """
 
     drops = 0       # which the socket forgets when it tells them
@@ -279,41 +276,13 @@ class Reuse(QemuContestant):
         return sock.fileno()
 
     def capture_options(self, i):
-        fd = self.open_socket(i, rig.ETH_P_ALL, self.source != 'chardev',
-                              only_sent=self.queue == 'tx')
-        if self.source == 'straightforward':
-            self.env['BENCH_CAPTURE_SOCKET'] = str(fd)
-            return super().capture_options(i)
-        # Without the second port the hub takes nothing, and the netdev of
-        # which it has not taken a packet is not read again.
-        hub = ['-netdev', f'hubport,id=h{i},hubid={i},netdev=p{i}',
-               '-netdev', f'hubport,id=sink{i},hubid={i}']
-        end = self.stream(f'out{i}', self.out[i]) + self.redirector(
-            f'cap{i}', f'p{i}', 'tx', f'outdev=out{i}')
-        if self.source == 'netdev':
-            return ['-netdev', f'dgram,id=p{i},local.type=fd,local.str={fd}',
-                    *hub, *end]
-        # Only redirectors join two character devices, and they need a
-        # netdev.  This one has no virtio-net header, so that the socket must
-        # not have one either, or the stream would not tell its length.
-        return ['-chardev', f'packet,id=packet{i},fd={fd}',
-                '-netdev', f'hubport,id=p{i},hubid={1000 + i}', *hub,
-                '-object', f'filter-redirector,id=from{i},netdev=p{i},'
-                f'queue=tx,indev=packet{i}', *end]
+        self.env['BENCH_CAPTURE_SOCKET'] = str(self.open_socket(
+            i, rig.ETH_P_ALL, only_sent=self.queue == 'tx'))
+        return super().capture_options(i)
 
     def inject_options(self, i):
-        options = []
-        if self.source != 'netdev':
-            # A character device has one user, so this is another socket.
-            fd = self.open_socket(i, bypass=True)
-        if self.source == 'straightforward':
-            self.env['BENCH_INJECT_SOCKET'] = str(fd)
-            return super().inject_options(i)
-        if self.source == 'chardev':
-            options = ['-chardev', f'packet,id=into{i},fd={fd}'] + \
-                self.redirector(f'to{i}', f'p{i}', 'rx', f'outdev=into{i}')
-        return options + self.stream(f'in{i}', self.into[i]) + \
-            self.redirector(f'inj{i}', f'p{i}', 'rx', f'indev=in{i}')
+        self.env['BENCH_INJECT_SOCKET'] = str(self.open_socket(i, bypass=True))
+        return super().inject_options(i)
 
     def counters(self, kind):
         """QEMU counts nothing; the socket and the interface do."""
