@@ -268,10 +268,6 @@ class Straightforward(Chain):
 class Tcpdump(Contestant):
     """tcpdump, which writes to a cat that is not counted"""
 
-    # A block of the kernel's ring is handed over after a second at the
-    # latest.
-    FLUSH = 1.1
-
     def capture(self, load):
         cat = subprocess.Popen(['cat'], stdin=subprocess.PIPE,
                                stdout=subprocess.DEVNULL)
@@ -288,7 +284,8 @@ class Tcpdump(Contestant):
                 said += line
             cpu = rig.cpu_ns(tcpdump.pid)
             sender = send(self.taps, load)
-            time.sleep(self.FLUSH)
+            # The kernel hands a block of its ring over after up to 1 s.
+            time.sleep(1.1)
             cpu = rig.cpu_ns(tcpdump.pid) - cpu
             tcpdump.send_signal(signal.SIGINT)
             said = tcpdump.stderr.read()
