@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-The benchmark's rig: a network namespace, TAPs, sockets, QEMUs, and the programs
-of traffic.c that send to them and receive from them.
+The benchmark's rig: a network namespace, TAPs, sockets, QEMUs, and the
+programs of traffic.c that send to them and receive from them.
 
 Nothing of a guest runs: the firmware is a HLT.  It is there because the
 netdev needs a NIC, for its virtio-net header and to be running.  As with
@@ -10,8 +10,8 @@ which is detached, so that all packets come to the second one, which is ours.
 """
 
 import contextlib
-import ctypes
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -38,16 +38,16 @@ IFF_DETACH_QUEUE = 0x400
 # Of the kernel's headers; Python has no names for them.
 SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR = 263, 6, 15
 PACKET_QDISC_BYPASS = 20
-SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
+SO_RCVBUFFORCE = 33
 ETH_P_ALL = 3
 
 # Where the programs run; "capture" is a contestant, and free to choose.
 CPUS = {'send': 0, 'write': 0, 'read': 1, 'tap': 1}
-START_LIMIT = 20
+START_LIMIT, TRIAL_LIMIT = 20, 120
 
 
 class Mismatch(Failure):
-    """The numbers of a run do not add up."""
+    """What came is not what was sent."""
 
 
 def wait_for(what, condition):
@@ -84,14 +84,16 @@ class Tap:
     ours; else to the queue QEMU.
     """
 
-    def __init__(self, name, steer=True):
-        self.name = name
+    numbers = itertools.count()
+
+    def __init__(self, steer=True):
+        self.name = f'tap{next(self.numbers)}'
         self.qemu = self.open_queue(steer)
         self.reader = self.open_queue(steer) if steer else None
         if steer:
             fcntl.ioctl(self.qemu, TUNSETQUEUE,
                         struct.pack('16xH22x', IFF_DETACH_QUEUE))
-        run('ip', 'link', 'set', name, 'up')
+        run('ip', 'link', 'set', self.name, 'up')
 
     def open_queue(self, several):
         queue = open('/dev/net/tun', 'r+b', buffering=0)
@@ -116,25 +118,12 @@ def connect(path):
     return peer
 
 
-def packet_socket(name, protocol=0, vnet_hdr=True, bypass=False,
-                  only_sent=False):
-    """
-    One on the interface NAME.  With the protocol 0 it receives nothing, with
-    ONLY_SENT what is sent to the interface.
-    """
+def packet_socket(name, protocol=0, bypass=False):
+    """One on the interface NAME; with the protocol 0 it receives nothing."""
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, vnet_hdr)
+    sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, True)
     sock.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, bypass)
     sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2 << 20)
-    if only_sent:
-        code = b''.join(struct.pack('HBBI', *line) for line in (
-            (0x20, 0, 0, 0xfffff004),               # ld [SKF_AD_PKTTYPE]
-            (0x15, 0, 1, socket.PACKET_OUTGOING),
-            (6, 0, 0, 0xffffffff), (6, 0, 0, 0)))
-        memory = ctypes.create_string_buffer(code, len(code))
-        sock.setsockopt(
-            socket.SOL_SOCKET, SO_ATTACH_FILTER,
-            struct.pack('HxxxxxxQ', len(code) // 8, ctypes.addressof(memory)))
     sock.bind((name, protocol))
     return sock
 
@@ -178,11 +167,11 @@ class Program:
             raise Failure(self.process.communicate()[1].strip())
         return self
 
-    def result(self, sent='', limit=30):
+    def result(self, sent=''):
         """A receiver has to be told how many frames were sent."""
-        said, error = self.process.communicate(f'{sent}\n', timeout=limit)
+        said, error = self.process.communicate(f'{sent}\n', TRIAL_LIMIT)
         if self.process.returncode:
-            raise Failure(error.strip())
+            raise Mismatch(error.strip())
         return json.loads(said)
 
     def __enter__(self):
@@ -200,42 +189,36 @@ class Qemu(qemu.Qemu):
     VHOST = 'off'
     NIC = ''
 
-    def machine(self, _):
-        # The PIT would wake QEMU 36 times a second.
-        return ['-machine', 'pc,pit=off,hpet=off', '-accel', 'tcg']
+    # The PIT would wake QEMU 36 times a second.
+    MACHINE = 'pc,pit=off,hpet=off'
 
-    def __init__(self, name, binary, directory, taps, options, sockets, env):
-        self.taps = taps
+    def machine(self, _):
+        return ['-machine', self.MACHINE, '-accel', 'tcg']
+
+    def __init__(self, name, binary, directory, taps, options, sock=None):
         rom = pathlib.Path(directory, 'hlt.rom')
         # At the reset vector: cli; hlt; jmp to the hlt.
         rom.write_bytes(bytes(0xfff0) + b'\xfa\xf4\xeb\xfd' + bytes(12))
         command = ['-m', '16', '-bios', str(rom),
                    *self.machine(pathlib.Path(directory, name))]
-        fds = [file.fileno()
-               for file in (*(tap.qemu for tap in taps), *sockets)]
-        for i, fd in enumerate(fds[:len(taps)]):
+        fds = [tap.qemu.fileno() for tap in taps]
+        for i, fd in enumerate(fds):
             command += [
                 '-netdev', f'tap,id=n{i},fd={fd},vhost={self.VHOST}',
                 '-device', f'virtio-net-pci,netdev=n{i},romfile=,'
                 f'multifunction=on,addr={3 + i // 8:#x}.{i % 8}{self.NIC}']
+        env = dict(os.environ)
+        if sock:
+            fds.append(sock.fileno())
+            env['BENCH_CAPTURE_SOCKET'] = str(fds[-1])
         super().__init__(name, directory, *command, *options, program=binary,
-                         pass_fds=fds, env={**os.environ, **env})
+                         pass_fds=fds, env=env)
         self.connect(START_LIMIT)
         for tap in taps:
             tap.offload()
 
     def cpu_ns(self):
         return cpu_ns(self.process.pid)
-
-    def settle(self):
-        """Wait until QEMU has nothing to do any more."""
-        before = self.cpu_ns()
-        for _ in range(100):
-            time.sleep(0.003)
-            now = self.cpu_ns()
-            if now - before < 50000:
-                break
-            before = now
 
 
 def environment():

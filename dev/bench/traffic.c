@@ -46,7 +46,7 @@
 #define SILENCE_MS 300
 #define STREAM_BUFFER (1u << 20)
 #define MESSAGES 64
-#define MAX_LATENCIES (8u << 20)
+#define MAX_FRAMES (8u << 20)
 #define MAGIC 0x62656e63
 
 static struct {
@@ -188,7 +188,7 @@ static void send_messages(struct mmsghdr *message, uint64_t first,
             /* The interface is full. */
             refused++;
             done++;
-        } else if (errno != EAGAIN) {
+        } else {
             err(1, "send");
         }
     }
@@ -264,8 +264,7 @@ static void generate(bool to_stream)
 static struct {
     uint64_t frames;
     uint64_t next[MAX_FILES];   /* the least number that may come */
-    uint32_t latency[MAX_LATENCIES];
-    size_t latencies;
+    uint32_t latency[MAX_FRAMES];
 } tally;
 
 static void tally_frame(const uint8_t *frame, size_t len, uint64_t now)
@@ -282,10 +281,10 @@ static void tally_frame(const uint8_t *frame, size_t len, uint64_t now)
         errx(1, "frame %" PRIu64 " came twice or too late", record.number);
     }
     tally.next[record.flow] = record.number + 1;
-    if (tally.latencies < MAX_LATENCIES) {
-        tally.latency[tally.latencies++] = MIN(now - record.ns, UINT32_MAX);
+    if (tally.frames == MAX_FRAMES) {
+        errx(1, "more frames than can be counted");
     }
-    tally.frames++;
+    tally.latency[tally.frames++] = MIN(now - record.ns, UINT32_MAX);
 }
 
 static int compare(const void *a, const void *b)
@@ -321,11 +320,11 @@ static void receive(void (*drain)(unsigned))
             told->fd = -1;
         }
     }
-    qsort(tally.latency, tally.latencies, sizeof(*tally.latency), compare);
+    qsort(tally.latency, tally.frames, sizeof(*tally.latency), compare);
     printf("{\"frames\": %" PRIu64 ", \"p50_ns\": %" PRIu32
            ", \"p99_ns\": %" PRIu32 "}\n", tally.frames,
-           tally.latency[tally.latencies / 2],
-           tally.latency[tally.latencies * 99 / 100]);
+           tally.latency[tally.frames / 2],
+           tally.latency[tally.frames * 99 / 100]);
 }
 
 static uint32_t get32(const uint8_t *from)
