@@ -9,7 +9,7 @@
 help:
 	@echo 'make demo   live migration with and without the redirector'
 	@echo 'make check  all tests'
-	@echo 'make check-long  the same with more rounds'
+	@echo 'make check-long  more rounds, and more tests'
 	@echo 'make bench  what the redirector costs, beside others; as root'
 	@echo "make bench ROWS='64 B 40k/s'  only the rows that match"
 	@echo 'make bench-vhost  the same for the capture, beside a vhost worker'

@@ -126,7 +126,11 @@ class Redirector(Contestant):
         self.qemu = self.QEMU(f'{name}-{taps}', self.BINARY, directory,
                               self.taps, options, self.socket)
         # The first use of a ring's memory costs more than what comes later.
-        self.capture(Load(seconds=taps * RING_FRAMES / Load.rate))
+        try:
+            self.capture(Load(seconds=taps * RING_FRAMES / Load.rate))
+        except Mismatch:
+            self.end()
+            raise
 
     def filters(self, i):
         """The options for those of a TAP"""

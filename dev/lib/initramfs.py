@@ -34,9 +34,9 @@ DIRECTORIES = ('bin', 'dev', 'lib', 'lib/modules', 'mnt', 'proc', 'run',
 
 def find_kernel(version=None):
     """
-    Return (VERSION, path of its file): the kernel that all tools use, or the
-    newest of the others whose version begins with the numbers of VERSION, or
-    the newest of all those if VERSION is 'newest'.
+    Return (VERSION, path of its file).  Without VERSION it is the kernel that
+    all tools use.  Else it is, of the other kernels, the newest whose version
+    begins with VERSION, or for 'newest' the newest of all.
     """
     def numbers(name):
         return [int(number) for number in re.findall(r'\d+', name)]
@@ -93,10 +93,12 @@ def firmware_options():
 
 
 def directory_of(version):
-    """The directory of the modules of the kernel VERSION, which is there."""
-    return next(path for root in (ROOT, KERNELS)
-                for place in ('lib/modules', 'usr/lib/modules')
-                for path in root.glob(f'{place}/{version}'))
+    """The directory of the modules of the kernel VERSION"""
+    for root in (ROOT, KERNELS):
+        for place in ('lib/modules', 'usr/lib/modules'):
+            if (root / place / version).is_dir():
+                return root / place / version
+    raise Failure(f'the kernel {version} has no modules in {ROOT.parent}')
 
 
 def modules(version, wanted):

@@ -144,7 +144,7 @@ def make():
             letter, *made[name] = mails(
                 name, '--cover-letter', f'HEAD~{total - start}..'
                 f'HEAD~{total - end}')
-            # As git makes them, but the next series can tell it before.
+            # In git's form, but known in advance, for the next series.
             message_id = f'<cover.{seconds}.{name}.{address}>'
             fill_in(letter, subject, text, message_id, seconds + start, below)
             below = message_id, subject

@@ -278,7 +278,7 @@ static uint32_t other_number;
 
 /* What is done for a test, and expected of it at its end */
 #define STARTED 1                       /* There is the guest's driver ... */
-#define MAPPED (STARTED | 2)            /* ... which is the fast one. */
+#define POSTED (STARTED | 2)            /* ... with all buffers posted. */
 #define WATCHED 4                       /* QEMU's monitor answers. */
 #define HEARD 8                         /* for expect_message() */
 #define FALLBACK 16                     /* See HAS_FALLBACK. */
@@ -342,7 +342,7 @@ static void vm_quit(Fixture *f)
 static void guest_begin(Fixture *f)
 {
     guest_start(f);
-    guest_map(f);
+    guest_post_all(f);
 }
 
 static void run_fault_test(const void *data)
@@ -354,8 +354,8 @@ static void run_fault_test(const void *data)
     if (test->flags & STARTED) {
         guest_start(&f);
     }
-    if ((test->flags & MAPPED) == MAPPED) {
-        guest_map(&f);
+    if ((test->flags & POSTED) == POSTED) {
+        guest_post_all(&f);
     }
     if (test->flags & WATCHED) {
         monitor_begin();
@@ -367,7 +367,7 @@ static void run_fault_test(const void *data)
     vm_quit(&f);
 }
 
-/* What comes to a guest whose memory is mapped */
+/* What comes to a guest that posts all buffers */
 
 typedef struct Expected {
     uint32_t first;
@@ -927,7 +927,7 @@ static void test_interface_full(Fixture *f)
     WAIT_UNTIL(counter(f, "inj", "inject-packets"));
     expect_idle(f, "the TAP's queue is full");
     expect_other();
-    guest_map(f);
+    guest_post_all(f);
     expect_taken(f, 0, count);
     expect_working(f);
 }
@@ -1555,16 +1555,16 @@ static void begin_faults(void)
 
 static const FaultTest tests[] = {
     { "peer/all", test_peer_all,
-      CAPTURE "tx,buffer-size=4M", MAPPED | WATCHED },
+      CAPTURE "tx,buffer-size=4M", POSTED | WATCHED },
     { "peer/reconnect", test_peer_reconnect, "", STARTED | WATCHED },
     { "peer/flood", test_peer_flood, CAPTURE "all", STARTED | WATCHED },
-    { "interface/down", test_interface_down, BOTH, MAPPED | HEARD },
+    { "interface/down", test_interface_down, BOTH, POSTED | HEARD },
     { "interface/down-network", test_interface_down_network,
       INJECT "rx", STARTED | WATCHED },
     { "interface/deleted", test_interface_deleted,
-      BOTH, MAPPED | WATCHED | HEARD },
-    { "interface/renamed", test_interface_renamed, BOTH, MAPPED },
-    { "interface/netns", test_interface_netns, BOTH, MAPPED | WATCHED | HEARD },
+      BOTH, POSTED | WATCHED | HEARD },
+    { "interface/renamed", test_interface_renamed, BOTH, POSTED },
+    { "interface/netns", test_interface_netns, BOTH, POSTED | WATCHED | HEARD },
     { "interface/full", test_interface_full, BOTH },
     { "error/setup", test_error_setup, "" },
     { "error/capture", test_error_capture, CAPTURE "all", STARTED | WATCHED },
@@ -1585,7 +1585,7 @@ static const FaultTest tests[] = {
       REWRITER, STARTED | FALLBACK },
     { "guest/stop-blocked", test_guest_stop_blocked,
       REWRITER, STARTED | FALLBACK },
-    { "memory/allocations", test_allocations, BOTH, MAPPED },
+    { "memory/allocations", test_allocations, BOTH, POSTED },
 };
 
 int main(int argc, char **argv)

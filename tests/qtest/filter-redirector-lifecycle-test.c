@@ -27,7 +27,7 @@
  * The frames have numbers.  Who sends to the host's side is a thread; all the
  * rest is done between the commands.
  *
- * In 10 s with a seed that is always the same, or with -m slow in 10 minutes
+ * In 10 s with a seed that is always the same, or with -m slow in a minute
  * with a random one, which --seed takes again.
  */
 
@@ -819,7 +819,7 @@ static void test_random(void)
     fixture_start(&f, "");
     run_command("ip link set %s txqueuelen %d", f.ifname, QUEUE_LEN);
     guest_start(&f);
-    guest_map(&f);
+    guest_post_all(&f);
     running = true;
     cap.fd = add_peer(&f, "cap");
     sav.fd = add_peer(&f, "sav");

@@ -520,6 +520,7 @@ static uint16_t guest_describe(Fixture *f, QVirtQueue *vq, uint64_t addr,
     struct vring_desc *desc = (void *)(f->guest.ram + vq->desc);
     uint16_t head = vq->free_head++;
 
+    g_assert_nonnull(f->guest.ram);
     g_assert_cmpuint(head, <, vq->size);
     desc[head].addr = cpu_to_le64(addr);
     desc[head].len = cpu_to_le32(len);
@@ -546,6 +547,7 @@ void guest_post(Fixture *f, int count)
         uint16_t head = guest_describe(f, f->guest.rx, addr, BUFFER_LEN,
                                        VRING_DESC_F_WRITE);
 
+        g_assert_cmpuint(head, <, RING_LEN);
         f->guest.buffer[head] = addr;
         guest_make_available(&f->guest, f->guest.rx, head);
     }
@@ -630,7 +632,7 @@ void guest_send_begin(Fixture *f, uint32_t number)
     guest_notify(f, f->guest.tx);
 }
 
-void guest_map(Fixture *f)
+void guest_post_all(Fixture *f)
 {
     Guest *guest = &f->guest;
     QVirtQueue *rx = guest->rx;

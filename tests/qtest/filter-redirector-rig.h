@@ -4,8 +4,8 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Real TAPs and the real vhost worker: it needs root and /dev/vhost-net, and
- * skips all tests without.  The guest's driver is libqos.  The host's side is
- * a packet socket on the TAP.
+ * skips all tests without.  libqos sets the guest's device up; our driver works
+ * in the guest's memory.  The host's side is a packet socket on the TAP.
  *
  * Frames carry a number.  To see that a frame does not come, a test never
  * waits for a while: it sends another one behind it that must come, and looks
@@ -98,7 +98,9 @@ bool rig_has(const char *option, const char *property);
 /*
  * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
  * whose peers are connected.  @args come behind.  There may be several.  We map
- * the guest's memory, unless @args have a memory-backend of their own.
+ * the guest's memory, unless @args have a memory-backend of their own.  QEMU's
+ * log of dirty pages does not see what our driver writes: it must not write
+ * from the start of a migration to its end.
  */
 void fixture_init(Fixture *f, const char *netdev_opts, const char *nic_opts,
                   const char *args);
@@ -207,10 +209,10 @@ void guest_send_frame(Fixture *f, const uint8_t *frame, size_t size);
 void guest_send_packet(Fixture *f, const uint8_t *packet, size_t size);
 
 /*
- * For a guest that was started and has nothing posted.  All buffers are
- * posted, and posted again when taken.
+ * Post all receive buffers, once, after the guest has started.  guest_take()
+ * posts each again.
  */
-void guest_map(Fixture *f);
+void guest_post_all(Fixture *f);
 /* What a driver of one's own needs, in the mapped memory */
 uint16_t guest_used_idx(Guest *guest, QVirtQueue *vq);
 void guest_make_available(Guest *guest, QVirtQueue *vq, uint16_t head);

@@ -603,7 +603,7 @@ static void test_take_two(Fixture *f)
 
     guest_start(f);
     vm_stop(f);
-    /* Nobody reads.  So many the first one takes, and the TAP drops none. */
+    /* Nobody reads.  The first one takes so many, and the TAP drops none. */
     while (sent < 10000) {
         sent = host_send_bursts(f, sent, 1, 500);
         wait_counter(f, "cap", "capture-packets", sent);
@@ -619,7 +619,7 @@ static void test_take_two(Fixture *f)
     sent = host_send_bursts(f, sent, 10, 450);
     second = counter(f, "cap2", "capture-packets");
     g_test_message("%u sent, %u and %u taken", sent, first, second);
-    /* 4/5 of that each, and little more for each time that it was full */
+    /* 4/5 of a buffer each; when it was full, a few more were taken. */
     g_assert_cmpuint(first, <, 18000);
     g_assert_cmpuint(second, >, 0);
     g_assert_cmpuint(second, <, 18000 + 6 * 3000);
@@ -1212,7 +1212,7 @@ static void test_mixed(Fixture *f)
     m.path = g_build_filename(f->dir, "dump", NULL);
     m.mirror = add_peer(f, "mir");
     m.chain = add_peer(f, "chn");
-    guest_map(f);
+    guest_post_all(f);
     for (int i = 0; i < orders; i += g_test_slow() ? 11 : 31) {
         mixed_order(i, order);
         for (int j = 0; j < MIXED; j++) {
