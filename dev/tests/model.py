@@ -585,7 +585,7 @@ class World:
             return o.offered - o.counters['capture-packets'] - o.dropped()
         for _ in range(60):
             try:
-                self.wait('pending', 'not captured', behind, 0.2)
+                self.wait('accounting', 'not captured', behind, 0.2)
             except Failure:
                 break           # full
             unread = struct.unpack('i', fcntl.ioctl(
