@@ -107,7 +107,7 @@ struct FilterTapCapture {
     QEMUBH *bh;                 /* write, and go on draining */
     QEMUTimer *linger;
     uint64_t kernel_drops_seen;
-    uint64_t read;              /* bytes of all frames of the socket */
+    uint64_t read;              /* bytes, from the socket */
     MACAddr nic_address;        /* in TAKE; all 0 if it is not known */
     uint64_t *counters;         /* of the user */
 };
@@ -178,7 +178,7 @@ static void filter_tap_capture_error(FilterTapCapture *fc, int err)
 
     trace_filter_tap_capture_error(ifname, err);
     if (err == ENETDOWN) {
-        /* Which of them cannot be known yet. */
+        /* The error is the same when the interface is deleted. */
         warn_report("netdev '%s': interface '%s' went down or away; nothing is "
                     "captured until it is up", fc->nf->netdev_id, ifname);
     }
@@ -354,7 +354,7 @@ static void filter_tap_capture_set_state(FilterTapCapture *fc,
     uint64_t discarded = 0;
 
     if (new == CAPTURE_COPY && old == CAPTURE_OFF) {
-        /* There are frames only if an earlier discard failed to read them. */
+        /* None, unless an earlier discard failed to read them. */
         fc->counters[CAPTURE_PEER_DROPS] += packet_socket_discard(fc->socket);
     }
     if (new == CAPTURE_COPY && old != CAPTURE_COPY &&
@@ -602,8 +602,8 @@ void filter_tap_capture_free(FilterTapCapture *fc)
     lost += fc->counters[CAPTURE_KERNEL_DROPS] +
             fc->counters[CAPTURE_PEER_DROPS];
     if (lost) {
-        warn_report("netdev '%s': %" PRIu64 " packets%s are lost with the "
-                    "filter", fc->nf->netdev_id, lost,
+        warn_report("netdev '%s': %" PRIu64 " packets%s were lost when the "
+                    "filter was deleted", fc->nf->netdev_id, lost,
                     fc->socket ? "" : " that the guest did not get");
     }
     qemu_bh_delete(fc->bh);

@@ -199,7 +199,7 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
 
 /*
  * The chain wants the header in the size that the guest negotiated.  With
- * queue=all a frame has been counted on its way to the guest.
+ * queue=all the frame was counted when it went to the guest, and not again here.
  */
 static void filter_tap_inject_along_chain(FilterTapInject *fi,
                                           const StreamFrame *frame, bool swap)
@@ -391,8 +391,8 @@ void filter_tap_inject_free(FilterTapInject *fi)
                              NULL, true);
     timer_free(fi->retry);
     if (filter_tap_inject_pending(fi)) {
-        warn_report("netdev '%s': frames that were not injected yet are lost "
-                    "with the filter", fi->nf->netdev_id);
+        warn_report("netdev '%s': frames that waited were lost when the filter "
+                    "was deleted", fi->nf->netdev_id);
     }
     frame_reader_close(fi->reader);
     packet_socket_free(fi->socket);

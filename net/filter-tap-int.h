@@ -64,8 +64,8 @@ struct FilterTapUser {
 };
 
 /*
- * Find out which interface the TAP @netdev is, and make sure that it is in
- * QEMU's network namespace.  Returns false on failure.
+ * Attach @user to the link of the TAP @netdev, and create that if there is none.
+ * Fails, and returns false, if the TAP is in another network namespace.
  */
 bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
                             Error **errp);
@@ -74,7 +74,7 @@ bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
 void filter_tap_link_detach(FilterTapUser *user);
 
 /*
- * Tell whether @user takes packets from the TAP now.  While the VM is stopped
+ * Set whether @user takes packets from the TAP now.  While the VM is stopped
  * the TAP is read only if a filter takes the packets.
  */
 void filter_tap_link_set_taking(FilterTapUser *user, bool taking);

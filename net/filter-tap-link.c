@@ -124,9 +124,9 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 }
 
 /*
- * If this fails, the kernel has no headers in the other order: QEMU swaps them
- * by itself, and does not use vhost.  Then do not ask again, as the kernel
- * waits for a lock (RTNL) to answer.
+ * The ioctl fails if the kernel cannot swap headers.  Then virtio-net swaps them
+ * itself, without vhost, and none in the TAP are swapped.  It is not tried again
+ * since each try waits for a lock of the kernel's (RTNL).
  */
 bool filter_tap_link_swapped(FilterTapLink *link)
 {
@@ -189,7 +189,7 @@ void filter_tap_link_take_queued(FilterTapUser *user, NetQueueTakeFunc *take,
     }
 }
 
-/* The query also enables NIC_RX_FILTER_CHANGED, which is up to QMP. */
+/* The query also enables an event, which only a QMP command is to do. */
 MACAddr filter_tap_link_nic_address(const FilterTapLink *link)
 {
     NetClientState *nic = link->netdev->peer;

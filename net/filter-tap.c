@@ -83,7 +83,7 @@ static bool filter_tap_reaches(NetFilterState *nf, NetClientState *netdev)
             (ft->packet_socket == ON_OFF_AUTO_AUTO && get_vhost_net(netdev)));
 }
 
-/* Whether the filter captures from the TAP, and not with a packet socket */
+/* Whether the filter takes packets, instead of copying them */
 static bool filter_tap_takes(const FilterTap *ft, const FilterTapConfig *config)
 {
     return config->can_take && config->chr_out &&
@@ -105,9 +105,8 @@ static bool filter_tap_check_chain(FilterTap *ft, Error **errp)
                    "and netdev '%s' is of type '%s'", nf->netdev_id,
                    NetClientDriver_str(nf->netdev->info->type));
     } else if (property) {
-        error_setg(errp, "'%s' needs a packet socket, which is not used on "
-                   "netdev '%s'; on a TAP, add 'packet-socket=on'", property,
-                   nf->netdev_id);
+        error_setg(errp, "'%s' needs 'packet-socket=on' on netdev '%s', which "
+                   "must be a TAP", property, nf->netdev_id);
     } else {
         return true;
     }
@@ -152,8 +151,8 @@ static bool filter_tap_check_tap(FilterTap *ft, const FilterTapConfig *config,
 }
 
 /*
- * Create the endpoints.  On failure, close what getfd or an fd set gave.  A
- * number stays open: if it is wrong, it may be any file of QEMU's.
+ * Create the endpoints.  On failure, close what getfd or an fd set gave, but
+ * not a number: a wrong one may be any file of QEMU's.
  */
 static bool filter_tap_open(FilterTapEndpoints *ep,
                             const FilterTapConfig *config, Error **errp)
@@ -409,7 +408,7 @@ static void filter_tap_class_init(ObjectClass *oc, const void *data)
         "Packets that were captured");
     filter_tap_add_counter(oc, "capture-kernel-drops", CAPTURE_KERNEL_DROPS,
         "Packets that the kernel did not copy because the packet socket was "
-        "full");
+        "full, or stuck at a UFO frame");
     filter_tap_add_counter(oc, "capture-peer-drops", CAPTURE_PEER_DROPS,
         "Packets that were discarded because the peer went away, or because "
         "they could not be written");

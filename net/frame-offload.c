@@ -81,7 +81,7 @@ static bool frame_offload_finish_checksum(struct virtio_net_hdr *hdr,
     if (!(hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)) {
         return true;
     }
-    if (hdr->csum_start >= len || at + 2 > len) {
+    if (at + 2 > len) {
         return false;
     }
     /* The field holds the pseudo header's sum, so that it is included. */

@@ -28,7 +28,7 @@
 #include "chardev/char.h"
 #include "net/frame-stream.h"
 
-/* How long to wait before another try, if the device cannot be watched. */
+/* Until another try, if the device tells nothing; or until memory is freed */
 #define FRAME_WRITER_RETRY_MS 10
 
 /* A larger buffer is freed when it has become empty. */
@@ -95,7 +95,7 @@ static void frame_writer_retry(void *opaque)
     FrameWriter *fw = opaque;
 
     if (frame_writer_empty(fw)) {
-        /* The timer was set to free the memory. */
+        /* Nothing is left to write. */
         g_free(fw->buf.data);
         fw->buf = (FrameBuffer) { };
         fw->first = 0;

@@ -42,7 +42,7 @@ typedef struct PacketRing {
     size_t size;                /* bytes */
     unsigned slots;             /* 0: there is no ring */
     unsigned next;              /* to be read; the one before is not free yet */
-    uint64_t drops;             /* when the ring was last found empty */
+    uint64_t drops;             /* when found empty; UINT64_MAX: not yet */
     unsigned dropped;           /* how often they grew, in a row, while empty */
 } PacketRing;
 
@@ -59,10 +59,10 @@ void packet_ring_unmap(PacketRing *ring, int fd);
 /*
  * Returns the next frame's slot, or NULL.  Whoever has a copy of a passed
  * socket can map the ring, too, and write to the slot at any time.
- * packet_ring_release() goes on to the one after it.  The socket is always
- * readable, see net/packet-ring.c.
  */
 const struct tpacket2_hdr *packet_ring_next(const PacketRing *ring);
+
+/* Go on to the next slot, and free the one before, see net/packet-ring.c. */
 void packet_ring_release(PacketRing *ring);
 
 /*

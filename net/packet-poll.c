@@ -7,7 +7,7 @@
  * wake-up reads all sockets that have frames, and when frames come fast, the
  * next wake-up is by a timer:
  *
- *   epoll     the main loop polls the epoll fd, which has all enabled entries
+ *   epoll     the main loop polls the epoll fd, which reports enabled entries
  *   timer     it polls only the timer's fd; FramePace says how long
  *
  * After each visit to the sockets, frame_pace() chooses between the two.

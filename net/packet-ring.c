@@ -28,8 +28,8 @@
 #include "qemu/units.h"
 
 /*
- * The kernel allocates a block in one piece; it has to be whole pages, which
- * may be as large.
+ * The kernel allocates a block in one piece, of whole pages.  A page has up to
+ * 64 KiB.
  */
 #define BLOCK_SIZE (64 * KiB)
 #define SLOTS_PER_BLOCK (BLOCK_SIZE / PACKET_RING_SLOT_SIZE)

@@ -394,7 +394,7 @@ static ssize_t packet_socket_recv_queue(PacketSocket *ps,
 
 /*
  * Take the frame of the next slot.  Returns -ENOBUFS if it was too long for
- * the slot, and the queue was full.
+ * the slot, and is not in the queue, which was full or was read by others.
  */
 static ssize_t packet_socket_recv_slot(PacketSocket *ps,
                                        struct virtio_net_hdr *hdr,
@@ -454,7 +454,7 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
     if (!ps->ring.slots) {
         return packet_socket_recv_queue(ps, hdr, frame, size);
     }
-    /* Others may write to a passed socket's ring, but not keep QEMU here. */
+    /* Bounded, since others may write to the ring of a passed socket. */
     for (unsigned i = 0; i < ps->ring.slots; i++) {
         len = packet_socket_recv_slot(ps, hdr, frame, size);
         if (len != -ENOBUFS) {

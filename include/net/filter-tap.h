@@ -50,7 +50,7 @@ typedef struct FilterTapConfig {
     CharFrontend *chr_in;       /* where frames to inject come from, or NULL */
     CharFrontend *chr_out;      /* where captured frames go, or NULL */
     bool vnet_hdr;              /* the streams tell the header's length */
-    bool can_take;              /* packets, if it works only while stopped */
+    bool can_take;              /* if it works only while the VM is stopped */
     FilterTapSink *sink;        /* gets captured frames, or NULL */
     void *opaque;               /* for @sink */
 } FilterTapConfig;
@@ -67,7 +67,7 @@ bool filter_tap_setup(FilterTap *ft, const FilterTapConfig *config,
 /* Undo filter_tap_setup(), if it was called. */
 void filter_tap_cleanup(FilterTap *ft);
 
-/* The class's; who replaces it must call it if there are endpoints. */
+/* Of the class; an override must call it if @endpoints is set. */
 void filter_tap_status_changed(NetFilterState *nf, Error **errp);
 
 /*

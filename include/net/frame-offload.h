@@ -23,9 +23,9 @@
  * Express the kernel's header as the guest's, of @guest_len bytes: 0, or from
  * 10 to FRAME_OFFLOAD_MAX_HEADER.  @swap says that the guest's byte order is
  * not the host's.  If there is no header, the checksum is completed in the
- * frame, and cleared in @hdr.  Returns false for a GSO frame without a header,
- * or, with one that is too short for it, in a tunnel; or for a checksum outside
- * of the frame.
+ * frame, and cleared in @hdr.  Returns false for a GSO frame without a header, or
+ * in a tunnel that the header cannot express; or if the checksum to be completed
+ * is outside of the frame.
  */
 bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,
                             size_t len, uint8_t *guest, size_t guest_len,

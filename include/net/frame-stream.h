@@ -39,7 +39,7 @@ bool frame_stream_check(CharFrontend *chr, Error **errp);
 
 typedef struct FrameWriter FrameWriter;
 
-/* The peer may have accepted more, so that the writer is not full any more. */
+/* The writer may have room again, or the peer has gone. */
 typedef void FrameWriterProgress(void *opaque);
 
 /*
@@ -75,11 +75,10 @@ bool frame_writer_full(const FrameWriter *fw);
 bool frame_writer_empty(const FrameWriter *fw);
 
 /*
- * Write what the peer accepts now; the rest follows as it accepts more.  Once
- * it had no room, a call does nothing until the character device has told that
- * there is some, unless @now is set.
- * Returns 0, or a negative errno if the character device cannot write and will
- * not tell when it can.  What is staged stays until it is written or discarded.
+ * Write what the peer accepts now; the rest follows as it accepts more.  While
+ * the character device is watched for room, a call does nothing unless @now is
+ * set.  Returns 0, also if there was no room, or a negative errno if writing
+ * failed.  What is staged stays until it is written or discarded.
  */
 int frame_writer_flush(FrameWriter *fw, bool now);
 

@@ -69,8 +69,8 @@ void packet_socket_free(PacketSocket *ps);
 
 /*
  * Returns the fd, which stays @ps's.  To wait for frames, poll it
- * edge-triggered (EPOLLET): it is always readable, and each frame is an event,
- * also one that the kernel drops although the ring has room.
+ * edge-triggered (EPOLLET): with a ring it is always readable, and each frame is
+ * an event, also one that the kernel drops although the ring has room.
  */
 int packet_socket_fd(const PacketSocket *ps);
 
@@ -102,7 +102,7 @@ ssize_t packet_socket_recv(PacketSocket *ps, struct virtio_net_hdr *hdr,
 
 /*
  * Returns when the frame that packet_socket_recv() has returned last came to
- * the interface, by the host's clock (CLOCK_REALTIME), if @ps has the option.
+ * the interface, by the host's clock (CLOCK_REALTIME), if @ps has timestamps.
  */
 struct timespec packet_socket_time(const PacketSocket *ps);
 
@@ -115,7 +115,7 @@ unsigned packet_socket_max_waiting(const PacketSocket *ps);
 /* Discard what waits now.  Returns the number of frames. */
 uint64_t packet_socket_discard(PacketSocket *ps);
 
-/* Returns how many frames the kernel has dropped because there was no room. */
+/* Returns how many the kernel has dropped: no room, or no header for them. */
 uint64_t packet_socket_drops(PacketSocket *ps);
 
 /* A frame to be sent */

@@ -625,8 +625,7 @@ static void test_bad_value(Fixture *f)
           "needs two packet sockets; use two filters" },
         { "'qom-type': 'filter-redirector', 'id': 'x', 'netdev': 'hub',"
           " 'outdev': 'out', 'packet-fd': 'c'",
-          "'packet-fd' needs a packet socket, which is not used on netdev "
-          "'hub'" },
+          "'packet-fd' needs 'packet-socket=on' on netdev 'hub'" },
     };
     int before = count_fds(f);
 
