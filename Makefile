@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# Names for what Meson and Ninja do; see meson.build.
+# Names for what dev/make does; see meson.build.
 
 .PHONY: help demo check check-long bench bench-vhost qemu
 .PHONY: series check-series clean
@@ -8,7 +8,7 @@
 
 help:
 	@echo 'make demo   live migration with and without the redirector'
-	@echo 'make check  all tests'
+	@echo 'make check  the tests'
 	@echo 'make check-long  more rounds, and more tests'
 	@echo 'make bench  what the redirector costs, beside others; as root'
 	@echo "make bench ROWS='64 B 40k/s'  only the rows that match"

@@ -199,7 +199,7 @@ static size_t filter_tap_inject_into_tap(FilterTapInject *fi,
 
 /*
  * The chain wants the header in the size that the guest negotiated.  With
- * queue=all the frame was counted when it went to the guest, and not again here.
+ * queue=all the frame was counted when it went to the guest.
  */
 static void filter_tap_inject_along_chain(FilterTapInject *fi,
                                           const StreamFrame *frame, bool swap)

@@ -124,9 +124,9 @@ static bool filter_tap_link_resolve(FilterTapLink *link, Error **errp)
 }
 
 /*
- * The ioctl fails if the kernel cannot swap headers.  Then virtio-net swaps them
- * itself, without vhost, and none in the TAP are swapped.  It is not tried again
- * since each try waits for a lock of the kernel's (RTNL).
+ * The ioctl fails if the kernel cannot swap headers.  Then virtio-net swaps
+ * them, without vhost, and none in the TAP are swapped.  It is not tried again,
+ * as each try waits for a lock of the kernel's (RTNL).
  */
 bool filter_tap_link_swapped(FilterTapLink *link)
 {

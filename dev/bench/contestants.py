@@ -200,13 +200,13 @@ class Redirector(Contestant):
 
 
 class OnlySent(Redirector):
-    """That which captures sees nothing of what the guest sends."""
+    """The capture sees only what is sent to the guest."""
 
     MORE = ',queue=tx'
 
 
 class SwitchedOff(Redirector):
-    """With a peer, and nothing comes."""
+    """It has a peer, and is off."""
 
     MORE = ',status=off'
 
@@ -245,7 +245,7 @@ class Chain(Redirector):
                 *redirector('cap', i, f'outdev=out{i}')]
 
     def dropped(self):
-        return sum(tap.statistic('tx_dropped') for tap in self.taps)
+        return sum(tap.tx_dropped() for tap in self.taps)
 
     def captures(self):
         return [not device['filename'].startswith('disconnected')

@@ -9,8 +9,8 @@
  *
  * The driver has opened the files.  Packet sockets and TAPs have a virtio-net
  * header of 10 bytes before each frame.  The load is in the environment; see
- * class Load in contestants.py.  Each program prints one line of JSON and
- * ends, except that "capture" goes on until it is killed.
+ * class Load in contestants.py.  Each program prints one line of JSON, receivers
+ * after "ready", and ends; "capture" goes on until it is killed.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

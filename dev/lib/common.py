@@ -120,15 +120,13 @@ def force_buffer(sock, option, size):
         sock.setsockopt(socket.SOL_SOCKET, option - 25, size)
 
 
-def interface_statistics(name):
+def tx_dropped(name):
     """Of an interface in our network namespace; None if there is none.
     (/sys/class/net shows the namespace in which sysfs was mounted.)"""
     for line in pathlib.Path('/proc/thread-self/net/dev').open():
         ifname, _, numbers = line.partition(':')
         if ifname.strip() == name:
-            values = [int(number) for number in numbers.split()]
-            return {'rx_packets': values[1], 'rx_dropped': values[3],
-                    'tx_packets': values[9], 'tx_dropped': values[11]}
+            return int(numbers.split()[11])
     return None
 
 

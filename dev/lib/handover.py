@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 A guest that migrates, with or without the redirector, while packets come to
-it, in the test machine.
+it.
 
     sender -- br0 -+- tap0 -- vhost -- QEMU 0 (source)
                    +- tap1 -- vhost -- QEMU 1 (target)
@@ -13,7 +13,7 @@ import os
 import subprocess
 
 from lib.common import (
-    PACKAGES, TOP, Failure, attempt, interface_statistics, run, silence_ipv6,
+    PACKAGES, TOP, Failure, attempt, run, silence_ipv6, tx_dropped,
     wait_for)
 from lib.guest import (
     GUEST_ADDRESS, GUEST_MAC, HOST_ADDRESS, HOST_MAC, LIMIT, Guest)
@@ -66,7 +66,7 @@ class Vm(Guest):
         return f'unix:{self.path("migration")}'
 
     def tx_dropped(self):
-        return interface_statistics(self.tap)['tx_dropped']
+        return tx_dropped(self.tap)
 
     def end(self):
         super().end()

@@ -91,11 +91,11 @@ class Qemu:
         self.qmp('qom-set', path=f'/objects/{name}', property=prop,
                  value=value)
 
-    def add_socket(self, name, path, server, **more):
+    def add_socket(self, name, path, server):
         """Add a character device that listens or connects at PATH."""
         self.qmp('chardev-add', id=name, backend={'type': 'socket', 'data': {
             'addr': {'type': 'unix', 'data': {'path': str(path)}},
-            'server': server, **({'wait': False} if server else {}), **more}})
+            'server': server, **({'wait': False} if server else {})}})
 
     def add_filter(self, kind, name, netdev, **properties):
         self.qmp('object-add', **{'qom-type': f'filter-{kind}', 'id': name,

@@ -12,9 +12,9 @@ import textwrap
 
 from lib.common import CACHE, TOP, Failure, attempt, run, say
 
-# With the sums of their files.  The first is the base, and the next one to use
-# if it cannot be had.  The last is what Debian's index names as the newest; its
-# archive need not have it yet, or any more.
+# With the sums of their files.  The first is the base; the others stand in for
+# it, in this order.  The last is what Debian's index names as the newest; its
+# archive may lack it.
 RELEASES = {
     '11.1.1':
     '0b1376e75dbe3e2fea4e408f8669f88a723f419f36a5b7d74cc6a4cfe07e4f5e',
@@ -53,7 +53,7 @@ def fetch(name, wanted):
     uri = archive_uri()
     if not uri:
         raise Failure(f'{name} is not in {CACHE}, and apt knows no Debian '
-                      'archive to fetch it from')
+                      'archive to fetch it from: put it there')
     say(f'fetching {name}')
     CACHE.mkdir(parents=True, exist_ok=True)
     status, said = attempt(

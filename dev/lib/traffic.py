@@ -13,15 +13,15 @@ from lib import common
 from lib.common import Failure, wait_for
 from lib.guest import GUEST_ADDRESS, LIMIT, PORT
 
-# Packets per second.  Outside a migration a guest of a QEMU that runs under
-# TCG within TCG may lose none.
+# Packets per second: so few that a guest under TCG within TCG loses none outside
+# a migration.
 RATE = 100
 
 
 class Traffic(threading.Thread):
     """
     Sends a number each PERIOD, in seconds, and keeps those that come back.
-    What is derived from it has send() and collect().
+    Those derived from it have send(), and some collect().
     """
 
     def __init__(self, sock, period):

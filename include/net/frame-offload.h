@@ -23,8 +23,8 @@
  * Express the kernel's header as the guest's, of @guest_len bytes: 0, or from
  * 10 to FRAME_OFFLOAD_MAX_HEADER.  @swap says that the guest's byte order is
  * not the host's.  If there is no header, the checksum is completed in the
- * frame, and cleared in @hdr.  Returns false for a GSO frame without a header, or
- * in a tunnel that the header cannot express; or if the checksum to be completed
+ * frame, and cleared in @hdr.  Returns false for a GSO frame without a header,
+ * or in a tunnel that the header cannot express; or if the checksum to complete
  * is outside of the frame.
  */
 bool frame_offload_to_guest(struct virtio_net_hdr *hdr, uint8_t *frame,

@@ -69,8 +69,8 @@ void packet_socket_free(PacketSocket *ps);
 
 /*
  * Returns the fd, which stays @ps's.  To wait for frames, poll it
- * edge-triggered (EPOLLET): with a ring it is always readable, and each frame is
- * an event, also one that the kernel drops although the ring has room.
+ * edge-triggered (EPOLLET): with a ring it is always readable, and each frame
+ * is an event, also one that the kernel drops although the ring has room.
  */
 int packet_socket_fd(const PacketSocket *ps);
 

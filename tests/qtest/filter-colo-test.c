@@ -100,17 +100,6 @@ typedef struct Frame {
     uint8_t data[FRAME_LEN];
 } Frame;
 
-static uint16_t sum(const uint8_t *data, size_t len, uint32_t start)
-{
-    for (size_t i = 0; i < len; i += 2) {
-        start += i + 1 < len ? lduw_be_p(data + i) : data[i] << 8;
-    }
-    while (start >> 16) {
-        start = (start & 0xffff) + (start >> 16);
-    }
-    return start;
-}
-
 static Frame make_ip(uint8_t protocol, size_t len, bool to_guest)
 {
     static const uint8_t guest_mac[] = { 0x52, 0x54, 0x00, 0x12, 0x34, 0x56 };
@@ -128,7 +117,7 @@ static Frame make_ip(uint8_t protocol, size_t len, bool to_guest)
     ip[9] = protocol;
     stl_be_p(ip + 12, to_guest ? 0xc0000201 : 0xc0000202);
     stl_be_p(ip + 16, to_guest ? 0xc0000202 : 0xc0000201);
-    stw_be_p(ip + 10, ~sum(ip, 20, 0));
+    stw_be_p(ip + 10, ~sum_words(ip, 20, 0));
     return frame;
 }
 
@@ -159,8 +148,8 @@ static Frame make_tcp(uint32_t seq, uint32_t ack, uint8_t flags,
     tcp[13] = flags;
     stw_be_p(tcp + 14, 0xffff);
     memcpy(frame.data + TCP_DATA_AT, data, strlen(data));
-    stw_be_p(tcp + 16, ~sum(tcp, len, sum(frame.data + IP_AT + 12, 8,
-                                          IPPROTO_TCP + len)));
+    stw_be_p(tcp + 16, ~sum_words(tcp, len, sum_words(
+        frame.data + IP_AT + 12, 8, IPPROTO_TCP + len)));
     return frame;
 }
 

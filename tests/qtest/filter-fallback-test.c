@@ -108,11 +108,6 @@ struct Load {
     bool host_quit;
 };
 
-static int rounds(int quick, int slow)
-{
-    return g_test_slow() ? slow : quick;
-}
-
 static uint32_t way_total(uint32_t *count)
 {
     uint32_t total = 0;
@@ -542,7 +537,7 @@ static void switch_once(Load *l, unsigned i)
 
 static void test_switch(Load *l)
 {
-    int count = rounds(l->test->switches, 3 * l->test->switches);
+    int count = amount(l->test->switches, 3 * l->test->switches);
 
     load_traffic_start(l);
     wait_vhost(&l->f);
@@ -815,7 +810,7 @@ static void test_continued(Fixture *f)
 static void test_stop_cont(Load *l)
 {
     load_traffic_start(l);
-    for (int i = 0; i < rounds(20, 60); i++) {
+    for (int i = 0; i < amount(20, 60); i++) {
         object_add(&l->f, REWRITER);
         way_wait(&l->to_guest);
         vm_stop(&l->f);
@@ -1019,7 +1014,7 @@ static void test_migrated(void)
     load_driver_start(&l);
     load_traffic_start(&l);
     wait_vhost(&l.f);
-    for (int i = 0; i < rounds(1, 3); i++) {
+    for (int i = 0; i < amount(1, 3); i++) {
         migrate_once(&l, path, REWRITER, REWRITER, true);
         migrate_once(&l, path, REWRITER, REWRITER, false);
         migrate_once(&l, path, REWRITER, "", false);

@@ -35,12 +35,6 @@
 /* Of QEMU's CPU time: a loop that does not wait takes all. */
 #define IDLE_PERCENT 40
 
-/* Of seconds, rounds and so on: few, or with -m slow many */
-static int amount(int quick, int slow)
-{
-    return g_test_slow() ? slow : quick;
-}
-
 /* System calls that fail */
 
 static FaultControl *faults;
@@ -743,7 +737,7 @@ static unsigned inject_gso(Fixture *f)
 
 /*
  * The filter goes off, or on, while frames come faster than they are thrown
- * away.  (An error of this kind is one frame.)
+ * away.  (Each error stands for a frame.)
  */
 static void test_peer_flood(Fixture *f)
 {

@@ -362,11 +362,6 @@ static int getfd_shared(Fixture *f, const char *name)
     return copy;
 }
 
-static int hooked_sockets(Fixture *f)
-{
-    return packet_sockets(f->ifname, ETH_P_ALL, 1);
-}
-
 static void rx_send(Later *l, uint32_t first, uint32_t count)
 {
     Fixture at = { .in = l->rx };

@@ -43,7 +43,7 @@
 #define SMALL_BUFFER_LEN (6 * KiB)  /* mergeable */
 #define SMALL_BUFFERS 64
 #define MTU 9216
-/* Frames that are as long the kernel does not give to an interface whole. */
+/* From this length on the kernel gives no frame to an interface whole. */
 #define GSO_MAX_LEN 65536
 #define MSS 1400
 #define TUNNEL_LEN (20 + 8 + 8 + ETH_HLEN)  /* VXLAN over IPv4 */
@@ -158,20 +158,12 @@ static const Shape *shape_named(const char *name)
     g_assert_not_reached();
 }
 
-static uint32_t sum(const uint8_t *data, size_t len, uint32_t sum)
-{
-    for (size_t i = 0; i < len; i++) {
-        sum += i & 1 ? data[i] : data[i] << 8;
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    return sum;
-}
-
 static uint32_t sum_pseudo(const uint8_t *ip, size_t len, uint8_t protocol)
 {
     uint32_t start = protocol + (len & 0xffff) + (len >> 16);
 
-    return ip[0] >> 4 == 4 ? sum(ip + 12, 8, start) : sum(ip + 8, 32, start);
+    return ip[0] >> 4 == 4 ? sum_words(ip + 12, 8, start) :
+                             sum_words(ip + 8, 32, start);
 }
 
 /* Offsets in a frame, in bytes */
@@ -220,7 +212,7 @@ static void put_ip(uint8_t *ip, int version, uint8_t protocol, size_t len,
         ip[9] = protocol;
         stl_be_p(ip + 12, 0xc0000201);
         stl_be_p(ip + 16, 0xc0000202);
-        stw_be_p(ip + 10, ~sum(ip, 20, 0));
+        stw_be_p(ip + 10, ~sum_words(ip, 20, 0));
     } else {
         stl_be_p(ip, 0x60012345);
         stw_be_p(ip + 4, len);
@@ -299,7 +291,7 @@ static void packet_make(Packet *p, const Shape *shape, uint32_t number)
     p->hdr.csum_start = at;
     p->hdr.csum_offset = l4_csum_offset(shape->protocol);
     if (!shape->csum) {
-        total = ~sum(p->data + at, p->len - at, total);
+        total = ~sum_words(p->data + at, p->len - at, total);
     }
     stw_be_p(p->data + at + p->hdr.csum_offset, total);
     if (!shape->csum) {
@@ -343,8 +335,8 @@ static void packet_assert_equal(const Packet *got, const Packet *want)
 }
 
 /*
- * What follows the headers of @whole at @done is in @got, which is as
- * whoever cuts @whole has to make it.  Returns: its length.
+ * @got is the segment of @whole whose payload begins at @done, as whoever cuts
+ * it has to make it.  Returns: the payload's length.
  */
 static size_t packet_assert_segment(const Packet *got, const Packet *whole,
                                     size_t done, bool csum_left)
@@ -369,7 +361,7 @@ static size_t packet_assert_segment(const Packet *got, const Packet *whole,
                                     done / whole->hdr.gso_size);
         }
         stw_be_p(want + l3 + 10, 0);
-        stw_be_p(want + l3 + 10, ~sum(want + l3, 20, 0));
+        stw_be_p(want + l3 + 10, ~sum_words(want + l3, 20, 0));
     } else {
         stw_be_p(want + l3 + 4, headers - l4 + len);
     }
@@ -389,7 +381,7 @@ static size_t packet_assert_segment(const Packet *got, const Packet *whole,
         g_assert_cmphex(lduw_be_p(got->data + csum_at), ==, pseudo);
     } else {
         g_assert_cmpint(got->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM, ==, 0);
-        g_assert_cmphex(sum(got->data + l4, got->len - l4, pseudo), ==,
+        g_assert_cmphex(sum_words(got->data + l4, got->len - l4, pseudo), ==,
                         0xffff);
     }
     memcpy(want + csum_at, got->data + csum_at, 2);
@@ -397,7 +389,7 @@ static size_t packet_assert_segment(const Packet *got, const Packet *whole,
     return len;
 }
 
-/* What is sent, as the header's owner has it: little-endian, or not at all */
+/* A header of the guest's or the stream's: little-endian; @len 0: none */
 static void header_get(struct virtio_net_hdr *hdr, const uint8_t *buf,
                        size_t len)
 {
@@ -694,7 +686,7 @@ static void expect_guest_packet(Side *s, const Packet *want)
  * The stream
  */
 
-/* A record, parsed to @p as the stream has it, and as it is to @record */
+/* A record, as it is, to @record, and what it says to @p */
 static void stream_read(const Side *s, int fd, Packet *p, Record *record)
 {
     size_t prefix = s->stream_plain ? 4 : 8, len;
@@ -1412,7 +1404,7 @@ static size_t frame_checksum(const uint8_t *frame, size_t len)
     }
     l4 = l3 + ip_len(frame + l3);
     protocol = ip_protocol(frame + l3);
-    g_assert_cmphex(sum(frame + l4, len - l4,
+    g_assert_cmphex(sum_words(frame + l4, len - l4,
                         sum_pseudo(frame + l3, len - l4, protocol)), ==,
                     0xffff);
     return l4 + l4_csum_offset(protocol);

@@ -814,7 +814,6 @@ static void test_random(void)
     GThread *sender;
     int fds;
 
-    g_test_message("seed %u", seed);
     rng = g_rand_new_with_seed(seed);
     fixture_start(&f, "");
     run_command("ip link set %s txqueuelen %d", f.ifname, QUEUE_LEN);

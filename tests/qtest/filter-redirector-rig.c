@@ -172,6 +172,25 @@ int packet_sockets(const char *ifname, unsigned protocol, int hooked)
     return count;
 }
 
+int hooked_sockets(Fixture *f)
+{
+    return packet_sockets(f->ifname, ETH_P_ALL, 1);
+}
+
+uint16_t sum_words(const uint8_t *data, size_t len, uint32_t start)
+{
+    for (size_t i = 0; i < len; i++) {
+        start += i & 1 ? data[i] : data[i] << 8;
+        start = (start & 0xffff) + (start >> 16);
+    }
+    return start;
+}
+
+int amount(int quick, int slow)
+{
+    return g_test_slow() ? slow : quick;
+}
+
 /* The chardevs' peers */
 
 int connect_to(Fixture *f, const char *name)

@@ -97,8 +97,8 @@ bool rig_has(const char *option, const char *property);
 
 /*
  * Start QEMU with a netdev "n0", a NIC "nic", and chardevs "out" and "in",
- * whose peers are connected.  @args come behind.  There may be several.  We map
- * the guest's memory, unless @args have a memory-backend of their own.  QEMU's
+ * whose peers are connected.  @args come last.  Several may run.  We map the
+ * guest's memory, unless @args have a memory-backend of their own.  QEMU's
  * log of dirty pages does not see what our driver writes: it must not write
  * from the start of a migration to its end.
  */
@@ -141,6 +141,14 @@ void expect_host(Fixture *f, uint32_t first, uint32_t count);
 
 /* The number of packet sockets on the interface, by protocol and hook. */
 int packet_sockets(const char *ifname, unsigned protocol, int hooked);
+/* Those that get frames */
+int hooked_sockets(Fixture *f);
+
+/* The ones' complement sum of @data and @start */
+uint16_t sum_words(const uint8_t *data, size_t len, uint32_t start);
+
+/* Of seconds, rounds and so on: few, or with -m slow many */
+int amount(int quick, int slow);
 
 /* The chardevs' peers */
 

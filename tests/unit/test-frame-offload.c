@@ -594,7 +594,7 @@ static void lab_compare(Lab *lab, Plan *plan)
     }
 }
 
-/* Of each a frame; the rest as it is in most frames */
+/* A frame of each; the rest as in most frames */
 static const Plan plans[] = {
     { "plain" },
     { "exact", .payload = 5000 },

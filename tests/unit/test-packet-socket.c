@@ -254,7 +254,7 @@ static void make_mixed(Frame *frame, uint32_t number)
     }
 }
 
-/* As the last, but hundreds of them fit in the memory. */
+/* Each fifth is long; hundreds fit in the memory. */
 static void make_some_jumbo(Frame *frame, uint32_t number)
 {
     (number % 5 ? make_small : make_jumbo)(frame, number);
@@ -1054,7 +1054,7 @@ static void test_capture_gone(Lab *lab)
     capture_expect_down(lab->ps, make_mixed, 0, 30);
     capture_expect_none(unhooked);
 
-    /* Another interface, which may even have the name of the old one */
+    /* Another interface; the old sockets get nothing of it */
     g_assert_true(lab_new(&next, lab->way));
     lab_check(&next, next.ps, make_small, 9);
     for (int i = 0; i < ARRAY_SIZE(gone); i++) {
