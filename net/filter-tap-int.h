@@ -64,7 +64,7 @@ struct FilterTapUser {
 };
 
 /*
- * Attach @user to the link of the TAP @netdev, and create that if there is none.
+ * Attach @user to the link of the TAP @netdev; create that if there is none.
  * Fails, and returns false, if the TAP is in another network namespace.
  */
 bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,

@@ -16,7 +16,7 @@
 /* If frames are further apart than this on average, they do not wait. */
 #define FRAME_PACE_NS (200 * SCALE_US)
 
-/* So many frames tell the rate; of fewer, it is an average with earlier ones. */
+/* So many frames tell the rate; that of fewer is averaged with earlier ones. */
 #define FRAME_PACE_MANY 16
 
 typedef struct FramePace {
