@@ -520,7 +520,7 @@ class World:
         del self.objects[slot]
         self.check_alive()
         lost = sum(map(int, re.findall(
-            r'(\d+) packets (?:that the guest did not get )?are lost',
+            r'(\d+) packets (?:that the guest did not get )?were lost',
             self.qemu.said()[said:])))
         if o.takes:
             o.tap.lost += lost
