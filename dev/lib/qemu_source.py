@@ -12,14 +12,11 @@ import textwrap
 
 from lib.common import CACHE, TOP, Failure, attempt, run, say
 
-# With the sums of their files.  The first is the base; the others stand in for
-# it, in this order.  The last is what Debian's index names as the newest; its
-# archive may lack it.
+# With the sums of their files.  The first is the base; the other stands in for it.
+# It is what Debian's index names as the newest; its archive may lack it.
 RELEASES = {
     '11.1.1':
     '0b1376e75dbe3e2fea4e408f8669f88a723f419f36a5b7d74cc6a4cfe07e4f5e',
-    '11.0.3':
-    '62e174790c8f9b44388ef16550ef4820dba87c619cfe2a5596869ef6bef660dd',
     '11.1.3':
     '502fe33503df3520b6a81176a94d77eef908eb252bacc675d7199f379ac26641',
 }
