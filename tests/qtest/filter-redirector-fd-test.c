@@ -253,7 +253,7 @@ static void test_helper_refuses(void)
         { "", "--as=2", "is open already" },
         { "", "--as=" FIRST_FD " --as=" FIRST_FD, "is open already" },
         { NO_CAPABILITY, "--as=" FIRST_FD, "needs CAP_NET_RAW" },
-        { "", "--ifname=nowhere --as=" FIRST_FD, "nowhere: " },
+        { "", "--ifname=nowhere --as=" FIRST_FD, "nowhere, --as=" },
     };
     int tap;
 
