@@ -65,7 +65,7 @@ struct FilterTapUser {
 
 /*
  * Attach @user to the link of the TAP @netdev; create that if there is none.
- * Fails, and returns false, if the TAP is in another network namespace.
+ * Fails, and returns false, if the TAP's interface cannot be used.
  */
 bool filter_tap_link_attach(FilterTapUser *user, NetClientState *netdev,
                             Error **errp);

@@ -413,7 +413,8 @@ static void filter_tap_class_init(ObjectClass *oc, const void *data)
         "Packets that were discarded because the peer went away, or because "
         "they could not be written");
     filter_tap_add_counter(oc, "capture-skipped", CAPTURE_SKIPPED,
-        "Packets that the stream cannot carry");
+        "Packets that are too long, or that the header cannot express; while "
+        "the filter takes, also those from the NIC's own address");
 }
 
 void filter_tap_add_inject_properties(ObjectClass *oc)
@@ -423,7 +424,7 @@ void filter_tap_add_inject_properties(ObjectClass *oc)
     object_class_property_set_description(oc, "inject-pending",
         "Whether frames have been read that are not injected yet");
     filter_tap_add_counter(oc, "inject-packets", INJECT_PACKETS,
-        "Packets that were injected");
+        "Frames that were injected");
     filter_tap_add_counter(oc, "inject-skipped", INJECT_SKIPPED,
         "Frames that are invalid, too long, or of a kind that cannot be "
         "injected");

@@ -23,7 +23,7 @@ PRODUCT, PEER = (where / 'qemu/qemu-system-x86_64'
 
 DROPS = 'kernel-drops', 'peer-drops', 'skipped'
 
-# Of a ring of the redirector
+# More than a ring of the redirector has
 RING_FRAMES = 3500
 
 

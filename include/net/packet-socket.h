@@ -77,7 +77,7 @@ int packet_socket_fd(const PacketSocket *ps);
 /*
  * Begin to capture: from now on each frame is queued in the kernel.  If @ps is
  * hooked already, that is quick.  Otherwise this and packet_socket_unhook()
- * can take some 10 ms, in which the kernel waits for all CPUs.  Returns false
+ * can take some 20 ms, in which the kernel waits for all CPUs.  Returns false
  * on failure; @ps is not hooked then.
  */
 bool packet_socket_hook(PacketSocket *ps, Error **errp);
