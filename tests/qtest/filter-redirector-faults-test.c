@@ -33,7 +33,7 @@
 #define FOREVER UINT_MAX
 
 /* Of QEMU's CPU time: a loop that does not wait takes all. */
-#define IDLE_PERCENT 40
+#define IDLE_PERCENT 75
 
 /* System calls that fail */
 

@@ -309,7 +309,8 @@ static void test_stop_mirror(Fixture *f)
  */
 static void test_stop_nothing_read(Fixture *f)
 {
-    host_to_out(f, 0, 5);
+    host_send_taken(f, 0, 5);
+    expect_out(f, 0, 5);
     vm_stop(f);
     counter(f, "cap", "capture-packets");
     counter(f, "cap", "capture-packets");
